@@ -1,0 +1,72 @@
+"""A checkpoint -> balanced accuracy per rank on the held-out test split.
+
+  python evaluate.py runs/tiny-nt-random/ckpt.pt
+  torchrun --nproc_per_node 2 evaluate.py runs/tiny-nt-random/ckpt.pt --data data/bertax --split validation
+"""
+
+from pathlib import Path
+
+from taxa import checkpoint
+from taxa.cli import InputError, Parser, non_negative_int, positive_int, run
+from taxa.dataset import PreparedDataset
+from taxa.distributed import world
+from taxa.evaluation import run_split, summarize, table, write_tables
+from taxa.precision import PRECISIONS, set_precision
+from taxa.splits import SPLITS
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", help="ckpt.pt of a run folder")
+    add("--data", metavar="DIR", help="prepared dataset (default: the one that the run was trained on)")
+    add("--weights", metavar="DIR", help="folder with the base weights (default: where the run took them from)")
+    add("--split", choices=SPLITS, default="test", help="default test")
+    add("--batch-size", type=positive_int, metavar="B", help="sequences per batch (default: the run's)")
+    add("--precision", choices=PRECISIONS, help="of matrix products (default: the run's)")
+    add("--workers", type=non_negative_int, default=0, help="processes that load batches, per rank (default 0: in the loop)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
+    add("--out", metavar="DIR", help="where metrics.json, per_class.csv and confusion_*.csv go (default: the checkpoint's folder)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    content = checkpoint.read(args.checkpoint)
+    data = PreparedDataset(args.data or content["data"]["folder"])
+    check_classes(args.checkpoint, content, data)
+    tokenizer = content["tokenizer"]["name"]
+    split = data.split(args.split, tokenizer)
+    if data.manifest["tokenizers"][tokenizer]["digest"] != content["tokenizer"]["digest"]:
+        raise InputError(f"{data.folder}: its {tokenizer} tokens are of another vocabulary than the checkpoint's")
+    if len(split) == 0:
+        raise InputError(f"{data.folder}: the {args.split} split is empty")
+    with world(args.device) as w:
+        precision = args.precision or content["precision"]
+        set_precision(precision, w.device)
+        model = checkpoint.rebuild(content, args.weights).to(w.device)
+        outcome = run_split(w, model, split, args.batch_size or content["batch_size"], precision, args.workers)
+        metrics = summarize(args.split, outcome, data.num_classes)
+        if w.is_main:
+            if data.digest != content["data"]["digest"]:
+                print(f"note: {data.folder} is not the dataset that the run was trained on (digest {data.digest[:12]}, "
+                      f"then {content['data']['digest'][:12]}): its {args.split} split may hold sequences trained on")
+            out = Path(args.out or Path(args.checkpoint).parent)
+            out.mkdir(parents=True, exist_ok=True)
+            write_tables(out, metrics, outcome, data.classes)
+            print(table(metrics), flush=True)
+    return metrics
+
+
+def check_classes(path, content, data):
+    """Raise InputError when the data's classes, by taxid and in order, are not those that the heads were trained for."""
+    for rank, trained in content["classes"].items():
+        then, now = [row["taxid"] for row in trained], [row["taxid"] for row in data.classes.get(rank, [])]
+        if then != now:
+            differ = len(set(then) ^ set(now))
+            raise InputError(f"{path} and {data.folder} have different classes: {rank} has {len(then)} in the checkpoint and "
+                             f"{len(now)} in the data, {differ} of them in only one; evaluate on data with the same classes")
+
+
+if __name__ == "__main__":
+    run(main)

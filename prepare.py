@@ -1,0 +1,185 @@
+"""FASTA files and an NCBI taxonomy dump -> a prepared dataset folder: index, label, split, tokenize, in that order.
+
+  python prepare.py --fasta Archaea_db.fa Bacteria_db.fa Eukaryota_db.fa Viruses_db.fa --taxdump taxdmp_2024-12-01.zip --out data/bertax
+  python prepare.py --demo --out data/demo                      # a small simulated corpus, no input needed
+  python prepare.py --add-tokens tiny-dnabert --out data/demo   # tokens for another family of models, from what is prepared
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from taxa import RANKS, simulate
+from taxa.cli import InputError, Parser, fraction, non_negative_int, positive_int, run
+from taxa.dataset import RECORD, PreparedDataset, TokenWriter, write_manifest
+from taxa.fasta import index_fasta, normalize, read_sequences
+from taxa.files import new_folder, sha256
+from taxa.progress import progress
+from taxa.splits import SPLITS, split_by_genus
+from taxa.taxonomy import SUPERKINGDOMS, label_taxids
+from taxa.tokens import TOKENIZERS, NTTokenizer, get_tokenizer
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    # input
+    add("--fasta", nargs="+", metavar="FILE", help="FASTA files, plain or gzip; headers '>TAXID INDEX' or '>TAXID'")
+    add("--taxdump", metavar="FILE", help="NCBI taxonomy dump: taxdmp_YYYY-MM-DD.zip or taxdump.tar.gz")
+    add("--demo", action="store_true", help="simulate a small corpus instead of reading one")
+    add("--demo-sequences", type=positive_int, default=8000, metavar="N", help="sequences to simulate (default 8000)")
+    # what is kept and how it is divided
+    add("--length", type=positive_int, default=1500, metavar="BP", help="keep sequences of exactly this length (default 1500)")
+    add("--any-length", action="store_true", help="keep sequences of every length but 0")
+    add("--test", type=fraction, default=0.02, metavar="F", help="share of each genus for the test split (default 0.02)")
+    add("--validation", type=fraction, default=0.10, metavar="F", help="share of each genus for the validation split (default 0.10)")
+    add("--seed", type=non_negative_int, default=42, help="of the split, and of the simulation (default 42)")
+    # tokens
+    add("--tokenizers", nargs="+", default=["nt"], metavar="NAME",
+        help=f"which tokens to write, of {' '.join(TOKENIZERS)}; nt is always written (default nt)")
+    add("--add-tokens", nargs="+", metavar="NAME", help="add tokens to a folder that is prepared already")
+    add("--tokenizer-file", metavar="FILE", help="tokenizer.json for dnabert (default: DNABERT-2's, from the hub)")
+    # output
+    add("--out", required=True, metavar="DIR", help="the folder to write")
+    add("--overwrite", action="store_true", help="replace --out if it exists")
+    args = parser.parse_args(argv)
+    if args.add_tokens is None and args.demo == (args.fasta is not None):
+        parser.error("give either --fasta and --taxdump, or --demo, or --add-tokens")
+    if (args.fasta is None) != (args.taxdump is None):
+        parser.error("--fasta and --taxdump go together")
+    if args.test + args.validation >= 1:
+        parser.error(f"--test {args.test} and --validation {args.validation} leave nothing to train on")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    names = [name for name in args.add_tokens or args.tokenizers if name != "nt"]
+    tokenizers = [get_tokenizer(name, args.tokenizer_file if name == "dnabert" else None) for name in names]
+    if args.add_tokens is None:
+        with new_folder(args.out, args.overwrite) as out, tempfile.TemporaryDirectory(dir=out.parent, prefix=".scratch-") as scratch:
+            if args.demo:
+                paths = simulate.simulate(out / "source", args.demo_sequences, args.seed)
+                args.fasta, args.taxdump = paths["fasta"], paths["taxdump"]
+            manifest = prepare(args, out, Path(scratch))
+            for tokenizer in tokenizers:
+                PreparedDataset(out).add_tokens(tokenizer, progress)
+        report(manifest, args.out)
+    for tokenizer in tokenizers if args.add_tokens else ():
+        data = PreparedDataset(args.out)
+        if data.has_tokens(tokenizer.name) and not args.overwrite:
+            raise InputError(f"{args.out} has tokens of {tokenizer.name} already; --overwrite makes them again")
+        data.add_tokens(tokenizer, progress)
+        print(f"{args.out}: added tokens of {tokenizer.name}")
+
+
+def prepare(args, out, scratch):
+    """Write labels, records, nt tokens and the manifest of `args` into the empty folder `out`. Returns the manifest."""
+    sources = [Path(path) for path in args.fasta]
+    if len({source.name for source in sources}) < len(sources):
+        raise InputError("--fasta: two files have the same name; the manifest tells them apart by it")
+
+    # index: where each record is, its taxid and length
+    indexes = [index_fasta(source, scratch) for source in progress(sources, "index", unit="file")]
+    source = np.repeat(np.arange(len(indexes)), [len(index.taxid) for index in indexes])  # (N,)
+    record = np.concatenate([np.arange(len(index.taxid)) for index in indexes])
+    taxid = np.concatenate([index.taxid for index in indexes])
+    length = np.concatenate([index.length for index in indexes])
+
+    # label: each distinct taxid once
+    distinct, which = np.unique(taxid, return_inverse=True)
+    labels, class_names, dump_date = label_taxids(args.taxdump, distinct.tolist(), scratch)
+    wrong_length = (length == 0) if args.any_length else (length != args.length)
+    length_reason = "no letters" if args.any_length else f"length is not {args.length}"
+    reasons = ["", length_reason, *sorted({label.reason for label in labels.values() if label.reason})]
+    reason = np.array([reasons.index(labels[t].reason or "") for t in distinct.tolist()])[which]
+    reason[wrong_length] = 1
+    dropped = drop_report(sources, source, taxid, reason, reasons)
+    kept = np.flatnonzero(reason == 0)
+    if not len(kept):
+        why = ", ".join(f"{row['sequences']} in {row['file']}: {row['reason']}" for row in dropped)
+        raise InputError(f"no sequence is left of {len(taxid)} ({why})")
+    classes = {}
+    y = np.empty((len(kept), len(RANKS)), dtype="<u2")
+    for column, rank in enumerate(RANKS):
+        of_distinct = np.array([getattr(labels[t], rank) or 0 for t in distinct.tolist()])
+        table, y[:, column] = np.unique(of_distinct[which[kept]], return_inverse=True)
+        names = SUPERKINGDOMS if rank == "superkingdom" else class_names
+        classes[rank] = [{"taxid": t, "name": names[t]} for t in table.tolist()]
+    if len(classes["genus"]) > np.iinfo(y.dtype).max:
+        raise InputError(f"{len(classes['genus'])} genera: labels are 16-bit, at most {np.iinfo(y.dtype).max}")
+
+    # split
+    split = split_by_genus(y[:, RANKS.index("genus")], args.seed, args.test, args.validation)
+    for number, name in enumerate(SPLITS):
+        (out / name).mkdir()
+        rows = split == number
+        records = np.rec.fromarrays((source[kept[rows]], record[kept[rows]], taxid[kept[rows]]), dtype=RECORD)
+        np.save(out / name / "labels.npy", y[rows])
+        np.save(out / name / "records.npy", records)
+
+    # tokens: one pass over the letters, in input order within each split
+    tokenizer, other_letters, split_of = NTTokenizer(), {}, np.full(len(taxid), 255, dtype=np.uint8)
+    split_of[kept] = split
+    writers = [TokenWriter(out, name, tokenizer.name) for name in SPLITS]
+    with writers[0], writers[1], writers[2], progress(None, "nt tokens", len(kept), "sequences", True) as bar:
+        for number, index in enumerate(indexes):
+            first = int(np.searchsorted(source, number))
+            mine = kept[source[kept] == number] - first
+            other_letters[sources[number].name] = 0
+            for records, letters in read_sequences(index, mine):
+                lengths = index.length[records]
+                letters, changed = normalize(letters, lengths, lambda i: f"{sources[number]}: record {records[i] + 1} "
+                                                                         f"'>{index.taxid[records[i]]}'")
+                other_letters[sources[number].name] += changed
+                ids, counts = tokenizer.encode(letters, lengths)
+                part = split_of[first + records]
+                for i, writer in enumerate(writers):
+                    writer.append(ids[np.repeat(part == i, counts)], counts[part == i])
+                bar.update(len(records))
+
+    manifest = {
+        "sequences": len(kept),
+        "splits": {name: int((split == number).sum()) for number, name in enumerate(SPLITS)},
+        "superkingdoms": {row["name"]: int((y[:, 0] == i).sum()) for i, row in enumerate(classes["superkingdom"])},
+        "settings": {"length": None if args.any_length else args.length, "test": args.test, "validation": args.validation,
+                     "seed": args.seed},
+        "sources": [{"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), "sequences": len(index.taxid),
+                     "letters_changed_to_N": other_letters[path.name]} for path, index in zip(sources, indexes)],
+        "taxdump": {"file": Path(args.taxdump).name, "date": dump_date, "sha256": sha256(args.taxdump)},
+        "dropped": dropped,
+        "classes": classes,
+    }
+    return write_manifest(out, manifest, tokenizer)
+
+
+def drop_report(sources, source, taxid, reason, reasons):
+    """Rows {"file", "reason", "sequences", "taxids"} for everything that was not kept."""
+    rows = []
+    for number, path in enumerate(sources):
+        for code in range(1, len(reasons)):
+            where = (source == number) & (reason == code)
+            if where.any():
+                rows.append({"file": path.name, "reason": reasons[code], "sequences": int(where.sum()),
+                             "taxids": len(np.unique(taxid[where]))})
+    return rows
+
+
+def report(manifest, out):
+    """Print what was kept and what was dropped."""
+    total = sum(source["sequences"] for source in manifest["sources"])
+    print(f"{out}: kept {manifest['sequences']:,} of {total:,} sequences; "
+          + ", ".join(f"{name} {count:,}" for name, count in manifest["splits"].items()))
+    print("classes: " + ", ".join(f"{len(table)} {rank}" for rank, table in manifest["classes"].items())
+          + "; sequences: " + ", ".join(f"{name} {count:,}" for name, count in manifest["superkingdoms"].items()))
+    for row in manifest["dropped"]:
+        print(f"dropped {row['sequences']:>10,} sequences of {row['taxids']:,} taxids in {row['file']}: {row['reason']}")
+    for source in manifest["sources"]:
+        if source["letters_changed_to_N"]:
+            print(f"{source['file']}: {source['letters_changed_to_N']:,} letters outside ACGTN became N")
+    print(f"digest {manifest['digest'][:16]}, taxonomy of {manifest['taxdump']['date']}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,188 @@
+"""The table of models, and load_backbone().
+
+Facts per row: hub id, pinned revision, sizes (the hub's config.json), learning rate and batch size per device (supplement of
+Berman et al. 2025 and the configs of its published code). Adapter targets stand in the family's own file.
+"""
+
+import contextlib
+import json
+import logging
+import pickle
+import sys
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import torch
+from safetensors import SafetensorError
+from transformers import PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from taxa.backbones import dnabert2, nucleotide_transformer
+from taxa.cli import InputError, choose
+from taxa.random_init import reinitialize
+
+
+class Family(NamedTuple):
+    """One architecture: its classes, and the module that holds its adapter targets and its key surgery."""
+
+    model: type
+    config: type
+    module: object
+
+
+class Model(NamedTuple):
+    """One row of the table."""
+
+    hub: Optional[str]  # None: nothing is published under this name; give --weights, or start from a seeded random backbone
+    revision: Optional[str]
+    family: str
+    tokenizer: str  # tokens are prepared once per tokenizer and shared by all models that use it
+    sizes: dict
+    learning_rate: float
+    batch_size: int  # sequences per device and step
+
+
+FAMILIES = {
+    "nt": Family(nucleotide_transformer.NucleotideTransformer, nucleotide_transformer.NucleotideTransformerConfig,
+                 nucleotide_transformer),
+    "dnabert": Family(dnabert2.DNABert2, dnabert2.DNABert2Config, dnabert2),
+}
+
+
+def _sizes(H, layers, heads, I, V=None):
+    sizes = dict(hidden_size=H, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=I)
+    return sizes if V is None else dict(sizes, vocab_size=V)
+
+
+MODELS = {
+    "nt50m": Model("InstaDeepAI/nucleotide-transformer-v2-50m-multi-species", "81b29e5786726d891dbf929404ef20adca5b36f1",
+                   "nt", "nt", _sizes(512, 12, 16, 2048), 2e-4, 128),
+    "nt100m": Model("InstaDeepAI/nucleotide-transformer-v2-100m-multi-species", "f34324c6fde36a4f635f0f1f06cac5d25acd6798",
+                    "nt", "nt", _sizes(512, 22, 16, 2048), 1e-4, 64),
+    "nt250m": Model("InstaDeepAI/nucleotide-transformer-v2-250m-multi-species", "c0f0359229f36ff6bc3a021247eefe0a9c344bd1",
+                    "nt", "nt", _sizes(768, 24, 16, 3072), 1e-4, 64),
+    "dnabert2": Model("zhihan1996/DNABERT-2-117M", "7bce263b15377fc15361f52cfab88f8b586abda0",
+                      "dnabert", "dnabert", _sizes(768, 12, 12, 3072), 2.5e-5, 16),
+    "dnaberts": Model("zhihan1996/DNABERT-S", "00e47f96cdea35e4b6f5df89e5419cbe47d490c6",
+                      "dnabert", "dnabert", _sizes(768, 12, 12, 3072), 2.5e-5, 16),
+    "tiny-nt": Model(None, None, "nt", "nt", _sizes(128, 2, 4, 256), 1e-3, 32),
+    "tiny-dnabert": Model(None, None, "dnabert", "tiny-dnabert", _sizes(128, 2, 4, 256, V=1024), 1e-3, 32),
+}
+
+
+def get_model(name):
+    """The table's row; InputError for a name that is not in it."""
+    return MODELS[choose("model", name, MODELS)]
+
+
+def backbone_config(name, weights=None):
+    """The config of a model: the table's sizes, or those of DIR/config.json when weights=DIR."""
+    row = get_model(name)
+    family = FAMILIES[row.family]
+    if weights is None:
+        return family.config(**row.sizes)
+    path = Path(weights) / "config.json"
+    if not Path(weights).is_dir():
+        raise InputError(f"--weights {weights}: no such folder; give a folder with config.json and model.safetensors or pytorch_model.bin")
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"--weights {weights}: no config.json in it") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    return _checked_config(family, values, path)
+
+
+def _checked_config(family, values, source):
+    """Build the family's config from a config.json's values, refusing what this architecture does not compute."""
+    if not isinstance(values, dict) or values.get("model_type") != family.config.model_type:
+        found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+        raise InputError(f"{source}: model_type is {found!r}, but this family reads {family.config.model_type!r}")
+    for key, only in family.module.FIXED.items():
+        if values.get(key, only) != only:
+            raise InputError(f"{source}: {key} is {values[key]!r}; this architecture computes only {only!r}")
+    return family.config(**values)
+
+
+def load_backbone(name, weights=None, revision=None, pretrained=True):
+    """Build one backbone, float32, on the CPU (or the default device).
+
+    name: a row of MODELS. weights: a folder in the hub's format, which then decides the sizes (only the family comes from the
+    name). revision: another revision of the hub's repository than the pinned one. pretrained=False: no file of weights is read and
+    nothing is downloaded; weights ~ N(0, initializer_range) from torch's random state.
+    Returns a PreTrainedModel: (input_ids (B, T), attention_mask (B, T)) -> last_hidden_state (B, T, H).
+    Raises InputError for an unknown name, a missing or foreign folder, and keys that are missing or unexpected.
+    """
+    row = get_model(name)
+    family = FAMILIES[row.family]
+    if not pretrained:
+        config = backbone_config(name, weights)
+        return reinitialize(family.model(config), config.initializer_range)
+    if weights is not None:
+        source, arguments, config = str(weights), {"local_files_only": True}, backbone_config(name, weights)
+    elif row.hub is not None:
+        source, arguments = row.hub, {"revision": revision or row.revision}
+        config = _checked_config(family, _hub_config(source, **arguments), f"{source} config.json")
+    else:
+        raise InputError(f"{name} has no published weights: give --weights DIR, or --strategy random")
+    return _from_pretrained(family, source, arguments, config)
+
+
+def _hub_config(source, revision):
+    try:
+        with _quiet_transformers():
+            values, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    except OSError as error:
+        raise InputError(f"cannot fetch {source} at revision {revision} from the hub ({_first_line(error)}); "
+                         "with no network, give --weights DIR with its files") from None
+    return values
+
+
+def _from_pretrained(family, source, arguments, config):
+    """transformers' from_pretrained, with every missing and every unexpected key accounted for by name."""
+    try:
+        with _quiet_transformers():
+            model, info = family.model.from_pretrained(source, config=config, output_loading_info=True, weights_only=True,
+                                                       ignore_mismatched_sizes=True, **arguments)
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+        raise InputError(f"cannot load weights from {source}: {_first_line(error)}") from None
+    prefix = family.model.base_model_prefix + "."
+    unexpected = {key.removeprefix(prefix) for key in info["unexpected_keys"]} - family.module.dropped_keys(config)
+    problems = {"missing": info["missing_keys"], "unexpected": unexpected, "of another shape": info["mismatched_keys"]}
+    problems = [f"{kind}: {', '.join(sorted(map(str, keys)))}" for kind, keys in problems.items() if keys]
+    if problems:
+        raise InputError(f"weights from {source} do not fit: {'; '.join(problems)}")
+    return model.float()
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    """No load report and no retry warnings: we say ourselves, by name, what does not fit. Bars only where someone watches."""
+    hub_logger = logging.getLogger("huggingface_hub")
+    before = transformers_logging.get_verbosity(), hub_logger.level, transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    hub_logger.setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before[0])
+        hub_logger.setLevel(before[1])
+        if before[2]:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def parameter_counts(name):
+    """What we hold and what we drop of the published checkpoint, from shapes alone (meta device): {"held": n, "dropped": n}."""
+    row = get_model(name)
+    family, config = FAMILIES[row.family], backbone_config(name)
+    with torch.device("meta"):
+        model = family.model(config)
+    held = {key: p.numel() for key, p in model.named_parameters()}
+    published = dict(model.published_parameters(held))
+    return {"held": sum(held.values()), "dropped": sum(published.values()) - sum(held.values())}

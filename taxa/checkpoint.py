@@ -1,0 +1,119 @@
+"""ckpt.pt: what training changed, and everything needed to rebuild the rest.
+
+A full or random run stores the whole network; lora, ia3 and freeze75 store their own parameters and the heads, and name the base
+weights by source, revision and digest. Files hold tensors, numbers, strings, lists and dicts only, and are read with weights_only.
+"""
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import torch
+
+from taxa.backbones import FAMILIES, get_model, load_backbone
+from taxa.cli import InputError
+from taxa.files import replacing
+from taxa.model import TaxonClassifier
+from taxa.random_init import reinitialize
+from taxa.strategies import inject
+
+FORMAT, VERSION = "taxa checkpoint", 1
+SEED_OF_UNPUBLISHED = 0  # of the random base weights that stand in where a model has no published ones
+
+
+def base_source(model, strategy, weights=None, revision=None):
+    """Where the base weights of a run come from: {"source": "none" | "folder" | "hub" | "seed", ...}, as the checkpoint stores it."""
+    row = get_model(model)
+    if strategy == "random":
+        return {"source": "none", "config": str(Path(weights).resolve()) if weights else None}
+    if weights:
+        return {"source": "folder", "folder": str(Path(weights).resolve())}
+    if row.hub:
+        return {"source": "hub", "hub": row.hub, "revision": revision or row.revision}
+    return {"source": "seed", "seed": SEED_OF_UNPUBLISHED}
+
+
+def load_base(model, base):
+    """The backbone that base_source() describes. Raises InputError as load_backbone does."""
+    if base["source"] == "none":
+        return load_backbone(model, base["config"], pretrained=False)
+    if base["source"] == "folder":
+        return load_backbone(model, base["folder"])
+    if base["source"] == "hub":
+        return load_backbone(model, revision=base["revision"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(base["seed"])
+        return load_backbone(model, pretrained=False)
+
+
+def weights_digest(backbone):
+    """Hex SHA-256 over names, shapes and float32 bytes of all parameters, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def changed_state(classifier, names):
+    """{name: tensor on the CPU} of the parameters in `names` and of the heads, which no base weights hold."""
+    keep = set(names) | {name for name, _ in classifier.named_parameters() if name.startswith("heads.")}
+    return {name: p.detach().cpu().clone() for name, p in classifier.named_parameters() if name in keep}
+
+
+def load_state(classifier, state):
+    """Copy `state` into the classifier. Raises InputError when a name is unknown or a shape differs."""
+    try:
+        unexpected = classifier.load_state_dict(state, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise InputError(f"the checkpoint does not fit its model: {' '.join(str(error).split())}") from None
+    if unexpected:
+        raise InputError(f"the checkpoint holds parameters that its model has not: {', '.join(unexpected)}")
+
+
+def save(path, content):
+    """Write a checkpoint under a temporary name and rename it."""
+    with replacing(path) as temporary:
+        torch.save({"format": FORMAT, "version": VERSION, **content}, temporary)
+
+
+def read(path):
+    """The content of a checkpoint. Raises InputError for a file that is missing or is not one."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; train.py writes ckpt.pt into its run folder") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder; give the ckpt.pt in it") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError, AttributeError, IndexError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: not a checkpoint of train.py ({first})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path}: not a checkpoint of train.py")
+    if content["version"] != VERSION:
+        raise InputError(f"{path}: checkpoint version {content['version']}, but this code reads version {VERSION}")
+    return content
+
+
+def rebuild(content, weights=None):
+    """The trained classifier of a checkpoint, adapters in place, in eval mode. weights: a folder to take the base weights from instead.
+
+    Raises InputError when the base weights cannot be found or are not, by digest, those that the run began with.
+    """
+    num_classes = {rank: len(table) for rank, table in content["classes"].items()}
+    family = FAMILIES[get_model(content["model"]).family]
+    if content["base"]["source"] == "none" or content["settings"]["strategy"] == "full":  # every weight is in the checkpoint
+        with torch.device("meta"):
+            backbone = family.model(family.config(**content["config"]))
+        backbone = reinitialize(backbone.to_empty(device="cpu"))
+    else:
+        base = {"source": "folder", "folder": weights} if weights else content["base"]
+        backbone = load_base(content["model"], base)
+        found = weights_digest(backbone)
+        if found != content["base"]["digest"]:
+            raise InputError(f"the base weights from {base.get('folder') or base.get('hub') or 'the seed'} are not those of the run: "
+                             f"digest {found[:12]}, the checkpoint says {content['base']['digest'][:12]}")
+    classifier = TaxonClassifier(backbone, num_classes)
+    inject(classifier, content["settings"])
+    load_state(classifier, content["state"])
+    return classifier.eval()

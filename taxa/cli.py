@@ -1,0 +1,76 @@
+"""What every script shares at its edge: one clear line and exit status 2 for bad input."""
+
+import argparse
+import difflib
+import os
+import sys
+
+
+class InputError(Exception):
+    """The user's input is wrong. The message is one line that names the file, record or flag, and says what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line without the usage; help shows defaults and keeps the layout of the description."""
+
+    def __init__(self, description, epilog=None):
+        super().__init__(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+
+    def error(self, message):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def choose(kind, name, choices):
+    """Return `name` if it is one of `choices`, else raise InputError with the nearest valid name."""
+    if name in choices:
+        return name
+    near = difflib.get_close_matches(name, choices, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise InputError(f"unknown {kind} '{name}': choose from {' '.join(choices)}{hint}")
+
+
+def positive_int(text):
+    """argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return value
+
+
+def non_negative_int(text):
+    """argparse type: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def positive_float(text):
+    """argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def fraction(text):
+    """argparse type: a number from 0 up to, but not including, 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def run(main):
+    """Call main() as a script: InputError becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    rank = int(os.environ.get("RANK", "0"))
+    who = os.path.basename(sys.argv[0]) + (f" (rank {rank})" if rank else "")
+    try:
+        main()
+    except InputError as error:
+        print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{who}: interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)

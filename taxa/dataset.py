@@ -1,0 +1,204 @@
+"""A prepared dataset: a folder with one manifest and, per split, arrays that are memory-mapped, never read whole.
+
+    manifest.json                what is in it, from what, what was dropped, digests
+    {split}/labels.npy           (N, R) uint16, class numbers in the order of the manifest's class tables
+    {split}/records.npy          (N,) source file, record number in it, taxid: where each sequence came from
+    {split}/{tokenizer}.bin      uint16 ids of all sequences, joined
+    {split}/{tokenizer}.npy      (N + 1,) int64, where each sequence starts in it
+
+The nt tokens are always there and spell the letters exactly, so tokens for another tokenizer are made from them, without the FASTA.
+
+Shapes: N sequences of a split, B of a batch, T tokens of the longest sequence in it, R ranks.
+"""
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from taxa.cli import InputError
+from taxa.files import replacing, sha256, write_json
+from taxa.splits import SPLITS
+from taxa.tokens import NTTokenizer
+
+FORMAT, VERSION = "taxa dataset", 1
+RECORD = np.dtype([("source", "<u1"), ("record", "<u4"), ("taxid", "<u4")])
+
+
+class TokenWriter:
+    """Appends the sequences of one split for one tokenizer. A context manager: both files are whole after it, or absent."""
+
+    def __init__(self, folder, split, tokenizer):
+        self.base = Path(folder) / split / tokenizer
+        self._lengths = []
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            self._offsets_path = stack.enter_context(replacing(self.base.with_suffix(".npy")))
+            path = stack.enter_context(replacing(self.base.with_suffix(".bin")))
+            self._file = stack.enter_context(open(path, "wb"))
+            self._stack = stack.pop_all()
+        return self
+
+    def append(self, ids, counts):
+        """ids: sequences joined, uint16; counts: ids per sequence."""
+        self._file.write(ids.astype("<u2", copy=False).tobytes())
+        self._lengths.append(counts)
+
+    def __exit__(self, kind, value, traceback):
+        if kind is None:
+            offsets = np.concatenate(([0], np.cumsum(np.concatenate(self._lengths or [np.empty(0, np.int64)]))))
+            with open(self._offsets_path, "wb") as file:
+                np.save(file, offsets.astype("<i8"))
+        return self._stack.__exit__(kind, value, traceback)
+
+
+def file_digests(folder, names):
+    """{name: {"bytes", "sha256"}} of files in a folder."""
+    return {name: {"bytes": (Path(folder) / name).stat().st_size, "sha256": sha256(Path(folder) / name)} for name in names}
+
+
+def token_files(tokenizer):
+    return [f"{split}/{tokenizer}.{ending}" for split in SPLITS for ending in ("bin", "npy")]
+
+
+def write_manifest(folder, manifest, tokenizer):
+    """Complete a manifest with the digests of the files just written, and write it. `tokenizer` must be the nt one.
+
+    "digest" covers what a sequence is and how it is labelled and split; it stays the same when tokens are added.
+    """
+    names = [f"{split}/{name}.npy" for split in SPLITS for name in ("labels", "records")] + token_files(tokenizer.name)
+    files = file_digests(folder, names)
+    core = {"classes": manifest["classes"], "files": {name: file["sha256"] for name, file in files.items()}}
+    digest = hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()
+    manifest = {"format": FORMAT, "version": VERSION, "digest": digest, **manifest,
+                "tokenizers": {tokenizer.name: _describe(tokenizer)}, "files": files}
+    write_json(Path(folder) / "manifest.json", manifest)
+    return manifest
+
+
+def _describe(tokenizer):
+    return {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_token_id}
+
+
+class PreparedDataset:
+    """An opened folder: .manifest, .classes {rank: [{"taxid", "name"}, ...]}, .split(name, tokenizer) -> TokenSplit."""
+
+    def __init__(self, folder):
+        """Raises InputError for a folder that is missing, empty, of another version, or whose files are not the manifest's size."""
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        if not self.folder.is_dir():
+            raise InputError(f"{folder}: no such folder; make it with prepare.py --out {folder}")
+        try:
+            self.manifest = json.loads(path.read_text(encoding="utf-8"))
+            if self.manifest["format"] != FORMAT or self.manifest["version"] != VERSION:
+                raise ValueError(f"format {self.manifest['format']} {self.manifest['version']}, not {FORMAT} {VERSION}")
+            self.classes, self.digest = self.manifest["classes"], self.manifest["digest"]
+            sizes = {name: file["bytes"] for name, file in self.manifest["files"].items()}
+        except FileNotFoundError:
+            raise InputError(f"{folder}: no manifest.json: not a prepared dataset; make it with prepare.py") from None
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise InputError(f"{path}: not the manifest of a prepared dataset ({type(error).__name__}: {error})") from None
+        for name, size in sizes.items():
+            found = (self.folder / name).stat().st_size if (self.folder / name).is_file() else None
+            if found != size:
+                raise InputError(f"{self.folder / name}: {'missing' if found is None else f'{found} bytes'}, but the manifest says "
+                                 f"{size} bytes: prepare the folder again")
+
+    @property
+    def num_classes(self):
+        """{rank: number of classes}."""
+        return {rank: len(table) for rank, table in self.classes.items()}
+
+    def has_tokens(self, tokenizer):
+        return tokenizer in self.manifest["tokenizers"]
+
+    def split(self, name, tokenizer):
+        """The TokenSplit of a split; InputError when its tokens are not there."""
+        if not self.has_tokens(tokenizer):
+            raise InputError(f"{self.folder} has no tokens of '{tokenizer}': python prepare.py --add-tokens {tokenizer} "
+                             f"--out {self.folder}")
+        return TokenSplit(self.folder, name, tokenizer, self.manifest["tokenizers"][tokenizer]["pad_token_id"], self.num_classes)
+
+    def add_tokens(self, tokenizer, progress):
+        """Write the tokens of another tokenizer, made from the letters that the nt tokens spell. progress: wraps an iterable."""
+        nt = NTTokenizer()
+        for split in SPLITS:
+            source = self.split(split, nt.name)
+            with TokenWriter(self.folder, split, tokenizer.name) as writer:
+                for start in progress(range(0, len(source), 1024), f"{tokenizer.name} tokens, {split}"):
+                    letters = [nt.decode(source.tokens(i)) for i in range(start, min(start + 1024, len(source)))]
+                    writer.append(*tokenizer.encode(b"".join(letters), [len(text) for text in letters]))
+        self.manifest["tokenizers"][tokenizer.name] = _describe(tokenizer)
+        self.manifest["files"].update(file_digests(self.folder, token_files(tokenizer.name)))
+        write_json(self.folder / "manifest.json", self.manifest)
+
+
+class TokenSplit(torch.utils.data.Dataset):
+    """One split for one tokenizer. Indexed by a list of sequence numbers, it gives their batch.
+
+    The arrays are opened on first use, so each worker process maps the files itself; the pages are shared.
+    """
+
+    def __init__(self, folder, split, tokenizer, pad_token_id, num_classes):
+        self.folder, self.name, self.tokenizer, self.pad_token_id = Path(folder) / split, split, tokenizer, pad_token_id
+        self.labels = np.load(self.folder / "labels.npy", mmap_mode="r")
+        self._offsets = self._ids = None
+        highest = self.labels.max(axis=0, initial=0).tolist()
+        if any(label >= count for label, count in zip(highest, num_classes.values())):
+            raise InputError(f"{self.folder / 'labels.npy'}: labels up to {highest}, but the manifest has "
+                             f"{list(num_classes.values())} classes: prepare the folder again")
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_offsets": None, "_ids": None}
+
+    def _open(self):
+        self._offsets = np.load(self.folder / f"{self.tokenizer}.npy", mmap_mode="r")
+        size = (self.folder / f"{self.tokenizer}.bin").stat().st_size
+        empty = np.empty(0, dtype="<u2")
+        self._ids = np.memmap(self.folder / f"{self.tokenizer}.bin", dtype="<u2", mode="r") if size else empty
+
+    def tokens(self, i):
+        """ids (T_i,) of sequence i, uint16, without copying."""
+        if self._offsets is None:
+            self._open()
+        return self._ids[self._offsets[i]:self._offsets[i + 1]]
+
+    def __getitem__(self, indices):
+        """A list of B numbers -> {"input_ids" (B, T) int64, "attention_mask" (B, T) int64, "labels" (B, R) int64}, padded right."""
+        rows = [self.tokens(i) for i in indices]
+        T = max(len(row) for row in rows)
+        input_ids = np.full((len(rows), T), self.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros((len(rows), T), dtype=np.int64)
+        for b, row in enumerate(rows):
+            input_ids[b, :len(row)] = row
+            attention_mask[b, :len(row)] = 1
+        return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask),
+                "labels": torch.from_numpy(self.labels[indices].astype(np.int64))}
+
+
+def micro_batches(N, seed, epoch, batch_size, accumulate, rank, size):
+    """The order of one epoch, as seen by process `rank` of `size`.
+
+    Returns a list of optimizer steps, each ([(rows, weight), ...], count): rows are the sequence numbers of one micro-batch, count is
+    the number of sequences of the whole step over all processes. One seeded shuffle of all N sequences is cut into steps of
+    batch_size * accumulate * size, the last one shorter; a process takes every size-th sequence of a step. So the steps are the same for
+    1 process with accumulate = 2n as for 2 with n. Where a last step is too short to give this process a sequence, it gets one with
+    weight 0, since every process must take part in the step.
+    """
+    order = np.random.RandomState([seed % 2**32, epoch]).permutation(N)
+    per_step = batch_size * accumulate * size
+    plan = []
+    for start in range(0, N, per_step):
+        whole = order[start:start + per_step]
+        mine, weight = (whole[rank::size], 1.0) if rank < len(whole) else (whole[:1], 0.0)
+        plan.append(([(mine[i:i + batch_size], weight) for i in range(0, len(mine), batch_size)], len(whole)))
+    return plan

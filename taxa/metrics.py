@@ -1,0 +1,45 @@
+"""Metrics from confusion matrices of whole numbers: exact, whatever the number of processes.
+
+Shapes: N sequences, C classes of a rank. confusion[t, p] counts the sequences of true class t predicted as p.
+"""
+
+import numpy as np
+
+
+def confusion_matrix(truth, predicted, num_classes):
+    """truth (N,), predicted (N,) class numbers -> (C, C) int64."""
+    cells = np.bincount(truth.astype(np.int64) * num_classes + predicted, minlength=num_classes * num_classes)
+    return cells.reshape(num_classes, num_classes)
+
+
+def balanced_accuracy(confusion):
+    """Mean recall over the classes that occur in the truth."""
+    support = confusion.sum(axis=1)
+    present = support > 0
+    return float((np.diag(confusion)[present] / support[present]).mean())
+
+
+def accuracy(confusion):
+    """Share of sequences predicted right."""
+    return float(np.trace(confusion) / confusion.sum())
+
+
+def per_class(confusion):
+    """{"support", "predicted", "recall", "precision", "f1"}, each (C,). A ratio with nothing below the line is 0."""
+    hit = np.diag(confusion)
+    support, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    ratio = lambda above, below: np.divide(above, below, out=np.zeros(len(hit)), where=below > 0)
+    return {"support": support, "predicted": predicted, "recall": ratio(hit, support), "precision": ratio(hit, predicted),
+            "f1": ratio(2 * hit, support + predicted)}
+
+
+def macro_f1(confusion):
+    """Mean F1 over the classes that occur in the truth or in the predictions (scikit-learn's rule)."""
+    table = per_class(confusion)
+    occurs = (table["support"] > 0) | (table["predicted"] > 0)
+    return float(table["f1"][occurs].mean())
+
+
+def rank_metrics(confusion):
+    """The three numbers of one rank."""
+    return {"balanced_accuracy": balanced_accuracy(confusion), "accuracy": accuracy(confusion), "macro_f1": macro_f1(confusion)}

@@ -1,0 +1,18 @@
+"""A bar with rate and time left, where someone watches: on rank 0 and on a terminal only."""
+
+import os
+import sys
+
+from tqdm import tqdm
+
+
+def progress(items, description, total=None, unit="it", unit_scale=False):
+    """Wrap an iterable in a tqdm bar (stderr), silent off a terminal and on every rank but 0."""
+    quiet = int(os.environ.get("RANK", "0")) != 0 or not sys.stderr.isatty()
+    return tqdm(items, desc=description, total=total, unit=unit, unit_scale=unit_scale, disable=quiet, leave=False)
+
+
+def print_line(text):
+    """Print a line to stdout, above the bar if there is one."""
+    tqdm.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,173 @@
+"""taxid -> superkingdom, phylum, genus, from an NCBI taxonomy dump that the user names.
+
+ete3 gives lineages, ranks, names and merged ids. It holds the whole tree as Python objects (over 2.5 million nodes) and downloads a
+dump when it has none, so it is handed an excerpt: the lines of the dump that lie on the way from the taxids asked for to the root.
+It works in a scratch folder, from that file alone, and never reaches the network. ete3 is GPL-3 and is imported only here.
+
+The superkingdom is told by taxid, not by rank: since March 2025 NCBI calls the rank "domain" or, for viruses, "acellular root".
+"""
+
+import contextlib
+import io
+import os
+import re
+import tarfile
+import time
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from taxa.cli import InputError
+
+SUPERKINGDOMS = {2157: "Archaea", 2: "Bacteria", 2759: "Eukaryota", 10239: "Viruses"}
+MEMBERS = ("nodes.dmp", "names.dmp", "merged.dmp", "delnodes.dmp")
+
+
+class Label(NamedTuple):
+    """Taxids of the three ranks, or the reason why there are not three."""
+
+    superkingdom: Optional[int] = None
+    phylum: Optional[int] = None
+    genus: Optional[int] = None
+    reason: Optional[str] = None
+
+
+class Dump:
+    """An NCBI taxonomy dump, .zip or .tar.gz, with nodes.dmp and names.dmp (merged.dmp and delnodes.dmp where present)."""
+
+    def __init__(self, path):
+        """Raises InputError for a missing or damaged archive, or one without nodes.dmp or names.dmp."""
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"{self.path}: no such file; give NCBI's taxdmp_YYYY-MM-DD.zip or taxdump.tar.gz")
+        with self._errors():
+            if zipfile.is_zipfile(self.path):
+                self._archive = zipfile.ZipFile(self.path)
+                names = {info.filename: info for info in self._archive.infolist()}
+                times = {name: time.struct_time((*info.date_time, 0, 0, -1)) for name, info in names.items()}
+            else:
+                self._archive = tarfile.open(self.path)
+                names = {member.name.removeprefix("./"): member for member in self._archive.getmembers() if member.isfile()}
+                times = {name: time.gmtime(member.mtime) for name, member in names.items()}
+        self._members = {name: names[name] for name in MEMBERS if name in names}
+        for name in ("nodes.dmp", "names.dmp"):
+            if name not in self._members:
+                raise InputError(f"{self.path}: no {name} at the top level: not an NCBI taxonomy dump")
+        named = re.search(r"\d{4}-\d{2}-\d{2}", self.path.name)
+        self.date = named[0] if named else time.strftime("%Y-%m-%d", times["nodes.dmp"])  # of the archive's name, else of nodes.dmp
+
+    @contextlib.contextmanager
+    def _errors(self):
+        try:
+            yield
+        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{self.path}: the archive is damaged or not a .zip or .tar.gz ({error})") from None
+
+    def rows(self, name):
+        """Yield (line, fields) of one member; nothing when the dump lacks it."""
+        if name not in self._members:
+            return
+        with self._errors():
+            member = self._members[name]
+            file = self._archive.open(member) if isinstance(self._archive, zipfile.ZipFile) else self._archive.extractfile(member)
+            with file, io.TextIOWrapper(file, encoding="utf-8") as text:
+                for line in text:
+                    yield line, [field.strip() for field in line.split("|")]
+
+    def integers(self, name, count):
+        """Yield (line, the first `count` fields as integers, all fields); InputError names a line that has none."""
+        for number, (line, fields) in enumerate(self.rows(name), start=1):
+            try:
+                yield line, [int(field) for field in fields[:count]], fields
+            except ValueError:
+                raise InputError(f"{self.path}: {name} line {number} does not start with {count} taxid(s)") from None
+
+    def excerpt(self, taxids, out):
+        """Write a dump of only the lineages of `taxids` as a tar file `out`. Returns ({taxid: current id}, {unknown id: reason})."""
+        parents = {child: parent for _, (child, parent), _ in self.integers("nodes.dmp", 2)}
+        merges = {old: new for _, (old, new), _ in self.integers("merged.dmp", 2)}
+        current, unknown = {}, {}
+        for taxid in taxids:
+            now, seen = taxid, set()
+            while now not in parents and now in merges and now not in seen:  # merges can follow on merges
+                seen.add(now)
+                now = merges[now]
+            if now in parents:
+                current[taxid] = now
+            else:
+                unknown[taxid] = "unknown taxid"
+        for _, (taxid,), _ in self.integers("delnodes.dmp", 1):
+            if taxid in unknown:
+                unknown[taxid] = "deleted taxid"
+        needed = {1}
+        for now in current.values():
+            climbed = set()
+            while now not in needed:
+                climbed.add(now)
+                parent = parents.get(now)
+                if parent is None or parent in climbed:
+                    raise InputError(f"{self.path}: nodes.dmp: the lineage of {now} never reaches the root")
+                now = parent
+            needed |= climbed
+        lines = {
+            "nodes.dmp": [line for line, (taxid, _), _ in self.integers("nodes.dmp", 2) if taxid in needed],
+            "names.dmp": [line for line, (taxid,), fields in self.integers("names.dmp", 1)
+                          if taxid in needed and fields[3:4] == ["scientific name"]],
+            "merged.dmp": [f"{old}\t|\t{new}\t|\n" for old, new in sorted(current.items()) if old != new],
+        }
+        unnamed = needed - {int(line.split("|")[0]) for line in lines["names.dmp"]}
+        if unnamed:
+            raise InputError(f"{self.path}: names.dmp has no scientific name for taxid {min(unnamed)}")
+        with tarfile.open(out, "w") as tar:
+            for name, text in lines.items():
+                data = "".join(text).encode()
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return current, unknown
+
+
+def label_taxids(dump_path, taxids, scratch):
+    """Labels of distinct taxids. Returns ({taxid: Label}, {taxid of a class: scientific name}, the dump's date).
+
+    scratch: an existing folder for the excerpt and ete3's database. Raises InputError for a dump that cannot be read.
+    """
+    dump = Dump(dump_path)
+    excerpt = Path(scratch).resolve() / "excerpt.tar"
+    current, unknown = dump.excerpt(sorted(set(taxids)), excerpt)
+    labels = {taxid: Label(reason=reason) for taxid, reason in unknown.items()}
+    if not current:
+        return labels, {}, dump.date
+    with _ete3(excerpt) as ncbi:
+        lineages = {taxid: ncbi.get_lineage(taxid) for taxid in current}
+        nodes = sorted({node for lineage in lineages.values() for node in lineage})
+        ranks, names = ncbi.get_rank(nodes), ncbi.get_taxid_translator(nodes)
+    for taxid, lineage in lineages.items():
+        at = {ranks[node]: node for node in lineage}
+        superkingdom = next((node for node in lineage if node in SUPERKINGDOMS), None)
+        label = Label(superkingdom, at.get("phylum"), at.get("genus"))
+        missing = next((rank for rank, node in label._asdict().items() if rank != "reason" and node is None), None)
+        labels[taxid] = label._replace(reason=missing and f"no {missing}")
+    classes = {node for label in labels.values() if label.reason is None for node in label[:3]}
+    return labels, {node: names[node] for node in classes}, dump.date
+
+
+@contextlib.contextmanager
+def _ete3(excerpt):
+    """ete3's NCBITaxa over one tar file, built beside it. ete3 prints, and writes into the working directory: both are held off."""
+    from ete3 import NCBITaxa
+
+    before = os.getcwd()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one warning per merged id; the excerpt followed them already
+        try:
+            os.chdir(excerpt.parent)
+            ncbi = NCBITaxa(dbfile=str(excerpt.with_suffix(".sqlite")), taxdump_file=str(excerpt))
+        finally:
+            os.chdir(before)
+        try:
+            yield ncbi
+        finally:
+            ncbi.db.close()

@@ -1,0 +1,157 @@
+"""DNA letters -> token ids. One tokenizer per family of models; both take letters ACGTN and give uint16 ids.
+
+nt: Nucleotide Transformer's 6-mers, in numpy. dnabert, tiny-dnabert: byte-pair encoding, by the `tokenizers` library.
+"""
+
+import hashlib
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+
+from taxa.cli import InputError, choose
+
+TOKENIZERS = ("nt", "dnabert", "tiny-dnabert")
+TINY_BPE = Path(__file__).parent / "assets" / "tiny_dnabert_tokenizer.json"
+DNABERT_HUB = ("zhihan1996/DNABERT-2-117M", "7bce263b15377fc15361f52cfab88f8b586abda0")  # DNABERT-S has the same vocabulary and merges
+
+
+def nt_vocabulary():
+    """The 4,107 entries of the hub's vocab.txt, in order: specials, all 6-mers over A T C G (last letter fastest), single letters."""
+    kmers = ("".join(letters) for letters in itertools.product("ATCG", repeat=6))
+    return ["<unk>", "<pad>", "<mask>", "<cls>", "<eos>", "<bos>", *kmers, *"ATCGN"]
+
+
+class NTTokenizer:
+    """<cls>, then left to right the 6-mer where the next six letters are all A/C/G/T, else the single letter; no <eos>.
+
+    1500 letters without N: 250 6-mers, 251 tokens.
+    """
+
+    name = "nt"
+    pad_token_id = 1
+    cls_token_id = 3
+    first_kmer, first_letter = 6, 6 + 4**6
+
+    def __init__(self):
+        self.vocabulary = nt_vocabulary()
+        self.vocab_size = len(self.vocabulary)
+        self.digest = hashlib.sha256("\n".join(self.vocabulary).encode()).hexdigest()  # of the hub's vocab.txt
+        self._code = np.zeros(256, dtype=np.uint8)
+        for code, letter in enumerate("ATCGN"):
+            self._code[ord(letter)] = code
+        self._powers = 4 ** np.arange(5, -1, -1, dtype=np.uint16)  # first letter slowest
+        self._spelling = [entry.encode() if not entry.startswith("<") else b"" for entry in self.vocabulary]
+
+    def encode(self, letters, lengths):
+        """letters: bytes in ACGTN, sequences of `lengths` joined. Returns (ids joined, uint16; ids per sequence, int64)."""
+        codes = self._code[np.frombuffer(letters, dtype=np.uint8)]
+        lengths = np.asarray(lengths, dtype=np.int64)
+        if len(lengths) and (lengths == lengths[0]).all() and not (codes == 4).any():
+            ids = self._encode_clean(codes.reshape(len(lengths), -1))  # the common case: no N, one length
+            return ids.reshape(-1), np.full(len(lengths), ids.shape[1], dtype=np.int64)
+        pieces = [self._encode_one(sequence) for sequence in np.split(codes, np.cumsum(lengths)[:-1])] if len(lengths) else []
+        counts = np.array([len(piece) for piece in pieces], dtype=np.int64)
+        return np.concatenate(pieces or [np.empty(0, np.uint16)]), counts
+
+    def _encode_clean(self, codes):
+        """codes (n, L), no N -> ids (n, 1 + L // 6 + L % 6): 6-mers while six letters are left, then single letters."""
+        n, L = codes.shape
+        whole = L - L % 6
+        kmers = codes[:, :whole].reshape(n, L // 6, 6) @ self._powers
+        cls = np.full((n, 1), self.cls_token_id, dtype=np.uint16)
+        return np.concatenate((cls, kmers + np.uint16(self.first_kmer), codes[:, whole:] + np.uint16(self.first_letter)), axis=1)
+
+    def _encode_one(self, codes):
+        """codes (L,) with N anywhere -> ids: the stretches between Ns each on their own, every N a token."""
+        pieces = [np.array([self.cls_token_id], dtype=np.uint16)]
+        start = 0
+        for stop in [*np.flatnonzero(codes == 4), len(codes)]:
+            pieces.append(self._encode_clean(codes[None, start:stop])[0, 1:])
+            if stop < len(codes):
+                pieces.append(np.array([self.first_letter + 4], dtype=np.uint16))
+            start = stop + 1
+        return np.concatenate(pieces)
+
+    def decode(self, ids):
+        """ids (n,) -> the letters they spell, bytes. Exact: 6-mers and letters spell the sequence, special tokens spell nothing."""
+        return b"".join([self._spelling[i] for i in ids.tolist()])
+
+
+class BPETokenizer:
+    """A hub tokenizer.json: [CLS], the merges, [SEP]; built-in padding and truncation switched off (DNABERT-S pads all to 2000).
+
+    N, like any letter outside ACGT, is [UNK], as the hub's files have it.
+    """
+
+    def __init__(self, name, path):
+        """Raises InputError for a file that is missing, not a tokenizer, or lacks [PAD], [CLS] or [SEP]."""
+        from tokenizers import Tokenizer
+
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            model = json.loads(text)["model"]
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such tokenizer file") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: not a tokenizer.json ({error})") from None
+        try:
+            self._tokenizer = Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception, and nothing else, for a file that it cannot use
+            raise InputError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.name = name
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.pad_token_id = self._tokenizer.token_to_id("[PAD]")
+        if None in (self.pad_token_id, self._tokenizer.token_to_id("[CLS]"), self._tokenizer.token_to_id("[SEP]")):
+            raise InputError(f"{path}: the vocabulary lacks [PAD], [CLS] or [SEP]")
+        self.digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()  # vocabulary and merges
+
+    def encode(self, letters, lengths):
+        """letters: bytes in ACGTN, sequences of `lengths` joined. Returns (ids joined, uint16; ids per sequence, int64)."""
+        text, ends = letters.decode("ascii"), np.cumsum(lengths)
+        encodings = self._tokenizer.encode_batch([text[end - length:end] for end, length in zip(ends.tolist(), lengths)])
+        counts = np.array([len(encoding.ids) for encoding in encodings], dtype=np.int64)
+        ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
+        return np.fromiter(ids, dtype=np.uint16, count=int(counts.sum())), counts
+
+
+def get_tokenizer(name, file=None):
+    """The tokenizer of a name in TOKENIZERS. file: a tokenizer.json for dnabert instead of the hub's.
+
+    Raises InputError for an unknown name, a bad file, or when the hub cannot be reached.
+    """
+    choose("tokenizer", name, TOKENIZERS)
+    if file is not None and name != "dnabert":
+        raise InputError(f"--tokenizer-file is for the tokenizer dnabert; {name} comes with this package")
+    if name == "nt":
+        return NTTokenizer()
+    if name == "tiny-dnabert":
+        return BPETokenizer(name, TINY_BPE)
+    return BPETokenizer(name, file or _hub_tokenizer_file())
+
+
+def _hub_tokenizer_file():
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    repository, revision = DNABERT_HUB
+    try:
+        return hf_hub_download(repository, "tokenizer.json", revision=revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
+        raise InputError(f"cannot fetch tokenizer.json of {repository} from the hub; with no network, give --tokenizer-file PATH") from None
+
+
+def train_bpe(sequences, vocab_size):
+    """A DNABERT-like BPE tokenizer trained on DNA strings, as tokenizer.json text. How taxa/assets' file was made; see its README."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    specials = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, initial_alphabet=list("ACGT"), show_progress=False)
+    tokenizer.train_from_iterator(sequences, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    return tokenizer.to_str()

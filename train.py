@@ -1,0 +1,306 @@
+"""One training run: a backbone, a strategy, a prepared dataset -> a run folder with ckpt.pt and metrics.json.
+
+  python train.py --model tiny-nt --strategy random --data demo --epochs 2
+  torchrun --nproc_per_node 4 train.py --model dnabert2 --strategy lora --r 4 --data data/bertax
+  python train.py --model nt50m --strategy freeze75 --dry-run      # what would train; builds and downloads nothing
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import prepare
+from taxa import RANKS, __version__, checkpoint
+from taxa.backbones import FAMILIES, MODELS, backbone_config, get_model
+from taxa.cli import InputError, Parser, choose, fraction, non_negative_int, positive_float, positive_int, run
+from taxa.dataset import PreparedDataset, micro_batches
+from taxa.distributed import barrier, main_first, sum_over_ranks, world
+from taxa.evaluation import run_split, summarize, table, write_tables
+from taxa.files import write_json
+from taxa.model import TaxonClassifier, sequence_losses
+from taxa.optim import adamw, cosine_rate
+from taxa.precision import PRECISIONS, autocast, set_precision
+from taxa.progress import print_line, progress
+from taxa.random_init import reinitialize
+from taxa.strategies import PROTOCOLS, STRATEGIES, inject, published_fraction, settings_from_flags, train_only, trainable_names
+from taxa.tokens import get_tokenizer
+
+DEMO = "data/demo"
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    # what is trained
+    add("--model", required=True, metavar="NAME", help=f"one of {' '.join(MODELS)}")
+    add("--strategy", required=True, metavar="NAME", help=f"one of {' '.join(STRATEGIES)}")
+    add("--protocol", choices=PROTOCOLS, default="corrected", help="published: all as the published code did it (default corrected)")
+    add("--heads", choices=("train", "frozen"), help="of lora and ia3; the published code froze them (default train)")
+    add("--r", type=positive_int, help="lora: rank (default 4)")
+    add("--lora-alpha", type=positive_float, help="lora: scaling is alpha / r (default 32)")
+    add("--lora-dropout", type=fraction, help="lora: dropout on the adapter's input (default 0.1)")
+    add("--targets", nargs="+", metavar="NAME", help="lora: Linears to adapt; ia3: Linears whose output is scaled (default: the family's)")
+    add("--feedforward-targets", nargs="+", metavar="NAME", help="ia3: Linears whose input is scaled (default: the family's)")
+    add("--freeze-fraction", type=fraction, help="freeze75: freeze at least this share of the parameters (default 0.75)")
+    # base weights
+    add("--weights", metavar="DIR", help="folder in the hub's format instead of the hub: config.json and model.safetensors or .bin")
+    add("--revision", metavar="SHA", help="of the hub's repository (default: the pinned one)")
+    # data
+    add("--data", metavar="DIR", help=f"prepared dataset, or 'demo': simulated, made in {DEMO} when it is not there")
+    add("--workers", type=non_negative_int, default=0, help="processes that load batches, per rank (default 0: in the loop)")
+    # optimisation
+    add("--epochs", type=positive_int, default=5, help="at most this many (default 5)")
+    add("--max-steps", type=positive_int, metavar="N", help="stop after this many optimizer steps")
+    add("--batch-size", type=positive_int, metavar="B", help="sequences per process and micro-batch (default: the published one)")
+    add("--accumulate", type=positive_int, default=1, metavar="N", help="micro-batches per optimizer step (default 1)")
+    add("--lr", type=positive_float, help="initial learning rate (default: the published one of the model)")
+    add("--weight-decay", type=fraction, default=0.0, help="AdamW's (default 0)")
+    add("--warmup-steps", type=non_negative_int, default=0, metavar="N", help="linear warm-up before the cosine (default 0)")
+    add("--max-grad-norm", type=positive_float, default=1.0, help="clip the gradient's norm to this (default 1.0)")
+    add("--patience", type=positive_int, default=3, metavar="EPOCHS", help="stop after this many without a better validation loss (default 3)")
+    add("--seed", type=non_negative_int, default=42, help="of heads, adapters, order and dropout (default 42)")
+    # machine
+    add("--precision", choices=PRECISIONS, default="fp32", help="of matrix products (default fp32, as published)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
+    # output
+    add("--out", metavar="DIR", help="run folder (default runs/MODEL-STRATEGY...)")
+    add("--overwrite", action="store_true", help="replace a run folder that exists")
+    add("--resume", action="store_true", help="go on from the last finished epoch of --out")
+    add("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between log lines (default 20)")
+    add("--dry-run", action="store_true", help="print as one JSON line what would train, and stop")
+    add("--num-classes", type=positive_int, nargs=len(RANKS), metavar="N", help="--dry-run: classes per rank (default 4 57 1884)")
+    args = parser.parse_args(argv)
+
+    row = get_model(args.model)
+    choose("strategy", args.strategy, STRATEGIES)
+    if args.num_classes and (args.data or not args.dry_run):
+        parser.error("--num-classes stands in for data: it goes with --dry-run, without --data")
+    if not args.data and not args.dry_run:
+        parser.error("--data is missing: a folder made by prepare.py, or demo")
+    if args.strategy == "random" and args.revision:
+        parser.error("--revision names pretrained weights; --strategy random uses none")
+    if args.weights and args.revision:
+        parser.error("--revision is of the hub's repository; --weights DIR does not come from there")
+    args.lr = args.lr or row.learning_rate
+    args.batch_size = args.batch_size or row.batch_size
+    return args
+
+
+def run_name(args, settings):
+    """Default run folder: what sets this run apart from the table's defaults."""
+    parts = [args.model, args.strategy]
+    parts += [f"r{settings['r']}"] if args.strategy == "lora" else []
+    parts += ["published"] if args.protocol == "published" else []
+    parts += ["frozen-heads"] if args.heads == "frozen" else []
+    parts += [f"seed{args.seed}"] if args.seed != 42 else []
+    return Path("runs") / "-".join(parts)
+
+
+def dry_run(args, settings):
+    """Print one JSON line: what would train. Builds on the meta device; reads no weights and downloads nothing."""
+    num_classes = args.num_classes or (4, 57, 1884)
+    if args.data:
+        num_classes = PreparedDataset(DEMO if args.data == "demo" else args.data).num_classes.values()
+    with torch.device("meta"):
+        family = FAMILIES[get_model(args.model).family]
+        classifier = TaxonClassifier(family.model(backbone_config(args.model, args.weights)), tuple(num_classes))
+        inject(classifier, settings)
+    names = trainable_names(classifier, settings)
+    sizes = {name: p.numel() for name, p in classifier.named_parameters()}
+    trainable, total = sum(sizes[name] for name in names), sum(sizes.values())
+    print(json.dumps({
+        "model": args.model, "strategy": args.strategy, "r": settings.get("r"), "heads": settings["heads"],
+        "trainable": trainable, "total": total, "fraction": trainable / total,
+        "published_fraction": published_fraction(args.model, args.strategy, tuple(num_classes), settings.get("r")), "names": names,
+    }))
+
+
+def environment(w):
+    """Versions, device and command line of this run."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    device = torch.cuda.get_device_name(w.device) if w.device.type == "cuda" else platform.processor() or platform.machine()
+    return {"taxa": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "numpy": np.__version__, "platform": platform.platform(), "device": device,
+            "processes": w.size, "threads": torch.get_num_threads(), "git_commit": git.stdout.strip() or None,
+            "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+def open_data(w, args):
+    """The prepared dataset, with the tokens of the model's tokenizer; the demo and missing tokens are made, by rank 0."""
+    tokenizer = get_model(args.model).tokenizer
+    with main_first(w):
+        if args.data == "demo":
+            args.data = DEMO
+            if w.is_main and not Path(DEMO).exists():
+                prepare.main(["--demo", "--out", DEMO])
+        data = PreparedDataset(args.data)
+        if w.is_main and not data.has_tokens(tokenizer):
+            print(f"{args.data}: adding tokens of {tokenizer}", flush=True)
+            data.add_tokens(get_tokenizer(tokenizer), progress)
+    for name in ("train", "validation", "test"):
+        if data.manifest["splits"][name] == 0:
+            raise InputError(f"{args.data}: the {name} split is empty; prepare more sequences")
+    return data
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    settings = settings_from_flags(args.model, args.strategy, args.protocol, args.heads, r=args.r, lora_alpha=args.lora_alpha,
+                                   lora_dropout=args.lora_dropout, targets=args.targets, freeze_fraction=args.freeze_fraction,
+                                   feedforward_targets=args.feedforward_targets)
+    if args.dry_run:
+        return dry_run(args, settings)
+    with world(args.device) as w:
+        return train(w, args, settings)
+
+
+def train(w, args, settings):
+    """Run the whole of it on this process; returns the test metrics."""
+    set_precision(args.precision, w.device)
+    out = Path(args.out or run_name(args, settings))
+    if out.exists() and any(out.iterdir()) and not (args.overwrite or args.resume):
+        raise InputError(f"{out} exists: give another --out, --overwrite to replace it, or --resume to go on")
+    barrier(w)  # everyone has looked before rank 0 writes
+    data = open_data(w, args)
+    tokenizer = get_model(args.model).tokenizer
+    splits = {name: data.split(name, tokenizer) for name in ("train", "validation", "test")}
+
+    # load -> re-initialise if asked -> inject -> freeze -> optimizer -> DDP
+    base = checkpoint.base_source(args.model, args.strategy, args.weights, args.revision)
+    with main_first(w):
+        backbone = checkpoint.load_base(args.model, base)
+    vocabulary = data.manifest["tokenizers"][tokenizer]["vocab_size"]
+    if vocabulary > backbone.config.vocab_size:
+        raise InputError(f"the tokenizer {tokenizer} has {vocabulary} ids, but the backbone only {backbone.config.vocab_size}")
+    if base["source"] != "none":
+        base["digest"] = checkpoint.weights_digest(backbone)
+    torch.manual_seed(args.seed)
+    model = TaxonClassifier(backbone, data.num_classes)
+    if args.strategy == "random":
+        reinitialize(model, backbone.config.initializer_range)
+    inject(model, settings)
+    names = trainable_names(model, settings)
+    train_only(model, names)
+    model.to(w.device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = adamw(parameters, args.lr, args.weight_decay)
+    ddp = DistributedDataParallel(model, device_ids=[w.device.index] if w.device.type == "cuda" else None) if w.size > 1 else model
+
+    per_step = args.batch_size * args.accumulate * w.size
+    steps_per_epoch = math.ceil(len(splits["train"]) / per_step)
+    total_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    step, first_epoch, best, bad_epochs = 0, 0, math.inf, 0
+    if args.resume:
+        last = checkpoint.read(out / "last.pt")
+        if last["args"] != vars(args) | {"resume": False}:
+            raise InputError(f"{out / 'last.pt'} is of a run with other settings: give the same ones")
+        checkpoint.load_state(model, last["state"])
+        optimizer.load_state_dict(last["optimizer"])
+        step, first_epoch, best, bad_epochs = last["step"], last["epoch"] + 1, last["best"], last["bad_epochs"]
+
+    trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
+    if w.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        if not args.resume:
+            for old in out.glob("*"):
+                if old.is_file():
+                    old.unlink()
+        write_json(out / "args.json", vars(args) | {"resume": False, "settings": settings, "base": base})
+        write_json(out / "environment.json", environment(w))
+        if base["source"] == "seed":
+            print(f"{args.model} has no published weights: the backbone starts from random weights of seed {base['seed']}; "
+                  "--weights DIR loads others")
+        print(f"{args.model} {args.strategy}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%}), heads "
+              f"{settings['heads']}; {len(splits['train']):,} sequences, {total_steps:,} steps of {per_step}; run folder {out}", flush=True)
+    barrier(w)
+
+    def log(entry):
+        """Print the entry and append it to log.jsonl: the line printed is the line logged."""
+        if w.is_main:
+            line = json.dumps(entry)
+            with open(out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            print_line(line)
+
+    for epoch in range(first_epoch, args.epochs):
+        model.train()
+        torch.manual_seed((args.seed * 1_000_003 + epoch) * 1_009 + w.rank)  # dropout: another stream per epoch and process
+        plan = micro_batches(len(splits["train"]), args.seed, epoch, args.batch_size, args.accumulate, w.rank, w.size)
+        plan = plan[: total_steps - step]
+        loader = iter(DataLoader(splits["train"], batch_size=None, sampler=[rows for micros, _ in plan for rows, _ in micros],
+                                 num_workers=args.workers, pin_memory=w.device.type == "cuda"))
+        since, loss_sum, seen = time.perf_counter(), torch.zeros((), dtype=torch.float64, device=w.device), 0
+        for micros, count in (bar := progress(plan, f"epoch {epoch + 1}/{args.epochs}", unit="seq", unit_scale=per_step)):
+            # ---------------------------------------------------------------- a single training step
+            rate = cosine_rate(step, total_steps, args.lr, args.warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            for i, (_, weight) in enumerate(micros):
+                batch = {name: tensor.to(w.device, non_blocking=True) for name, tensor in next(loader).items()}
+                last_micro = i == len(micros) - 1
+                with contextlib.nullcontext() if last_micro or w.size == 1 else ddp.no_sync():
+                    with autocast(w.device, args.precision):
+                        logits = ddp(batch["input_ids"], batch["attention_mask"])
+                    loss = sequence_losses(logits, batch["labels"]).sum() * weight
+                    (loss * w.size / count).backward()  # DDP averages over processes: the gradient is that of the mean over `count`
+                loss_sum += loss.detach().double()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            # -----------------------------------------------------------------------------------------
+            step, seen = step + 1, seen + count
+            if step % args.log_every == 0 or step == total_steps:
+                loss_of_all = float(sum_over_ranks(w, loss_sum)) / seen
+                now = time.perf_counter()
+                log({"epoch": epoch + 1, "step": step, "steps": total_steps, "loss": round(loss_of_all, 5), "lr": rate,
+                     "grad_norm": round(float(norm), 4), "sequences_per_s": round(seen / (now - since), 2)})
+                since, loss_sum, seen = now, torch.zeros_like(loss_sum), 0
+
+        outcome = run_split(w, model, splits["validation"], args.batch_size, args.precision, args.workers)
+        metrics = summarize("validation", outcome, data.num_classes)
+        log({"epoch": epoch + 1, "step": step, "validation_loss": metrics["loss"],
+             "balanced_accuracy": {rank: round(m["balanced_accuracy"], 4) for rank, m in metrics["ranks"].items()}})
+        if not math.isfinite(metrics["loss"]):
+            raise InputError(f"the validation loss is {metrics['loss']} after epoch {epoch + 1}: try a lower --lr than {args.lr}")
+        best, bad_epochs = (metrics["loss"], 0) if metrics["loss"] < best else (best, bad_epochs + 1)
+        if w.is_main:
+            state = checkpoint.changed_state(model, names)
+            if bad_epochs == 0:
+                checkpoint.save(out / "ckpt.pt", {
+                    "model": args.model, "config": backbone.config.to_dict(), "base": base, "settings": settings, "state": state,
+                    "classes": data.classes, "data": {"folder": str(data.folder.resolve()), "digest": data.digest},
+                    "tokenizer": {"name": tokenizer, **data.manifest["tokenizers"][tokenizer]},
+                    "precision": args.precision, "batch_size": args.batch_size, "epoch": epoch + 1, "metrics": metrics})
+            checkpoint.save(out / "last.pt", {
+                "args": vars(args) | {"resume": False}, "state": state, "optimizer": optimizer.state_dict(), "step": step,
+                "epoch": epoch, "best": best, "bad_epochs": bad_epochs})
+        if bad_epochs == args.patience or step == total_steps:
+            break
+
+    # the best checkpoint, restored and tested
+    barrier(w)
+    content = checkpoint.read(out / "ckpt.pt")
+    checkpoint.load_state(model, content["state"])
+    outcome = run_split(w, model, splits["test"], args.batch_size, args.precision, args.workers)
+    metrics = summarize("test", outcome, data.num_classes)
+    if w.is_main:
+        write_tables(out, metrics, outcome, data.classes)
+        print(f"best epoch {content['epoch']}, validation loss {content['metrics']['loss']:.4f}; {out / 'ckpt.pt'}")
+        print(table(metrics), flush=True)
+    return metrics
+
+
+if __name__ == "__main__":
+    run(main)
