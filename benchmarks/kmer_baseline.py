@@ -1,0 +1,89 @@
+"""What a bag of 6-mers reaches: the yardstick that a trained network has to beat.
+
+  python benchmarks/kmer_baseline.py --data data/bertax --epochs 2
+
+One linear layer per rank on the counts of all overlapping 6-mers of a sequence (square root, unit length), trained by AdamW with a cosine
+rate for the given epochs on the train split; the learning rate with the best validation loss is tested. Prints the same table as
+evaluate.py and one JSON line.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from taxa.cli import Parser, positive_float, positive_int, run  # noqa: E402
+from taxa.dataset import PreparedDataset  # noqa: E402
+from taxa.evaluation import Outcome, summarize, table  # noqa: E402
+from taxa.model import sequence_losses  # noqa: E402
+from taxa.optim import adamw, cosine_rate  # noqa: E402
+from taxa.tokens import NTTokenizer  # noqa: E402
+
+
+def kmer_counts(split):
+    """(N, 4096) float32: overlapping 6-mer counts of every sequence, square root, scaled to length 1. A 6-mer with an N is left out."""
+    nt = NTTokenizer()
+    features = np.zeros((len(split), 4**6), dtype=np.float32)
+    code = np.full(256, -1, dtype=np.int64)
+    code[np.frombuffer(b"ATCG", dtype=np.uint8)] = range(4)
+    for i in range(len(split)):
+        letters = code[np.frombuffer(nt.decode(split.tokens(i)), dtype=np.uint8)]
+        windows = np.lib.stride_tricks.sliding_window_view(letters, 6)
+        windows = windows[(windows >= 0).all(axis=1)]
+        features[i] = np.bincount(windows @ 4 ** np.arange(5, -1, -1), minlength=4**6)
+    features = np.sqrt(features)
+    return torch.from_numpy(features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-9))
+
+
+def fit(data, features, labels, epochs, lr, batch_size=32, seed=42):
+    """Train one linear layer per rank; returns it as a ModuleDict."""
+    torch.manual_seed(seed)
+    heads = torch.nn.ModuleDict({rank: torch.nn.Linear(4**6, C) for rank, C in data.num_classes.items()})
+    optimizer, step = adamw(heads.parameters(), lr), 0
+    total = epochs * -(-len(features) // batch_size)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(features)).split(batch_size):
+            optimizer.param_groups[0]["lr"] = cosine_rate(step, total, lr)
+            loss = sequence_losses({rank: head(features[rows]) for rank, head in heads.items()}, labels[rows]).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    return heads
+
+
+@torch.no_grad()
+def score(heads, features, labels):
+    """The Outcome of the heads on one split."""
+    logits = {rank: head(features) for rank, head in heads.items()}
+    predicted = torch.stack([z.argmax(dim=1) for z in logits.values()], dim=1)
+    return Outcome(float(sequence_losses(logits, labels).mean()), labels.numpy(), predicted.numpy())
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--data", required=True, metavar="DIR", help="prepared dataset")
+    parser.add_argument("--epochs", type=positive_int, default=2, help="passes over the train split (default 2)")
+    parser.add_argument("--lr", type=positive_float, nargs="+", default=[0.01, 0.03, 0.1], help="tried, best validation loss wins")
+    args = parser.parse_args(argv)
+    data = PreparedDataset(args.data)
+    splits = {name: data.split(name, "nt") for name in ("train", "validation", "test")}
+    features = {name: kmer_counts(split) for name, split in splits.items()}
+    labels = {name: torch.from_numpy(split.labels.astype(np.int64)) for name, split in splits.items()}
+    tried = {}
+    for lr in args.lr:
+        heads = fit(data, features["train"], labels["train"], args.epochs, lr)
+        tried[lr] = (score(heads, features["validation"], labels["validation"]).loss, heads)
+    lr = min(tried, key=lambda lr: tried[lr][0])
+    metrics = summarize("test", score(tried[lr][1], features["test"], labels["test"]), data.num_classes)
+    print(table(metrics))
+    print(json.dumps({"baseline": "bag of 6-mers", "epochs": args.epochs, "lr": lr, **metrics}))
+    return metrics
+
+
+if __name__ == "__main__":
+    run(main)

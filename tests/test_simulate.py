@@ -1,0 +1,176 @@
+"""The simulated corpus: its layout is NCBI's and BERTax's, its bytes are fixed, its levels are graded."""
+
+import hashlib
+import itertools
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from taxa import simulate
+from taxa.cli import InputError
+
+NAMES = ["Archaea_db.fa", "Bacteria_db.fa", "Eukaryota_db.fa", "Viruses_db.fa"]
+SPECIES = simulate.species()
+# of simulate(sequences=200, seed=0): the four FASTA files and the dump, one after the other
+PINNED = "aa7336fc6d32b720918813a46198c696d6dbbba019c2f527d2b52c38f7d50178"
+
+
+def read_bytes(paths):
+    return b"".join(path.read_bytes() for path in (*paths["fasta"], paths["taxdump"]))
+
+
+def read_dump(path):
+    """{member: [[field, ...], ...]} of a dump, by the separators NCBI documents."""
+    with zipfile.ZipFile(path) as archive:
+        texts = {name: archive.read(name).decode() for name in archive.namelist()}
+    assert all(line.endswith("\t|") for text in texts.values() for line in text.splitlines())
+    return {name: [line[:-2].split("\t|\t") for line in text.splitlines()] for name, text in texts.items()}
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, "-m", "taxa.simulate", *arguments], capture_output=True, text=True,
+                          cwd=Path(__file__).parents[1], check=False)
+
+
+def test_tree_has_the_promised_size_and_unique_ids():
+    assert len(simulate.TREE) == 4
+    assert len({phylum for _, phylum, _, _ in SPECIES}) >= 16
+    assert len({genus for _, _, genus, _ in SPECIES}) == len(SPECIES) >= 48
+    nodes = {simulate.ROOT, simulate.CELLULAR}.union(*SPECIES)
+    assert len({taxid for taxid, _ in nodes}) == len({name for _, name in nodes}) == len(nodes)
+    assert {new for _, new in simulate.MERGED} <= {taxid for taxid, _ in nodes}
+    assert not {old for old, _ in simulate.MERGED} & {taxid for taxid, _ in nodes}
+
+
+def test_dump_reads_as_ncbi_and_every_species_reaches_the_three_ranks(tmp_path):
+    simulate.write_taxdump(tmp_path / "dump.zip")
+    dump = read_dump(tmp_path / "dump.zip")
+    assert list(dump) == ["nodes.dmp", "names.dmp", "merged.dmp", "delnodes.dmp"]
+    assert {len(row) for row in dump["nodes.dmp"]} == {13}
+    assert {len(row) for row in dump["names.dmp"]} == {4}
+    assert dump["merged.dmp"] == [["31968", "1239"], ["325213", "1280"]]
+    assert dump["delnodes.dmp"] == []
+    parent = {int(row[0]): int(row[1]) for row in dump["nodes.dmp"]}
+    rank = {int(row[0]): row[2] for row in dump["nodes.dmp"]}
+    name = {int(row[0]): row[1] for row in dump["names.dmp"] if row[3] == "scientific name"}
+    assert parent.keys() == rank.keys() == name.keys()
+    for lineage in SPECIES:
+        taxid, found = lineage[-1][0], {}
+        while taxid != 1:
+            found[rank[taxid]] = (taxid, name[taxid])
+            taxid = parent[taxid]
+        found.pop("no rank", None)
+        assert found == dict(zip(("superkingdom", "phylum", "genus", "species"), lineage))
+
+
+@pytest.mark.parametrize("sequences", [len(SPECIES), 199, 2000, 8000, 5_180_000])
+def test_counts_sum_and_leave_no_genus_out(sequences):
+    counts = simulate.counts(sequences)
+    assert sum(counts) == sequences and len(counts) == len(SPECIES)
+    assert min(counts) >= (20 if sequences >= 2000 else 1)
+    if sequences > 10 ** 6:
+        for superkingdom in simulate.TREE:
+            total = sum(count for count, lineage in zip(counts, SPECIES) if lineage[0] == superkingdom)
+            assert total / sequences == pytest.approx(simulate.SHARE[superkingdom[1]] / 100, abs=0.001)
+
+
+def test_records_are_bertax_records(tmp_path):
+    done = []
+    paths = simulate.simulate(tmp_path / "new" / "folder", sequences=300, progress=done.append)
+    assert sum(done) == 300
+    assert [path.name for path in paths["fasta"]] == NAMES
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [*NAMES, "taxdmp_simulated.zip"]
+    found = {}
+    for superkingdom, path in zip(simulate.TREE, paths["fasta"]):
+        text = path.read_bytes().decode("ascii")
+        assert text.endswith("\n") and "\r" not in text
+        lines = text.splitlines()
+        of_file = {lineage[-1][0] for lineage in SPECIES if lineage[0] == superkingdom}
+        for index, (header, letters) in enumerate(zip(lines[::2], lines[1::2])):
+            assert header[0] == ">"
+            taxid, number = map(int, header[1:].split(" "))
+            assert number == index and taxid in of_file
+            assert len(letters) == 1500 and set(letters) == set("ACGT")
+            found[taxid] = found.get(taxid, 0) + 1
+    assert found == {lineage[-1][0]: count for lineage, count in zip(SPECIES, simulate.counts(300))}
+
+
+def test_bytes_are_pinned_and_depend_on_the_seed_but_not_on_the_chunk(tmp_path, monkeypatch):
+    first = read_bytes(simulate.simulate(tmp_path / "a", sequences=200, seed=0))
+    assert hashlib.sha256(first).hexdigest() == PINNED
+    odd = read_bytes(simulate.simulate(tmp_path / "odd", sequences=200, seed=0, length=151))
+    monkeypatch.setattr(simulate, "CHUNK", 7)
+    assert read_bytes(simulate.simulate(tmp_path / "b", sequences=200, seed=0)) == first
+    assert read_bytes(simulate.simulate(tmp_path / "odd", sequences=200, seed=0, length=151)) == odd
+    assert read_bytes(simulate.simulate(tmp_path / "c", sequences=200, seed=1)) != first
+
+
+def test_fragments_follow_the_chain_of_their_species():
+    chains = simulate.thresholds(0)
+    species, length = 5, 100_000
+    letters = simulate.fragments(chains, np.array([species], dtype=np.uint8), length, np.random.RandomState(0))
+    codes = np.searchsorted(simulate.LETTERS, letters[0])
+    assert simulate.ORDER == 1
+    found = np.zeros((4, 4))
+    np.add.at(found, (codes[:-1], codes[1:]), 1)
+    rows = np.stack(chains, axis=1)[species * 4:species * 4 + 4] / 65535
+    expected = np.diff(rows, axis=1, prepend=0, append=1)
+    assert found / found.sum(axis=1, keepdims=True) == pytest.approx(expected, abs=0.015)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_relatives_are_closer_the_lower_their_common_rank(seed):
+    copies = 20
+    which = np.repeat(np.arange(len(SPECIES), dtype=np.uint8), copies)
+    letters = simulate.fragments(simulate.thresholds(seed), which, 1500, np.random.RandomState(seed))
+    codes = np.searchsorted(simulate.LETTERS, letters)
+    words = 16 * codes[:, :-2] + 4 * codes[:, 1:-1] + codes[:, 2:]
+    spectra = np.stack([np.bincount(rows.ravel(), minlength=64) / rows.size
+                        for rows in words.reshape(len(SPECIES), copies, -1)])
+    distances = {0: [], 1: [], 2: []}  # number of ranks in common: none, superkingdom, superkingdom and phylum
+    for (a, one), (b, other) in itertools.combinations(enumerate(SPECIES), 2):
+        common = sum(x == y for x, y in zip(one, other))
+        distances[common].append(np.linalg.norm(spectra[a] - spectra[b]))
+    same_phylum, same_superkingdom, apart = (np.mean(distances[common]) for common in (2, 1, 0))
+    halves = words.reshape(len(SPECIES), 2, -1)
+    noise = np.mean([np.linalg.norm(np.bincount(x, minlength=64) - np.bincount(y, minlength=64)) / len(x)
+                     for x, y in halves])
+    assert 2 * noise < same_phylum < 0.9 * same_superkingdom < 0.81 * apart
+
+
+@pytest.mark.parametrize("bad, words", [
+    ({"sequences": len(SPECIES) - 1}, "fewer than the 54 species"),
+    ({"length": simulate.ORDER}, "too short"),
+    ({"seed": -1}, "outside 0"),
+    ({"seed": 2 ** 32}, "outside 0"),
+])
+def test_bad_values_raise_and_write_nothing(tmp_path, bad, words):
+    with pytest.raises(InputError, match=words):
+        simulate.simulate(tmp_path / "out", **bad)
+    assert not (tmp_path / "out").exists()
+
+
+def test_command(tmp_path):
+    done = command("--out", str(tmp_path), "--sequences", "200", "--seed", "0")
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert [Path(line.split(": ")[0]).name for line in lines] == [*NAMES, "taxdmp_simulated.zip"]
+    assert sum(int(line.split(": ")[1].split(" sequences")[0]) for line in lines[:4]) == 200
+    written = {"fasta": [tmp_path / name for name in NAMES], "taxdump": tmp_path / "taxdmp_simulated.zip"}
+    assert hashlib.sha256(read_bytes(written)).hexdigest() == PINNED
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--sequences", "53"], "fewer than the 54 species"),
+    (["--sequences", "many"], "--sequences"),
+    (["--seed", "-1"], "--seed"),
+    (["--out", __file__], "cannot write to --out"),
+])
+def test_command_reports_bad_values_in_one_line(tmp_path, arguments, words):
+    done = command("--out", str(tmp_path / "out"), *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert words in done.stderr and done.stderr.count("\n") == 1
