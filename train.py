@@ -1,8 +1,10 @@
 """One training run: a backbone, a strategy, a prepared dataset -> a run folder with ckpt.pt and metrics.json.
 
   python train.py --model tiny-nt --strategy random --data demo --epochs 2
-  torchrun --nproc_per_node 4 train.py --model dnabert2 --strategy lora --r 4 --data data/bertax
+  torchrun --nproc_per_node 4 -- train.py --model dnabert2 --strategy lora --r 4 --data data/bertax
   python train.py --model nt50m --strategy freeze75 --dry-run      # what would train; builds and downloads nothing
+
+The "--" keeps torchrun from reading --r as a short form of its own --rdzv-id or --role (pytorch issue 120601); --lora-r needs none.
 """
 
 import contextlib
@@ -48,7 +50,7 @@ def parse_args(argv=None):
     add("--strategy", required=True, metavar="NAME", help=f"one of {' '.join(STRATEGIES)}")
     add("--protocol", choices=PROTOCOLS, default="corrected", help="published: all as the published code did it (default corrected)")
     add("--heads", choices=("train", "frozen"), help="of lora and ia3; the published code froze them (default train)")
-    add("--r", type=positive_int, help="lora: rank (default 4)")
+    add("--r", "--lora-r", type=positive_int, help="lora: rank (default 4)")
     add("--lora-alpha", type=positive_float, help="lora: scaling is alpha / r (default 32)")
     add("--lora-dropout", type=fraction, help="lora: dropout on the adapter's input (default 0.1)")
     add("--targets", nargs="+", metavar="NAME", help="lora: Linears to adapt; ia3: Linears whose output is scaled (default: the family's)")

@@ -24,7 +24,9 @@ class World(NamedTuple):
 
 @contextlib.contextmanager
 def world(device="auto"):
-    """Join the process group when torchrun started us, and leave it at the end. device: auto, cpu or cuda.
+    """Join the process group when torchrun started us, and leave it at the end; inside another world(), share that one's group.
+
+    device: auto, cpu or cuda.
 
     Raises InputError for --device cuda without CUDA.
     """
@@ -36,12 +38,13 @@ def world(device="auto"):
     device = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if size > 1:
+    joins = size > 1 and not dist.is_initialized()
+    if joins:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(rank, size, device)
     finally:
-        if size > 1:
+        if joins:
             dist.destroy_process_group()
 
 

@@ -1,0 +1,39 @@
+"""What several test files share: a small prepared corpus, and small backbones saved in the hub's format."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import prepare
+from taxa.backbones import FAMILIES, MODELS
+
+torch.set_num_threads(1)  # tensors here are too small to share, and another busy process would make sharing them far slower
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, initializer_range=0.1)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """A prepared folder of 400 simulated sequences with nt and tiny-dnabert tokens."""
+    out = tmp_path_factory.mktemp("data") / "demo"
+    prepare.main(["--demo", "--demo-sequences", "400", "--tokenizers", "nt", "tiny-dnabert", "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """{"tiny-nt": folder, "tiny-dnabert": folder}: random backbones without dropout, as the hub lays them out (prefix, unused heads)."""
+    folders = {}
+    for name in ("tiny-nt", "tiny-dnabert"):
+        family = FAMILIES[MODELS[name].family]
+        sizes = SMALL | ({"vocab_size": 1024, "hidden_dropout_prob": 0.0} if name == "tiny-dnabert" else {})
+        torch.manual_seed(7)
+        backbone = family.model(family.config(**sizes))
+        state = {f"{backbone.base_model_prefix}.{key}": torch.randn_like(p) * 0.1 for key, p in backbone.state_dict().items()}
+        state |= {"lm_head.bias": torch.zeros(4107)} if name == "tiny-nt" else {"cls.predictions.bias": torch.zeros(1024)}
+        folder = tmp_path_factory.mktemp(name)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(backbone.config.to_dict() | {"model_type": family.config.model_type}))
+        folders[name] = folder
+    return folders

@@ -1,0 +1,546 @@
+"""prepare.py end to end: every number in the folder is derived again from the FASTA; wrong input leaves nothing."""
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import prepare
+from taxa import RANKS, simulate
+from taxa.cli import InputError
+from taxa.dataset import PreparedDataset
+from taxa.files import sha256
+from taxa.splits import SPLITS, split_by_genus
+from taxa.tokens import NTTokenizer, TINY_BPE, get_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+SIMULATED = {lineage[-1][0]: tuple(taxid for taxid, _ in lineage[:3]) for lineage in simulate.species()}
+SIMULATED_NAMES = {taxid: name for lineage in simulate.species() for taxid, name in lineage}
+NT = NTTokenizer()
+NAIVE_IDS = {entry: i for i, entry in enumerate(NT.vocabulary)}
+TO_ACGTN = bytes(x if chr(x) in "ACGT" else ord("N") for x in range(256))
+
+
+# what is expected, naively
+
+def naive_records(path):
+    """[(taxid, letters)] of a FASTA file."""
+    records = []
+    for line in path.read_text().splitlines():
+        if line.startswith(">"):
+            records.append((int(line[1:].split()[0]), []))
+        else:
+            records[-1][1].append(line)
+    return [(taxid, "".join(lines)) for taxid, lines in records]
+
+
+def naive_tokens(sequence):
+    """Nucleotide Transformer's rule: six letters where none is N, else one."""
+    ids, i = [3], 0
+    while i < len(sequence):
+        step = 6 if i + 6 <= len(sequence) and "N" not in sequence[i:i + 6] else 1
+        ids.append(NAIVE_IDS[sequence[i:i + step]])
+        i += step
+    return ids
+
+
+def naive_rows(fastas, lineages, length=1500):
+    """[(file number, record number, taxid, lineage, letters)] of what is kept; length None: any but 0."""
+    return [(number, i, taxid, lineages[taxid], "".join(x if x in "ACGT" else "N" for x in letters.upper()))
+            for number, path in enumerate(fastas) for i, (taxid, letters) in enumerate(naive_records(path))
+            if taxid in lineages and (len(letters) == length or (length is None and letters))]
+
+
+def check_folder(out, fastas, lineages, names, length=1500, seed=42, test=0.02, validation=0.1):
+    """Everything in a prepared folder against naive_rows. Returns the manifest."""
+    data = PreparedDataset(out)
+    rows = naive_rows(fastas, lineages, length)
+    tables = [sorted({row[3][rank] for row in rows}) for rank in range(3)]
+    assert data.classes == {rank: [{"taxid": taxid, "name": names[taxid]} for taxid in table]
+                            for rank, table in zip(RANKS, tables)}
+    labels = [[table.index(taxid) for table, taxid in zip(tables, row[3])] for row in rows]
+    split = split_by_genus([label[2] for label in labels], seed, test, validation)
+    for number, name in enumerate(SPLITS):
+        mine = np.flatnonzero(split == number).tolist()
+        records = np.load(out / name / "records.npy")
+        assert records.tolist() == [rows[i][:3] for i in mine]
+        assert records.dtype.names == ("source", "record", "taxid")
+        tokens = data.split(name, "nt")
+        assert tokens.labels.tolist() == [labels[i] for i in mine] and tokens.labels.dtype == np.uint16
+        assert [tokens.tokens(i).tolist() for i in range(len(tokens))] == [naive_tokens(rows[i][4]) for i in mine]
+        assert data.manifest["splits"][name] == len(mine)
+    manifest = data.manifest
+    assert manifest["sequences"] == len(rows) == sum(manifest["splits"].values())
+    of_superkingdom = {names[taxid]: sum(row[3][0] == taxid for row in rows) for taxid in tables[0]}
+    assert manifest["superkingdoms"] == of_superkingdom
+    for source, path in zip(manifest["sources"], fastas):
+        assert (source["file"], source["bytes"], source["sha256"]) == (path.name, path.stat().st_size, sha256(path))
+        assert source["sequences"] == len(naive_records(path))
+    return manifest
+
+
+# input
+
+def tree(folder):
+    """{relative path: bytes of a file, None of a folder} of everything in a folder, hidden files too."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+            for path in Path(folder).rglob("*")}
+
+
+def run_main(*arguments):
+    prepare.main([str(argument) for argument in arguments])
+
+
+def row(*fields):
+    return "\t|\t".join(map(str, fields)) + "\t|\n"
+
+
+NODES = [(1, 1, "no rank", "root"), (2, 1, "domain", "Bacteria"), (10239, 1, "acellular root", "Viruses"),
+         (20, 2, "phylum", "P"), (21, 20, "genus", "'G one'"), (22, 21, "species", "s"), (23, 20, "genus", "G two"),
+         (30, 10239, "phylum", "V"), (31, 30, "genus", "W"), (40, 2, "genus", "no phylum"),
+         (50, 20, "family", "no genus"), (60, 1, "no rank", "no superkingdom")]
+LINEAGES = {22: (2, 20, 21), 21: (2, 20, 21), 23: (2, 20, 23), 31: (10239, 30, 31), 99: (2, 20, 23)}  # 99 is now 23
+NAMES = {taxid: name for taxid, _, _, name in NODES}
+
+
+def write_dump(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("nodes.dmp", "".join(row(*node[:3], "", 0) for node in NODES))
+        archive.writestr("names.dmp", "".join(row(taxid, name, "", "scientific name") for taxid, _, _, name in NODES))
+        archive.writestr("merged.dmp", row(99, 23))
+        archive.writestr("delnodes.dmp", row(98))
+    return path
+
+
+def write_fasta(path, records, width=None):
+    """records: (taxid, letters)."""
+    lines, width = [], width or 10 ** 9
+    for i, (taxid, letters) in enumerate(records):
+        lines += [f">{taxid} {i}", *(letters[k:k + width] for k in range(0, len(letters), width))]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def random_letters(n, seed, alphabet="ACGT"):
+    return "".join(np.random.RandomState(seed).choice(list(alphabet), n))
+
+
+def simulated_arguments(folder):
+    return ["--fasta", *(folder / f"{name}_db.fa" for name in ("Archaea", "Bacteria", "Eukaryota", "Viruses")),
+            "--taxdump", folder / "taxdmp_simulated.zip"]
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """A folder with 600 simulated sequences and their dump."""
+    folder = tmp_path_factory.mktemp("simulated")
+    simulate.simulate(folder, 600, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(simulated, tmp_path_factory):
+    """The folder that prepare.py makes of them. For reading only."""
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    run_main(*simulated_arguments(simulated), "--out", out)
+    return out
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Two FASTA files of 30 letters a record and a dump; every reason to drop a record is in them."""
+    taxids = [22] * 9 + [21] * 3 + [23] * 2 + [99] * 3 + [31]
+    good = [(taxid, random_letters(30, 100 + i)) for i, taxid in enumerate(taxids)]
+    bad = [(40, "A" * 30), (50, "C" * 30), (60, "G" * 30), (98, "T" * 30), (98, "A" * 30), (97, "C" * 30),
+           (22, "A" * 29), (97, "ACGT"), (22, "A" * 31), (50, "A" * 30), (22, "")]
+    mixed = [record for i in range(max(len(good), len(bad))) for record in (*bad[i:i + 1], *good[i:i + 1])]
+    fastas = [write_fasta(tmp_path / "one.fa", mixed), write_fasta(tmp_path / "two.fa", [
+        (31, random_letters(30, 1, "ACGTacgtNnRYk")), (31, "ACGTN" * 6), (40, "A" * 30), (31, "acgtu" * 6)])]
+    return fastas, write_dump(tmp_path / "dump.zip")
+
+
+def small_arguments(small, *more):
+    return ["--fasta", *small[0], "--taxdump", small[1], "--length", 30, *more]
+
+
+# the folder
+
+def test_every_number_of_the_simulated_corpus(simulated, prepared):
+    fastas = simulated_arguments(simulated)[1:5]
+    manifest = check_folder(prepared, fastas, SIMULATED, SIMULATED_NAMES)
+    assert manifest["sequences"] == 600 and manifest["dropped"] == []
+    assert [len(manifest["classes"][rank]) for rank in RANKS] == [4, 18, 54]
+    assert manifest["settings"] == {"length": 1500, "test": 0.02, "validation": 0.1, "seed": 42}
+    dump = simulated / "taxdmp_simulated.zip"
+    assert manifest["taxdump"] == {"file": dump.name, "date": "2024-12-01", "sha256": sha256(dump)}
+
+
+def test_two_runs_give_identical_bytes_wherever_the_input_lies(simulated, prepared, tmp_path, monkeypatch):
+    expected = tree(prepared)
+    assert sorted(expected) == sorted(["manifest.json", *SPLITS, *(f"{split}/{name}" for split in SPLITS for name in (
+        "labels.npy", "records.npy", "nt.npy", "nt.bin"))])
+    run_main(*simulated_arguments(simulated), "--out", tmp_path / "again")
+    assert tree(tmp_path / "again") == expected
+    for path in simulated.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    run_main(*simulated_arguments(Path()), "--out", "relative/deep")
+    assert tree(tmp_path / "relative" / "deep") == expected
+
+
+def test_another_seed_splits_otherwise_and_changes_the_digest(simulated, prepared, tmp_path):
+    arguments = simulated_arguments(simulated)
+    run_main(*arguments, "--out", tmp_path / "out", "--seed", 7, "--test", 0.1, "--validation", 0.2)
+    manifest = check_folder(tmp_path / "out", arguments[1:5], SIMULATED, SIMULATED_NAMES, seed=7, test=0.1,
+                            validation=0.2)
+    assert manifest["digest"] != PreparedDataset(prepared).digest
+    assert manifest["settings"] == {"length": 1500, "test": 0.1, "validation": 0.2, "seed": 7}
+
+
+def test_zip_and_tar_of_a_dump_differ_in_the_manifests_taxdump_only(simulated, prepared, tmp_path):
+    dump = tmp_path / "dump.tar.gz"
+    with zipfile.ZipFile(simulated / "taxdmp_simulated.zip") as archive, tarfile.open(dump, "w:gz") as tar:
+        for name in archive.namelist():
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = archive.getinfo(name).file_size, 1733000000
+            tar.addfile(info, io.BytesIO(archive.read(name)))
+    run_main(*simulated_arguments(simulated)[:-1], dump, "--out", tmp_path / "out")
+    one, other = tree(prepared), tree(tmp_path / "out")
+    manifests = [json.loads(files.pop("manifest.json")) for files in (one, other)]
+    assert one == other
+    assert manifests[1].pop("taxdump") == {"file": "dump.tar.gz", "date": "2024-11-30", "sha256": sha256(dump)}
+    del manifests[0]["taxdump"]
+    assert manifests[0] == manifests[1]
+
+
+def test_layout_of_the_fasta_does_not_change_the_digest(simulated, prepared, tmp_path):
+    for i, path in enumerate(simulated_arguments(simulated)[1:5]):
+        records = naive_records(path)
+        out = write_fasta(tmp_path / path.name, [(taxid, letters.lower()) for taxid, letters in records], width=60 + i)
+        if i % 2:
+            out.write_bytes(gzip.compress(out.read_bytes().replace(b"\n", b"\r\n")))
+    fastas = [tmp_path / path.name for path in simulated_arguments(simulated)[1:5]]
+    run_main("--fasta", *fastas, "--taxdump", simulated / "taxdmp_simulated.zip", "--out", tmp_path / "out")
+    data = PreparedDataset(tmp_path / "out")
+    assert data.digest == PreparedDataset(prepared).digest
+    assert [source["sha256"] for source in data.manifest["sources"]] == [sha256(path) for path in fastas]
+
+
+def test_demo_is_the_simulated_corpus_prepared(tmp_path):
+    for name in ("a", "b"):
+        run_main("--demo", "--demo-sequences", 120, "--seed", 3, "--out", tmp_path / name)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    simulate.simulate(tmp_path / "source", 120, seed=3)
+    assert tree(tmp_path / "a" / "source") == tree(tmp_path / "source")
+    check_folder(tmp_path / "a", simulated_arguments(tmp_path / "source")[1:5], SIMULATED, SIMULATED_NAMES, seed=3)
+
+
+def naive_drops(fastas, length):
+    """The drop report, one record at a time. length None: any but 0."""
+    reasons = {40: "no phylum", 50: "no genus", 60: "no superkingdom", 98: "deleted taxid", 97: "unknown taxid"}
+    found = {}
+    for path in fastas:
+        for taxid, letters in naive_records(path):
+            if (not letters) if length is None else len(letters) != length:
+                reason = "no letters" if length is None else f"length is not {length}"
+            elif taxid in reasons:
+                reason = reasons[taxid]
+            else:
+                continue
+            found.setdefault((path.name, reason), []).append(taxid)
+    return [{"file": file, "reason": reason, "sequences": len(taxids), "taxids": len(set(taxids))}
+            for (file, reason), taxids in found.items()]
+
+
+def by_file_and_reason(rows):
+    return sorted(rows, key=lambda row: (row["file"], row["reason"]))
+
+
+@pytest.mark.parametrize("any_length", [False, True])
+def test_what_is_dropped_is_counted_by_file_and_reason(small, tmp_path, capsys, any_length):
+    length = None if any_length else 30
+    run_main(*small_arguments(small, "--out", tmp_path / "out"), *["--any-length"] * any_length)
+    manifest = check_folder(tmp_path / "out", small[0], LINEAGES, NAMES, length)
+    expected = naive_drops(small[0], length)
+    assert len(expected) == 7 and by_file_and_reason(manifest["dropped"]) == by_file_and_reason(expected)
+    assert manifest["settings"]["length"] == length
+    total = sum(len(naive_records(path)) for path in small[0])
+    assert manifest["sequences"] + sum(row["sequences"] for row in expected) == total
+    printed = capsys.readouterr().out
+    assert f"kept {manifest['sequences']} of {total} sequences" in printed
+    for line in expected:
+        pattern = f"{line['sequences']} sequences of {line['taxids']} taxids in {line['file']}: {line['reason']}"
+        assert pattern in " ".join(printed.split())
+
+
+def test_other_letters_are_counted_by_file(small, tmp_path, capsys):
+    run_main(*small_arguments(small, "--out", tmp_path / "out"))
+    counted = [source["letters_changed_to_N"] for source in PreparedDataset(tmp_path / "out").manifest["sources"]]
+    wrong = [x for _, letters in naive_records(small[0][1]) for x in letters if x.upper() not in "ACGTN"]
+    assert counted == [0, len(wrong)] and set("RYku") <= set(wrong)
+    assert f"two.fa: {len(wrong)} letters outside ACGTN became N" in capsys.readouterr().out
+
+
+def test_a_single_sequence_is_a_dataset(tmp_path):
+    fasta = write_fasta(tmp_path / "x.fa", [(22, "ACGTN")])
+    run_main("--fasta", fasta, "--taxdump", write_dump(tmp_path / "d.zip"), "--any-length", "--out", tmp_path / "out",
+             "--tokenizers", "tiny-dnabert")
+    check_folder(tmp_path / "out", [fasta], LINEAGES, NAMES, None)
+    data = PreparedDataset(tmp_path / "out")
+    assert data.split("train", "tiny-dnabert")[[0]]["labels"].tolist() == [[0, 0, 0]]
+    assert [len(data.split(split, "nt")) for split in SPLITS] == [1, 0, 0]
+
+
+def test_more_files_than_a_byte_can_count(tmp_path):
+    fastas = [write_fasta(tmp_path / f"{i}.fa", [(22 if i % 2 else 31, random_letters(12, i))]) for i in range(258)]
+    dump = write_dump(tmp_path / "d.zip")
+    try:
+        run_main("--fasta", *fastas, "--taxdump", dump, "--any-length", "--out", tmp_path / "out")
+    except InputError as refused:
+        assert "files" in str(refused)
+    else:
+        check_folder(tmp_path / "out", fastas, LINEAGES, NAMES, None)
+
+
+def test_tokens_made_at_once_and_added_later_are_the_same(simulated, prepared, tmp_path):
+    run_main(*simulated_arguments(simulated), "--out", tmp_path / "once", "--tokenizers", "nt", "tiny-dnabert")
+    run_main(*simulated_arguments(simulated), "--out", tmp_path / "later")
+    run_main("--add-tokens", "tiny-dnabert", "--out", tmp_path / "later")
+    assert tree(tmp_path / "once") == tree(tmp_path / "later")
+    data = PreparedDataset(tmp_path / "once")
+    assert data.digest == PreparedDataset(prepared).digest
+    tokenizer, fastas = get_tokenizer("tiny-dnabert"), simulated_arguments(simulated)[1:5]
+    for split in SPLITS:
+        tokens = data.split(split, "tiny-dnabert")
+        for i, (source, record, _) in enumerate(np.load(tmp_path / "once" / split / "records.npy").tolist()[:20]):
+            letters = fastas[source].read_bytes().splitlines()[2 * record + 1]
+            assert tokens.tokens(i).tolist() == tokenizer.encode(letters, [len(letters)])[0].tolist()
+
+
+def test_adding_tokens_again_needs_overwrite(small, tmp_path):
+    run_main(*small_arguments(small, "--out", tmp_path / "out", "--tokenizers", "tiny-dnabert"))
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match="out has tokens of tiny-dnabert already; --overwrite"):
+        run_main("--add-tokens", "tiny-dnabert", "--out", tmp_path / "out")
+    assert tree(tmp_path) == before
+    run_main("--add-tokens", "tiny-dnabert", "--out", tmp_path / "out", "--overwrite")
+    assert tree(tmp_path) == before
+
+
+def test_tokenizer_file_is_used_for_dnabert(small, tmp_path):
+    run_main(*small_arguments(small, "--out", tmp_path / "out"), "--tokenizers", "dnabert", "--tokenizer-file", TINY_BPE)
+    data, tiny = PreparedDataset(tmp_path / "out"), get_tokenizer("tiny-dnabert")
+    assert data.manifest["tokenizers"]["dnabert"]["digest"] == tiny.digest
+    letters = NT.decode(data.split("train", "nt").tokens(0))
+    assert data.split("train", "dnabert").tokens(0).tolist() == tiny.encode(letters, [30])[0].tolist()
+
+
+# nothing half written
+
+@pytest.mark.parametrize("step", ["index_fasta", "label_taxids", "split_by_genus", "normalize", "write_manifest"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_run_that_fails_leaves_nothing_and_keeps_the_old_folder(small, tmp_path, monkeypatch, step, error):
+    run_main(*small_arguments(small, "--out", tmp_path / "old"))
+    before = tree(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(prepare, step, fail)
+    for arguments in (["--out", tmp_path / "new"], ["--out", tmp_path / "old", "--overwrite"]):
+        with pytest.raises((KeyboardInterrupt, OSError, InputError)):
+            run_main(*small_arguments(small, *arguments, "--tokenizers", "tiny-dnabert"))
+        assert tree(tmp_path) == before
+
+
+def test_overwrite_replaces_all_of_the_old_folder(small, tmp_path):
+    run_main(*small_arguments(small, "--out", tmp_path / "out", "--tokenizers", "tiny-dnabert"))
+    run_main(*small_arguments(small, "--out", tmp_path / "fresh", "--seed", 1))
+    run_main(*small_arguments(small, "--out", tmp_path / "out", "--seed", 1, "--overwrite"))
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dump.zip", "fresh", "one.fa", "out", "two.fa"]
+
+
+# wrong input: {path} is the folder of the input below
+
+GOOD = "--fasta {path}/good.fa --taxdump {path}/dump.zip --any-length --out {path}/out"
+OLD = "--fasta {path}/good.fa --taxdump {path}/dump.zip --any-length --out {path}/old"
+FILE = " --tokenizer-file {path}/"
+WRONG = {
+    "no arguments": ("", "--out"),
+    "only --out": ("--out {path}/out", "give either --fasta and --taxdump, or --demo, or --add-tokens"),
+    "--demo and --fasta": (GOOD + " --demo", "give either"),
+    "no dump": ("--fasta {path}/good.fa --out {path}/out", "--fasta and --taxdump go together"),
+    "--demo and --taxdump": ("--demo --taxdump {path}/dump.zip --out {path}/out", "--fasta and --taxdump go together"),
+    "a flag that is not one": (GOOD + " --tokeniser nt", "--tokeniser"),
+    "an abbreviation": (GOOD + " --any", "--any"),
+    "a missing FASTA": (GOOD + " --fasta {path}/good.fa {path}/missing.fa", "missing.fa: no such file"),
+    "a folder as FASTA": (GOOD + " --fasta {path}/old", "old: no such file"),
+    "an empty FASTA": (GOOD + " --fasta {path}/good.fa {path}/empty.fa", "empty.fa: the file is empty"),
+    "prose as FASTA": (GOOD + " --fasta {path}/prose.fa", "prose.fa: not a FASTA file"),
+    "bzip2 by its name": (GOOD + " --fasta {path}/x.fa.bz2", "x.fa.bz2"),
+    "truncated gzip": (GOOD + " --fasta {path}/cut.fa.gz", "cut.fa.gz: the gzip file is damaged"),
+    "an accession for a taxid": (GOOD + " --fasta {path}/accession.fa", "accession.fa: record 2 '>NC_1'.*taxid"),
+    "a zero taxid": (GOOD + " --fasta {path}/zero.fa", "zero.fa: record 2 '>0'"),
+    "protein": (GOOD + " --fasta {path}/good.fa {path}/protein.fa", "protein.fa: record 3 '>31'.*protein"),
+    "unequal lines": (GOOD + " --fasta {path}/unequal.fa", "unequal.fa: not a FASTA file"),
+    "two files of one name": (GOOD + " --fasta {path}/good.fa {path}/same/good.fa", "two files have the same name"),
+    "a missing dump": (GOOD + " --taxdump {path}/missing.zip", "missing.zip: no such file"),
+    "a folder as dump": (GOOD + " --taxdump {path}/old", "old: no such file"),
+    "text named .zip": (GOOD + " --taxdump {path}/text.zip", "text.zip: the archive is damaged"),
+    "a zip cut short": (GOOD + " --taxdump {path}/cut.zip", "cut.zip: the archive is damaged"),
+    "a dump without nodes": (GOOD + " --taxdump {path}/nonodes.zip", "nonodes.zip: no nodes.dmp"),
+    "a FASTA as dump": (GOOD + " --taxdump {path}/good.fa", "good.fa: the archive is damaged"),
+    "nothing of that length": (GOOD.replace("--any-length", "--length 31"), "no sequence is left of 4 "),
+    "no taxid known": (GOOD + " --fasta {path}/unknown.fa", "no sequence is left of 1 .*unknown taxid"),
+    "a length of 0": (GOOD + " --length 0", "--length.*not a positive integer"),
+    "a length in words": (GOOD + " --length long", "--length"),
+    "all for the test": (GOOD + " --test 1", r"--test.*\[0, 1\)"),
+    "a negative share": (GOOD + " --validation -0.1", "--validation"),
+    "no number for a share": (GOOD + " --test nan", "--test"),
+    "nothing to train on": (GOOD + " --test 0.6 --validation 0.4", "leave nothing to train on"),
+    "a negative seed": (GOOD + " --seed -1", "--seed.*negative"),
+    "a seed too large": (GOOD + " --seed 4294967296", "seed"),
+    "a demo seed too large": ("--demo --seed 4294967296 --out {path}/out", "seed"),
+    "a demo too small": ("--demo --demo-sequences 53 --out {path}/out", "53 sequences are fewer than the 54 species"),
+    "an unknown tokenizer": (GOOD + " --tokenizers nt tiny-dnabret", "'tiny-dnabret'.*did you mean tiny-dnabert"),
+    "no tokenizer": (GOOD + " --tokenizers", "--tokenizers"),
+    "a missing tokenizer file": (GOOD + " --tokenizers dnabert" + FILE + "missing.json", "missing.json: no such tokenizer"),
+    "a bad tokenizer file": (GOOD + " --tokenizers dnabert" + FILE + "text.zip", "text.zip: not a tokenizer.json"),
+    "a tokenizer file for another": (GOOD + " --tokenizers tiny-dnabert" + FILE + "t.json", "--tokenizer-file"),
+    "a tokenizer file for none": (GOOD + FILE + "t.json", "--tokenizer-file"),
+    "an old folder": (OLD, "old exists: give another --out, or --overwrite"),
+    "a file as --out": (GOOD + " --out {path}/good.fa", "good.fa exists"),
+    "a file as --out, --overwrite": (GOOD + " --out {path}/text.zip --overwrite", "text.zip"),
+    "--out below a file": (GOOD + " --out {path}/good.fa/out", "cannot write beside"),
+    "tokens for a missing folder": ("--add-tokens tiny-dnabert --out {path}/missing", "missing: no such folder"),
+    "nt tokens for a missing folder": ("--add-tokens nt --out {path}/missing", "missing"),
+    "tokens for an empty folder": ("--add-tokens tiny-dnabert --out {path}/empty", "empty: no manifest.json"),
+    "unknown tokens for a folder": ("--add-tokens x --out {path}/old", "unknown tokenizer 'x'"),
+    "--add-tokens and --demo": ("--add-tokens tiny-dnabert --demo --out {path}/old", "give either|--demo"),
+    "--add-tokens and --fasta": (OLD + " --add-tokens tiny-dnabert", "give either|--fasta"),
+    "--overwrite that fails": (OLD + " --overwrite --fasta {path}/accession.fa", "accession.fa: record 2"),
+    "--overwrite of a wrong length": (OLD.replace("--any-length", "--length 31 --overwrite"), "no sequence is left"),
+}
+
+
+def write_wrong_input(folder):
+    good = write_fasta(folder / "good.fa", [(22, random_letters(30, 0)), (22, "ACGTN"), (31, "GGGTTT"), (23, "AC")])
+    dump = write_dump(folder / "dump.zip")
+    letters = good.read_text()
+    texts = {"empty.fa": "", "prose.fa": "Dear all,\n", "zero.fa": ">22 0\nACGT\n>0 1\nACGT\n", "text.zip": "text\n",
+             "accession.fa": ">22 0\nACGT\n>NC_1 1\nACGT\n", "unequal.fa": ">22 0\nACGT\nAC\nACGT\n",
+             "protein.fa": ">22 0\nACGT\n>22 1\nACGT\n>31 2\nMKTAYIAKQRQISFVK\n",
+             "unknown.fa": ">97 0\nACGT\n", "x.fa.bz2": letters,
+             "same/good.fa": letters, "old/note": "keep me"}
+    for name in ("same", "old", "empty"):
+        (folder / name).mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (folder / "cut.fa.gz").write_bytes(gzip.compress(letters.encode())[:-12])
+    (folder / "cut.zip").write_bytes(dump.read_bytes()[:-100])
+    (folder / "t.json").write_bytes(TINY_BPE.read_bytes())
+    with zipfile.ZipFile(folder / "nonodes.zip", "w") as archive:
+        archive.writestr("names.dmp", row(1, "root", "", "scientific name"))
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_refused_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, case):
+    write_wrong_input(tmp_path)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    before = tree(tmp_path)
+    command, words = WRONG[case]
+    with pytest.raises(InputError, match=words) as caught:
+        prepare.main(command.format(path=tmp_path).split())
+    assert "\n" not in str(caught.value)
+    assert tree(tmp_path) == before
+
+
+def test_the_input_of_the_table_above_is_otherwise_right(tmp_path):
+    write_wrong_input(tmp_path)
+    prepare.main(GOOD.format(path=tmp_path).split())
+    check_folder(tmp_path / "out", [tmp_path / "good.fa"], LINEAGES, NAMES, None)
+    prepare.main((OLD + " --overwrite").format(path=tmp_path).split())
+    assert tree(tmp_path / "old") == tree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", ["an accession for a taxid", "a zip cut short"])
+def test_the_script_exits_with_2_and_one_line(tmp_path, case):
+    write_wrong_input(tmp_path)
+    before = tree(tmp_path)
+    command, words = WRONG[case]
+    arguments = command.format(path=tmp_path).split()
+    done = subprocess.run([sys.executable, str(ROOT / "prepare.py"), *arguments], cwd=tmp_path, capture_output=True,
+                          text=True, check=False, env={**os.environ, "HOME": str(tmp_path)})
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("prepare.py: error: ")
+    assert words.split(":")[0] in done.stderr
+    assert tree(tmp_path) == before
+
+
+# the real corpus
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """{kind of archive: the prepared folder} of ../shared/realdata."""
+    source = SHARED / "realdata"
+    if not source.is_dir():
+        pytest.skip("no ../shared/realdata: the real corpus is not here")
+    folder = tmp_path_factory.mktemp("real")
+    fastas = simulated_arguments(source)[1:5]
+    for kind, dump in (("zip", "taxdmp_2024-12-01.zip"), ("tar", "taxdump.tar.gz")):
+        run_main("--fasta", *fastas, "--taxdump", source / dump, "--out", folder / kind)
+    return {kind: folder / kind for kind in ("zip", "tar")}
+
+
+def test_real_corpus_is_kept_whole(real):
+    manifest = PreparedDataset(real["zip"]).manifest
+    assert manifest["sequences"] == 20540 == sum(source["sequences"] for source in manifest["sources"])
+    assert manifest["dropped"] == []
+    assert [len(manifest["classes"][rank]) for rank in RANKS] == [4, 31, 75]
+    assert manifest["superkingdoms"] == {"Bacteria": 11866, "Archaea": 3071, "Eukaryota": 4955, "Viruses": 648}
+    assert manifest["splits"] == {"train": 18075, "validation": 2054, "test": 411}
+    assert manifest["taxdump"]["date"] == "2024-12-01"
+
+
+def test_real_corpus_has_the_counts_of_its_table(real):
+    data = PreparedDataset(real["zip"])
+    names = [[row["name"] for row in data.classes[rank]] for rank in RANKS]
+    labels = np.concatenate([data.split(split, "nt").labels for split in SPLITS])
+    rows, counts = np.unique(labels, axis=0, return_counts=True)
+    found = {tuple(table[i] for table, i in zip(names, row)): count
+             for row, count in zip(rows.tolist(), counts.tolist())}
+    lines = (SHARED / "realdata" / "counts.tsv").read_text().splitlines()[1:]
+    assert found == {tuple(line.split("\t")[:3]): int(line.split("\t")[3]) for line in lines}
+
+
+def test_real_corpus_spells_the_letters_of_its_files(real):
+    data = PreparedDataset(real["zip"])
+    lines = [path.read_bytes().splitlines() for path in simulated_arguments(SHARED / "realdata")[1:5]]
+    seen = set()
+    for split in SPLITS:
+        tokens, records = data.split(split, "nt"), np.load(real["zip"] / split / "records.npy")
+        for i, (source, record, taxid) in enumerate(records.tolist()):
+            seen.add((source, record))
+            assert lines[source][2 * record].split()[0] == b">%d" % taxid
+            letters = lines[source][2 * record + 1].upper()
+            assert NT.decode(tokens.tokens(i)) == letters.translate(TO_ACGTN)
+    assert len(seen) == 20540
+
+
+def test_real_corpus_is_the_same_from_either_archive(real):
+    one, other = tree(real["zip"]), tree(real["tar"])
+    manifests = [json.loads(files.pop("manifest.json")) for files in (one, other)]
+    assert one == other
+    assert manifests[0].pop("taxdump") != manifests[1].pop("taxdump")
+    assert manifests[0] == manifests[1]

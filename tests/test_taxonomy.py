@@ -1,0 +1,382 @@
+"""taxid -> superkingdom, phylum, genus: small dumps in NCBI's layout, as they are and as they should not be."""
+
+import gzip
+import io
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from taxa.cli import InputError
+from taxa.taxonomy import Dump, Label, label_taxids
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# (taxid, parent, rank, scientific name). 70xx: taxa in which something is missing
+NODES = [
+    (1, 1, "no rank", "root"),
+    (131567, 1, "no rank", "cellular organisms"),
+    (2, 131567, "superkingdom", "Bacteria"),
+    (2157, 131567, "superkingdom", "Archaea"),
+    (2759, 131567, "superkingdom", "Eukaryota"),
+    (10239, 1, "superkingdom", "Viruses"),
+    (1224, 2, "phylum", "Pseudomonadota"),
+    (1236, 1224, "class", "Gammaproteobacteria"),
+    (561, 1236, "genus", "Escherichia"),
+    (562, 561, "species", "Escherichia coli"),
+    (83333, 562, "strain", "Escherichia coli K-12"),
+    (28890, 2157, "phylum", "Methanobacteriota"),
+    (2207, 28890, "genus", "Methanosarcina"),
+    (2209, 2207, "species", "Methanosarcina mazei"),
+    (33208, 2759, "kingdom", "Metazoa"),
+    (7711, 33208, "phylum", "Chordata"),
+    (89593, 7711, "subphylum", "Craniata"),
+    (9605, 89593, "genus", "Homo"),
+    (9606, 9605, "species", "Homo sapiens"),
+    (2559587, 10239, "clade", "Riboviria"),
+    (2732408, 2559587, "phylum", "Pisuviricota"),
+    (12059, 2732408, "genus", "Enterovirus"),
+    (138950, 12059, "species", "Enterovirus C"),
+    (7001, 2, "genus", "a genus in no phylum"),
+    (7002, 7001, "species", "its species"),
+    (7003, 1236, "family", "a family without genera"),
+    (7004, 7003, "species", "its species"),
+    (28384, 1, "no rank", "other sequences"),
+    (7005, 28384, "genus", "a genus in no superkingdom"),
+    (7006, 131567, "phylum", "a phylum in no superkingdom"),
+    (7007, 7006, "genus", "its genus"),
+]
+# (old, new): one step, three steps, into a node that is labelled anyway, onto nothing, and two cycles
+MERGED = [(8001, 562), (8002, 8003), (8003, 8004), (8004, 9606), (8005, 561), (8006, 7999), (8007, 8008), (8008, 8007),
+          (8009, 8009), (9606, 562)]  # the last: an id that is still a node
+DELETED = [9001, 9002]
+ASKED = [83333, 562, 561, 2209, 9606, 138950, 12059, 7002, 7004, 7005, 7007, 1224, 2, 131567, 1, 9999,
+         *(old for old, _ in MERGED), *DELETED]
+SUPERKINGDOMS = {2: "Bacteria", 2157: "Archaea", 2759: "Eukaryota", 10239: "Viruses"}
+
+
+def row(*fields):
+    return "\t|\t".join(map(str, fields)) + "\t|\n"
+
+
+def dump_texts(nodes=NODES, merged=MERGED, deleted=DELETED):
+    """{member: text} of a dump as NCBI writes it: 13 columns of nodes, several names of a taxon."""
+    names = [line for taxid, _, _, name in nodes for line in (
+        row(taxid, f"{name} of old", "", "synonym"), row(taxid, name, "", "scientific name"),
+        row(taxid, f"common {taxid}", "", "genbank common name"),
+        row(taxid, f"{name} Linnaeus, 1758", "", "authority"))]
+    return {
+        "nodes.dmp": "".join(row(*node[:3], "", 0, 0, 1, 0, 0, 0, 0, 0, "") for node in nodes),
+        "names.dmp": "".join(names),
+        "merged.dmp": "".join(row(old, new) for old, new in merged),
+        "delnodes.dmp": "".join(row(taxid) for taxid in deleted),
+        "division.dmp": row(0, "BCT", "Bacteria", ""),
+        "readme.txt": "not a table\n",
+    }
+
+
+def archive_bytes(texts, kind, prefix=""):
+    """The bytes of an archive. kind: zip, stored.zip, tar.gz or tar. texts: str or bytes."""
+    datas = {prefix + name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
+    out = io.BytesIO()
+    if kind.endswith("zip"):
+        how = zipfile.ZIP_STORED if kind == "stored.zip" else zipfile.ZIP_DEFLATED
+        with zipfile.ZipFile(out, "w", how) as archive:
+            for name, data in datas.items():
+                archive.writestr(zipfile.ZipInfo(name, date_time=(2023, 5, 6, 7, 8, 10)), data, how)
+        return out.getvalue()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, data in datas.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1683356890  # 2023-05-06
+            archive.addfile(info, io.BytesIO(data))
+    return gzip.compress(out.getvalue(), mtime=0) if kind == "tar.gz" else out.getvalue()
+
+
+def label(folder, texts, taxids=ASKED, kind="zip", name=None, prefix=""):
+    """What label_taxids says of a dump written for the occasion."""
+    path = folder / (name or f"dump.{kind}")
+    path.write_bytes(texts if isinstance(texts, bytes) else archive_bytes(texts, kind, prefix))
+    scratch = folder / "scratch"
+    scratch.mkdir(exist_ok=True)
+    return label_taxids(path, taxids, scratch)
+
+
+def naive_label(taxid, nodes=NODES, merged=MERGED, deleted=DELETED):
+    parents = {child: parent for child, parent, _, _ in nodes}
+    ranks = {child: rank for child, _, rank, _ in nodes}
+    merges, now = dict(merged), taxid
+    for _ in range(100):
+        now = merges.get(now, now) if now not in parents else now
+    if now not in parents:
+        return Label(reason="deleted taxid" if taxid in deleted else "unknown taxid")
+    found = dict.fromkeys(("superkingdom", "phylum", "genus"))
+    while True:
+        if now in SUPERKINGDOMS:
+            found["superkingdom"] = now
+        elif ranks[now] in ("phylum", "genus"):
+            found[ranks[now]] = now
+        if now == 1:
+            break
+        now = parents[now]
+    missing = [rank for rank, node in found.items() if node is None]
+    return Label(**found, reason=f"no {missing[0]}" if missing else None)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """What label_taxids gives for the dump above."""
+    return label(tmp_path_factory.mktemp("labelled"), dump_texts())
+
+
+def test_labels_equal_a_walk_up_the_tree(labelled):
+    labels, names, date = labelled
+    assert labels == {taxid: naive_label(taxid) for taxid in ASKED}
+    used = {node for found in labels.values() if found.reason is None for node in found[:3]}
+    assert names == {taxid: name for taxid, _, _, name in NODES if taxid in used}
+    assert date == "2023-05-06"
+
+
+@pytest.mark.parametrize("taxid, expected", [
+    (562, Label(2, 1224, 561)),
+    (83333, Label(2, 1224, 561)),
+    (561, Label(2, 1224, 561)),  # a genus is in itself
+    (2209, Label(2157, 28890, 2207)),
+    (9606, Label(2759, 7711, 9605)),  # a node, though merged.dmp has the id too
+    (138950, Label(10239, 2732408, 12059)),  # viruses: not under cellular organisms
+    (8001, Label(2, 1224, 561)),
+    (8002, Label(2759, 7711, 9605)),
+    (8006, Label(reason="unknown taxid")),  # merged into an id that is nowhere
+    (8007, Label(reason="unknown taxid")),  # a cycle of merges
+    (8009, Label(reason="unknown taxid")),
+    (9001, Label(reason="deleted taxid")),
+    (9999, Label(reason="unknown taxid")),
+    (7002, Label(2, None, 7001, "no phylum")),
+    (7004, Label(2, 1224, None, "no genus")),
+    (7005, Label(None, None, 7005, "no superkingdom")),
+    (7007, Label(None, 7006, 7007, "no superkingdom")),
+    (2, Label(2, None, None, "no phylum")),
+    (1, Label(None, None, None, "no superkingdom")),
+])
+def test_each_kind_of_taxid(labelled, taxid, expected):
+    assert labelled[0][taxid] == naive_label(taxid) == expected
+
+
+def test_zip_and_tar_give_the_same(tmp_path, labelled):
+    for kind, prefix in (("tar.gz", ""), ("tar.gz", "./"), ("tar", ""), ("stored.zip", "")):
+        folder = tmp_path / (kind + prefix.replace("/", "-"))
+        folder.mkdir()
+        assert label(folder, dump_texts(), kind=kind, prefix=prefix) == labelled
+
+
+def test_names_of_archives_do_not_matter(tmp_path, labelled):
+    for kind, name in (("tar.gz", "dump.zip"), ("zip", "dump.tar.gz"), ("zip", "dump")):
+        assert label(tmp_path, dump_texts(), kind=kind, name=name) == labelled
+
+
+def test_date_is_that_of_the_name_or_else_of_the_nodes(tmp_path):
+    dates = {"taxdmp_2024-12-01.zip": "2024-12-01", "new_2025-03-01.tar.gz": "2025-03-01", "taxdump.zip": "2023-05-06",
+             "taxdump.tar.gz": "2023-05-06"}
+    for name, date in dates.items():
+        kind = "zip" if name.endswith("zip") else "tar.gz"
+        (tmp_path / name).write_bytes(archive_bytes(dump_texts(), kind))
+        assert Dump(tmp_path / name).date == date
+
+
+RENAMED = {"domain": {2: "domain", 2157: "domain", 2759: "domain", 10239: "acellular root", 131567: "cellular root"},
+           "realm": {2: "domain", 2157: "domain", 2759: "domain", 10239: "acellular root", 2559587: "realm"},
+           "no rank": dict.fromkeys((2, 2157, 2759, 10239), "no rank")}
+
+
+@pytest.mark.parametrize("case", RENAMED)
+def test_names_of_the_highest_ranks_do_not_matter(tmp_path, case):
+    renamed = [(taxid, parent, RENAMED[case].get(taxid, rank), name) for taxid, parent, rank, name in NODES]
+    assert renamed != NODES
+    assert label(tmp_path, dump_texts(renamed))[0] == {taxid: naive_label(taxid) for taxid in ASKED}
+
+
+@pytest.mark.parametrize("name", ["'Nostoc azollae'", "d'Herelle's phage", 'the "odd" one', "Ångströmia ß 分類 🧬",
+                                  "Candidatus (Ca.) [x]; 100% & <y>", "\\t \\n", "root", '"Odd" at the start'])
+def test_names_come_through_as_they_are(tmp_path, name):
+    nodes = [(taxid, parent, rank, name if taxid == 561 else other) for taxid, parent, rank, other in NODES]
+    assert label(tmp_path, dump_texts(nodes), [562])[1] == {2: "Bacteria", 1224: "Pseudomonadota", 561: name}
+
+
+def test_optional_members_and_orders(tmp_path, labelled):
+    texts = dump_texts()
+    for name in ("merged.dmp", "delnodes.dmp", "division.dmp", "readme.txt"):
+        texts.pop(name)
+    labels, _, _ = label(tmp_path, texts)
+    assert labels == {taxid: naive_label(taxid, merged=[], deleted=[]) for taxid in ASKED}
+    assert label(tmp_path, dump_texts(NODES[::-1], MERGED[::-1]))[0] == {taxid: naive_label(taxid) for taxid in ASKED}
+    windows = {name: text.replace("\n", "\r\n") for name, text in dump_texts().items()}
+    assert label(tmp_path, windows) == labelled
+
+
+def test_no_taxid_in_the_dump(tmp_path):
+    unknown = {9999: Label(reason="unknown taxid"), 9001: Label(reason="deleted taxid")}
+    assert label(tmp_path, dump_texts(), [9999, 9001]) == (unknown, {}, "2023-05-06")
+
+
+def test_more_taxids_than_sqlite_takes_variables(tmp_path):
+    genera = [(taxid, 1224, "genus", f"genus {taxid}") for taxid in range(200000, 201500)]
+    taxids = [taxid for taxid, _, _, _ in genera]
+    labels, names, _ = label(tmp_path, dump_texts(NODES + genera), taxids)
+    assert labels == {taxid: Label(2, 1224, taxid) for taxid in taxids}
+    assert len(names) == 1502
+
+
+def listing(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_nothing_is_written_elsewhere_and_no_network_is_used(tmp_path, monkeypatch, capfd):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    for target, name in ((socket, "socket"), (urllib.request, "urlopen"), (urllib.request, "urlretrieve")):
+        monkeypatch.setattr(target, name, refuse)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "dump.zip").write_bytes(archive_bytes(dump_texts(), "zip"))
+    os.mkdir("scratch")
+    before = listing(tmp_path)
+    labels, _, _ = label_taxids(Path("../dump.zip"), ASKED, Path("scratch"))  # both relative
+    assert labels[562] == Label(2, 1224, 561)
+    assert Path.cwd() == tmp_path / "work"
+    assert [name for name in listing(tmp_path) if not name.startswith("work/scratch/")] == before
+    assert capfd.readouterr() == ("", "")  # ete3 prints
+
+
+def run_python(code, tmp_path, *arguments):
+    (tmp_path / "home").mkdir()
+    environment = {**os.environ, "HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, cwd=tmp_path, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_ete3_is_imported_only_where_a_dump_is_read_and_leaves_home_alone(tmp_path):
+    code = ("import sys; from taxa.taxonomy import label_taxids; before = 'ete3' in sys.modules; "
+            "label_taxids('dump.zip', [562], '.'); print(before, 'ete3' in sys.modules)")
+    (tmp_path / "dump.zip").write_bytes(archive_bytes(dump_texts(), "zip"))
+    assert run_python(code, tmp_path) == ["False", "True"]
+    assert listing(tmp_path / "home") == []
+
+
+def test_the_scripts_do_not_import_ete3(tmp_path):
+    assert run_python("import sys, prepare, train; print('ete3' in sys.modules)", tmp_path) == ["False"]
+
+
+def with_nodes(*changes):
+    """The dump with some nodes replaced, or removed where the new one is None; all names are there."""
+    nodes = {**{node[0]: node for node in NODES}, **dict(changes)}
+    return {**dump_texts([node for node in nodes.values() if node]), "names.dmp": dump_texts()["names.dmp"]}
+
+
+def appended(member, text):
+    return {name: old + text if name == member else old for name, old in dump_texts().items()}
+
+
+def without(member):
+    return {name: text for name, text in dump_texts().items() if name != member}
+
+
+BROKEN = {
+    "no nodes.dmp": (without("nodes.dmp"), "no nodes.dmp"),
+    "no names.dmp": (without("names.dmp"), "no names.dmp"),
+    "members in a folder": ({"taxdump/" + name: text for name, text in dump_texts().items()}, "no nodes.dmp"),
+    "an empty archive": ({}, "no nodes.dmp"),
+    "a parent that is missing": (with_nodes((1236, None)), "nodes.dmp.* 1236 "),
+    "a root that is missing": (with_nodes((1, None)), "root"),
+    "a cycle of parents": (with_nodes((1224, (1224, 561, "phylum", "P"))), "never reaches the root"),
+    "its own parent": (with_nodes((561, (561, 561, "genus", "G"))), "the lineage of 561 never reaches the root"),
+    "a garbage line of nodes": (appended("nodes.dmp", "<html>not found</html>\n"), f"nodes.dmp line {len(NODES) + 1} "),
+    "a blank line of nodes": (appended("nodes.dmp", "\n"), f"nodes.dmp line {len(NODES) + 1} "),
+    "one field of nodes": (appended("nodes.dmp", "12\n"), f"nodes.dmp line {len(NODES) + 1} "),
+    "a last line cut short": (appended("nodes.dmp", "83334\t|\t562"), "nodes.dmp"),
+    "a fraction": (appended("nodes.dmp", row(3.5, 2, "genus")), f"nodes.dmp line {len(NODES) + 1} "),
+    "a garbage line of names": (appended("names.dmp", "garbage\n"), "names.dmp line"),
+    "a garbage line of merged": (appended("merged.dmp", "garbage\n"), "merged.dmp line"),
+    "one field of merged": (appended("merged.dmp", "12\n"), "merged.dmp line"),
+    "a garbage line of delnodes": (appended("delnodes.dmp", "garbage\n"), "delnodes.dmp line"),
+    "no scientific name": ({**dump_texts(), "names.dmp": dump_texts()["names.dmp"].replace(
+        row(1224, "Pseudomonadota", "", "scientific name"), "")}, "names.dmp has no scientific name for taxid 1224"),
+    "empty names": ({**dump_texts(), "names.dmp": ""}, "names.dmp has no scientific name"),
+    "Latin-1 names": ({**dump_texts(), "names.dmp": b"1\t|\t\xe9\t|\t\t|\tscientific name\t|\n"}, "utf-8"),
+}
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_dumps_are_refused_in_one_line(tmp_path, case, kind):
+    texts, words = BROKEN[case]
+    with pytest.raises(InputError, match=words) as caught:
+        label(tmp_path, texts, [*ASKED, 83334], kind)
+    assert str(caught.value).startswith(str(tmp_path / f"dump.{kind}")) and "\n" not in str(caught.value)
+
+
+NOT_ARCHIVES = {
+    "text": b"this is no archive\n",
+    "nothing": b"",
+    "two bytes of gzip": b"\x1f\x8b",
+    "gzip of text": gzip.compress(b"no tar\n"),
+    "nodes.dmp itself": dump_texts()["nodes.dmp"].encode(),
+    "HTML": b"<html>404</html>" * 100,
+}
+
+
+@pytest.mark.parametrize("name", ["dump.zip", "dump.tar.gz"])
+@pytest.mark.parametrize("case", NOT_ARCHIVES)
+def test_files_that_are_no_archive_are_refused(tmp_path, case, name):
+    with pytest.raises(InputError, match="damaged or not a .zip or .tar.gz|no nodes.dmp"):
+        label(tmp_path, NOT_ARCHIVES[case], name=name)
+
+
+def test_missing_dump_and_folder_are_refused(tmp_path):
+    for path in (tmp_path / "missing.zip", tmp_path):
+        with pytest.raises(InputError, match="no such file"):
+            label_taxids(path, [562], tmp_path)
+
+
+def read_all(path, data):
+    """What of a dump its reader uses: the excerpt's bytes, current ids and reasons; None where the dump is refused."""
+    path.write_bytes(data)
+    try:
+        current, unknown = Dump(path).excerpt(ASKED, path.with_suffix(".excerpt"))
+    except InputError as error:
+        assert str(error).startswith(f"{path}: ")
+        return None
+    return path.with_suffix(".excerpt").read_bytes(), current, unknown
+
+
+@pytest.mark.parametrize("kind", ["zip", "stored.zip", "tar.gz"])
+def test_an_archive_cut_short_is_refused(tmp_path, kind):
+    data = archive_bytes(dump_texts(), kind)
+    whole = read_all(tmp_path / "dump", data)
+    assert whole is not None
+    results = [read_all(tmp_path / "dump", data[:cut]) for cut in [*range(0, len(data), max(1, len(data) // 50)),
+                                                                   *range(len(data) - 30, len(data))]]
+    assert all(result in (None, whole) for result in results)
+    assert results.count(None) > 0.9 * len(results)  # else only the padding after the last member is lost
+
+
+@pytest.mark.parametrize("kind", ["zip", "stored.zip", "tar.gz"])
+def test_a_flipped_bit_is_refused_or_does_no_harm(tmp_path, kind):
+    texts = dump_texts()  # without the optional members, whose names in a zip no checksum guards
+    data = archive_bytes({name: texts[name] for name in ("nodes.dmp", "names.dmp")}, kind)
+    whole = read_all(tmp_path / "dump", data)
+    wrong = []
+    for byte in [*range(0, len(data), max(1, len(data) // 150)), *range(len(data) - 100, len(data))]:
+        damaged = bytearray(data)
+        damaged[byte] ^= 1 << byte % 8
+        if read_all(tmp_path / "dump", bytes(damaged)) not in (None, whole):
+            wrong.append(byte)
+    assert wrong == []

@@ -1,0 +1,275 @@
+"""Letters -> token ids: against loops over single letters, the hub's files, and the merges applied one at a time."""
+
+import hashlib
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from taxa import simulate
+from taxa.cli import InputError
+from taxa.fasta import normalize
+from taxa.tokens import TINY_BPE, TOKENIZERS, BPETokenizer, NTTokenizer, get_tokenizer, nt_vocabulary, train_bpe
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+VOCABULARY_SHA256 = "c00e0ad166d6ab3f7540ebc92270392e581bb3106763412f29034b49323e1052"  # of the hub's vocab.txt
+NT = NTTokenizer()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return get_tokenizer("tiny-dnabert")
+
+
+def random_letters(n, seed, alphabet="ACGT", p=None):
+    return "".join(np.random.RandomState(seed).choice(list(alphabet), n, p=p))
+
+
+def encode_all(tokenizer, sequences):
+    """One list of ids per sequence, all encoded in one call."""
+    ids, counts = tokenizer.encode("".join(sequences).encode(), [len(sequence) for sequence in sequences])
+    assert ids.dtype == np.uint16 and len(counts) == len(sequences) and counts.sum() == len(ids)
+    ends = np.cumsum(counts).tolist()
+    return [ids[end - count:end].tolist() for end, count in zip(ends, counts.tolist())]
+
+
+def naive_nt(sequence):
+    """<cls>, then the 6-mer where the next six letters are A, C, G, T, else one letter."""
+    ids, i = [3], 0
+    while i < len(sequence):
+        six = sequence[i:i + 6]
+        step = 6 if len(six) == 6 and set(six) <= set("ACGT") else 1
+        ids.append(VOCABULARY[sequence[i:i + step]])
+        i += step
+    return ids
+
+
+VOCABULARY = {"<unk>": 0, "<pad>": 1, "<mask>": 2, "<cls>": 3, "<eos>": 4, "<bos>": 5}
+for number in range(4 ** 6):
+    VOCABULARY["".join("ATCG"[number // 4 ** place % 4] for place in (5, 4, 3, 2, 1, 0))] = 6 + number
+VOCABULARY.update({letter: 4102 + i for i, letter in enumerate("ATCGN")})
+
+
+def test_vocabulary_is_the_hubs():
+    assert hashlib.sha256("\n".join(nt_vocabulary()).encode()).hexdigest() == VOCABULARY_SHA256
+    assert NT.digest == VOCABULARY_SHA256
+    assert nt_vocabulary() == sorted(VOCABULARY, key=VOCABULARY.get)
+    assert NT.vocab_size == 4107
+    assert (nt_vocabulary()[NT.pad_token_id], nt_vocabulary()[NT.cls_token_id]) == ("<pad>", "<cls>")
+
+
+def test_probe_of_the_hub():
+    assert encode_all(NT, ["ATTCCGATTCCGATTCCG"]) == [[3, 369, 369, 369]]  # facts/backbones.json
+    assert encode_all(NT, ["AAAAAA", "AAAAAT", "GGGGGG", "TAAAAA"]) == [[3, 6], [3, 7], [3, 4101], [3, 1030]]
+    assert encode_all(NT, ["A", "T", "C", "G", "N"]) == [[3, 4102], [3, 4103], [3, 4104], [3, 4105], [3, 4106]]
+    assert [len(ids) for ids in encode_all(NT, [random_letters(1500, 0)])] == [251]
+
+
+@pytest.mark.parametrize("length", range(14))
+@pytest.mark.parametrize("alphabet", ["ACGT", "ACGTN", "N", "ACGTNNNN"])
+def test_nt_equals_the_loop_at_every_small_length(length, alphabet):
+    sequences = [random_letters(length, seed, alphabet) for seed in range(20)]
+    assert encode_all(NT, sequences) == [naive_nt(sequence) for sequence in sequences]
+    assert encode_all(NT, sequences[:1]) == [naive_nt(sequences[0])]
+
+
+def test_nt_equals_the_loop_wherever_one_n_stands():
+    for length in (12, 13, 17, 18):
+        clean = random_letters(length, length)
+        sequences = [clean[:i] + "N" + clean[i + 1:] for i in range(length)]
+        assert encode_all(NT, sequences) == [naive_nt(sequence) for sequence in sequences]
+
+
+@pytest.mark.parametrize("share_of_n", [0.0, 0.001, 0.05, 0.5])
+def test_nt_equals_the_loop_on_mixed_lengths(share_of_n):
+    rng = np.random.RandomState(0)
+    p = [(1 - share_of_n) / 4] * 4 + [share_of_n]
+    lengths = [0, 0, 1500, 7, 0, *rng.randint(0, 2000, 60).tolist(), 0]
+    sequences = [random_letters(length, i, "ACGTN", p) for i, length in enumerate(lengths)]
+    assert encode_all(NT, sequences) == [naive_nt(sequence) for sequence in sequences]
+
+
+def test_nt_of_one_length_with_and_without_n_in_the_batch():
+    clean = [random_letters(100, seed) for seed in range(8)]
+    mixed = [*clean, "N" * 100, *clean]
+    assert encode_all(NT, mixed)[:8] == encode_all(NT, clean) == [naive_nt(sequence) for sequence in clean]
+
+
+def test_nt_after_normalize_of_lower_case_and_other_letters():
+    sequences = [random_letters(200, seed, "ACGTNacgtnRYuk-") for seed in range(10)]
+    letters, changed = normalize("".join(sequences).encode(), [200] * 10, str)
+    expected = ["".join(x if x in "ACGTN" else "N" for x in sequence.upper()) for sequence in sequences]
+    assert changed == sum(x.upper() not in "ACGTN" for sequence in sequences for x in sequence)
+    ids, counts = NT.encode(letters, [200] * 10)
+    assert ids.tolist() == list(itertools.chain.from_iterable(map(naive_nt, expected)))
+
+
+def test_nothing_to_encode(tiny):
+    for tokenizer in (NT, tiny):
+        ids, counts = tokenizer.encode(b"", [])
+        assert (ids.dtype, len(ids), len(counts)) == (np.uint16, 0, 0)
+    assert encode_all(NT, ["", ""]) == [[3], [3]]
+    assert encode_all(tiny, ["", ""]) == [[1, 2], [1, 2]]
+
+
+def test_decode_inverts_encode():
+    for length in [*range(14), 1500, 1501]:
+        for alphabet in ("ACGT", "ACGTN"):
+            sequence = random_letters(length, length, alphabet)
+            ids, _ = NT.encode(sequence.encode(), [length])
+            assert NT.decode(ids) == sequence.encode()
+    assert NT.decode(np.arange(6, dtype=np.uint16)) == b""  # special tokens spell nothing
+    assert NT.decode(np.array([3, 6, 4106, 1, 1], dtype=np.uint16)) == b"AAAAAAN"
+
+
+def naive_bpe(sequence, model):
+    """[CLS], the letters merged pair by pair in the order of the merges, [SEP]. What has no token is [UNK] (0)."""
+    ranks = {tuple(pair if isinstance(pair, list) else pair.split(" ")): i for i, pair in enumerate(model["merges"])}
+    parts = list(sequence)
+    while True:
+        best = min(zip(parts, parts[1:]), key=lambda pair: ranks.get(pair, len(ranks)), default=None)
+        if best not in ranks:
+            return [1, *(model["vocab"].get(part, 0) for part in parts), 2]
+        merged, i = [], 0
+        while i < len(parts):
+            joined = tuple(parts[i:i + 2]) == best
+            merged.append("".join(best) if joined else parts[i])
+            i += 1 + joined
+        parts = merged
+
+
+def hub_file():
+    path = SHARED / "hub" / "dnaberts" / "tokenizer.json"
+    if not path.is_file():
+        pytest.skip("no ../shared/hub/dnaberts: DNABERT-S's real tokenizer.json is not here")
+    return path
+
+
+def dnabert_file(name):
+    return TINY_BPE if name == "tiny" else hub_file()
+
+
+BPE_SEQUENCES = [*(random_letters(n, n) for n in (1, 2, 3, 10, 100, 600)), "N", "NNNN", "A" * 50,
+                 *(random_letters(n, n, "ACGTN") for n in (1, 5, 60, 300))]
+
+
+@pytest.mark.parametrize("name", ["tiny", "hub"])
+def test_bpe_equals_merges_one_at_a_time(name):
+    model = json.loads(dnabert_file(name).read_text())["model"]
+    assert model["vocab"]["[CLS]"] == 1 and model["vocab"]["[SEP]"] == 2 and model["vocab"]["[UNK]"] == 0
+    tokenizer = BPETokenizer(name, dnabert_file(name))
+    assert encode_all(tokenizer, BPE_SEQUENCES) == [naive_bpe(sequence, model) for sequence in BPE_SEQUENCES]
+
+
+@pytest.mark.parametrize("name", ["tiny", "hub"])
+def test_bpe_does_not_pad_or_truncate_and_spells_the_letters(name):
+    spelling = {i: token for token, i in json.loads(dnabert_file(name).read_text())["model"]["vocab"].items()}
+    sequences = [random_letters(n, n) for n in (1500, 12, 1500, 20000)]
+    for sequence, ids in zip(sequences, encode_all(BPETokenizer(name, dnabert_file(name)), sequences)):
+        assert (ids[0], ids[-1]) == (1, 2)
+        assert "".join(spelling[i] for i in ids[1:-1]) == sequence
+        assert len(sequence) / 10 < len(ids) < len(sequence) / 2 or len(sequence) == 12
+
+
+def test_hub_tokenizer_gives_the_probes():
+    path = SHARED / "facts" / "backbones.json"
+    tokenizer = get_tokenizer("dnabert", hub_file())
+    probes = json.loads(path.read_text())["models"]["dnaberts"]["probes"]
+    assert len(probes) == 2
+    assert encode_all(tokenizer, [probe["sequence"] for probe in probes]) == [probe["input_ids"] for probe in probes]
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.pad_token_id) == ("dnabert", 4096, 3)
+
+
+def test_shipped_tokenizer(tiny):
+    assert (tiny.name, tiny.vocab_size, tiny.pad_token_id) == ("tiny-dnabert", 1024, 3)
+    vocabulary = json.loads(TINY_BPE.read_text())["model"]["vocab"]
+    assert sorted(vocabulary.values()) == list(range(1024))
+    others = {token for token in vocabulary if not set(token) <= set("ACGT")}
+    assert others == {"[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"}
+
+
+def test_shipped_tokenizer_is_what_training_gives_on_the_simulated_corpus(tmp_path):
+    paths = simulate.simulate(tmp_path, 1000, seed=1)["fasta"]
+    sequences = [line for path in paths for line in path.read_text().splitlines() if not line.startswith(">")]
+    assert len(sequences) == 1000
+    assert TINY_BPE.read_bytes() == train_bpe(sequences, vocab_size=1024).encode() + b"\n"
+
+
+def test_digest_is_of_vocabulary_and_merges_alone(tmp_path, tiny):
+    document = json.loads(TINY_BPE.read_text())
+    same = {**document, "truncation": {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}}
+    (tmp_path / "same.json").write_text(json.dumps(same, indent=1))
+    assert BPETokenizer("dnabert", tmp_path / "same.json").digest == tiny.digest
+    assert encode_all(BPETokenizer("dnabert", tmp_path / "same.json"), BPE_SEQUENCES) == encode_all(tiny, BPE_SEQUENCES)
+    document["model"]["merges"].pop()
+    (tmp_path / "other.json").write_text(json.dumps(document))
+    assert BPETokenizer("dnabert", tmp_path / "other.json").digest != tiny.digest
+
+
+BAD_FILES = {  # bytes, or a change to the shipped file's document
+    "empty": (b"", "not a tokenizer.json"),
+    "prose": (b"hello", "not a tokenizer.json"),
+    "binary": (b"\xff\xfe\x00", "not a tokenizer.json"),
+    "cut short": (b'{"version": "1.0", "model": {"type": "BPE", "vocab": {"A', "not a tokenizer.json"),
+    "a list": (b"[]", "not a tokenizer.json"),
+    "a number": (b"5", "not a tokenizer.json"),
+    "null": (b"null", "not a tokenizer.json"),
+    "config.json": (b'{"model_type": "bert"}', "not a tokenizer.json"),
+    "no model": (b'{"model": null}', "not a tokenizer.json"),
+    "a merge of unknown tokens": (lambda d: d["model"]["merges"].insert(0, ["Q", "Q"]), "not a tokenizer.json"),
+    "another version": (lambda d: d.update(version="9.0"), "not a tokenizer.json"),
+    "no [PAD]": (lambda d: (d.update(added_tokens=[]), d["model"]["vocab"].pop("[PAD]")), "lacks"),
+    "[UNK] is not in it": (lambda d: d["model"].update(unk_token="[NOPE]"), "tokenizer|UNK|NOPE"),
+    "ids above 16 bits": (lambda d: d["model"]["vocab"].update(A=70000), "tokenizer|16|65"),
+    "no [CLS] and [SEP] are added": (lambda d: d.update(post_processor=None), "CLS"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_tokenizer_files_are_refused_when_they_are_opened(tmp_path, case):
+    bad, words = BAD_FILES[case]
+    document = json.loads(TINY_BPE.read_text())
+    if callable(bad):
+        bad(document)
+    (tmp_path / "tokenizer.json").write_bytes(json.dumps(document).encode() if callable(bad) else bad)
+    with pytest.raises(InputError, match=words) as caught:
+        get_tokenizer("dnabert", tmp_path / "tokenizer.json")
+    assert str(caught.value).startswith(str(tmp_path / "tokenizer.json"))
+
+
+def test_missing_tokenizer_file_and_folder_are_refused(tmp_path):
+    for path, words in ((tmp_path / "missing.json", "no such tokenizer file"), (tmp_path, "not a tokenizer.json")):
+        with pytest.raises(InputError, match=words):
+            get_tokenizer("dnabert", path)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("nt2", "did you mean nt"),
+    ("dnabert2", "did you mean dnabert"),
+    ("", "choose from"),
+    ("NT", "choose from nt dnabert tiny-dnabert"),
+    ("tiny-dnabret", "did you mean tiny-dnabert"),
+])
+def test_unknown_names_are_refused_with_the_nearest(name, words):
+    with pytest.raises(InputError, match=words):
+        get_tokenizer(name)
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "dnabert"])
+def test_a_tokenizer_file_is_for_dnabert_only(name):
+    with pytest.raises(InputError, match="--tokenizer-file is for the tokenizer dnabert"):
+        get_tokenizer(name, TINY_BPE)
+
+
+def test_without_a_network_the_message_names_the_flag(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*args, **kwargs):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(InputError, match="--tokenizer-file PATH"):
+        get_tokenizer("dnabert")

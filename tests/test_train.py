@@ -1,0 +1,282 @@
+"""train.py and evaluate.py as a user runs them: every strategy, one process and two, interrupted and resumed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.run import get_args_parser
+
+import evaluate
+import train
+from taxa import checkpoint
+from taxa.backbones import load_backbone
+from taxa.dataset import PreparedDataset
+from taxa.model import TaxonClassifier, sequence_losses
+from taxa.optim import cosine_rate
+
+ROOT = Path(__file__).resolve().parents[1]
+STRATEGIES = {"full": [], "random": [], "lora": ["--r", "4", "--lora-dropout", "0"], "ia3": [], "freeze75": []}
+MODELS = ("tiny-nt", "tiny-dnabert")
+FILES = {"args.json", "environment.json", "log.jsonl", "ckpt.pt", "last.pt", "metrics.json", "per_class.csv",
+         "confusion_superkingdom.csv", "confusion_phylum.csv", "confusion_genus.csv"}
+
+
+def command(model, strategy, data, weights, out, *more):
+    return ["--model", model, "--strategy", strategy, "--data", str(data), "--weights", str(weights[model]), "--out", str(out),
+            "--batch-size", "8", "--lr", "0.01", *STRATEGIES[strategy], *more]
+
+
+def python(*arguments, cwd, **environment):
+    """Run a script with this interpreter; returns the finished process."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=150,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+def torchrun(processes, *arguments, cwd):
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *arguments, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def two_processes(demo, weights, tmp_path_factory):
+    """Every model and strategy trained for 3 steps by two gloo processes, and one checkpoint evaluated by them: {(model, strategy): folder}."""
+    root = tmp_path_factory.mktemp("ddp")
+    folders = {(model, strategy): root / f"{model}-{strategy}" for model in MODELS for strategy in STRATEGIES}
+    runs = [["train", *command(model, strategy, demo, weights, out, "--max-steps", "3")] for (model, strategy), out in folders.items()]
+    runs.append(["evaluate", str(root / "tiny-nt-lora" / "ckpt.pt"), "--out", str(root / "evaluated")])
+    done = torchrun(2, ROOT / "tests" / "runs.py", json.dumps(runs), cwd=root)
+    assert done.returncode == 0, done.stderr
+    return folders
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_trains_and_is_evaluated(model, strategy, demo, weights, tmp_path, capsys):
+    out = tmp_path / "run"
+    tested = train.main(command(model, strategy, demo, weights, out, "--max-steps", "3"))
+    assert {path.name for path in out.iterdir()} == FILES
+    assert json.loads((out / "metrics.json").read_text()) == tested
+    assert tested["split"] == "test" and tested["sequences"] == PreparedDataset(demo).manifest["splits"]["test"]
+
+    content = checkpoint.read(out / "ckpt.pt")
+    base = load_backbone(model, weights[model])
+    rebuilt = checkpoint.rebuild(content)
+    frozen = {name: p for name, p in rebuilt.backbone.named_parameters() if f"backbone.{name}" not in content["state"]}
+    assert all(torch.equal(p, dict(base.named_parameters())[name]) for name, p in frozen.items())
+    if strategy in ("full", "random"):
+        assert not frozen
+    else:
+        assert frozen
+    assert any(not torch.equal(p, dict(base.named_parameters()).get(name, torch.zeros(0)))
+               for name, p in rebuilt.backbone.named_parameters() if name not in frozen)
+
+    capsys.readouterr()
+    (out / "metrics.json").unlink()
+    assert evaluate.main([str(out / "ckpt.pt")]) == tested
+    assert json.loads((out / "metrics.json").read_text()) == tested
+    assert f"{tested['ranks']['genus']['balanced_accuracy']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_equal_one_with_accumulation(model, strategy, demo, weights, two_processes, tmp_path):
+    train.main(command(model, strategy, demo, weights, tmp_path / "run", "--max-steps", "3", "--accumulate", "2"))
+    one = checkpoint.read(tmp_path / "run" / "ckpt.pt")["state"]
+    two = checkpoint.read(two_processes[model, strategy] / "ckpt.pt")["state"]
+    assert one.keys() == two.keys()
+    for name in one:
+        if name.endswith("Wqkv.bias"):  # a key's bias shifts all scores of a query alike: its gradient is rounding noise, which Adam scales up
+            third = len(one[name]) // 3
+            one[name][third:2 * third] = two[name][third:2 * third]
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_two_processes_evaluate_as_one(two_processes):
+    folder = two_processes["tiny-nt", "lora"]
+    one = evaluate.main([str(folder / "ckpt.pt")])
+    assert json.loads((folder.parent / "evaluated" / "metrics.json").read_text()) == one
+
+
+def test_first_steps_equal_a_naive_loop(demo, weights, tmp_path):
+    """Three steps of full fine-tuning, against a loop that knows nothing of our sampler's slicing, clipping helper or schedule code."""
+    train.main(command("tiny-nt", "full", demo, weights, tmp_path / "run", "--max-steps", "3", "--accumulate", "2"))
+    data = PreparedDataset(demo)
+    split = data.split("train", "nt")
+    backbone = load_backbone("tiny-nt", weights["tiny-nt"])
+    torch.manual_seed(42)
+    model = TaxonClassifier(backbone, data.num_classes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    order = np.random.RandomState([42, 0]).permutation(len(split))
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = cosine_rate(step, 3, 0.01)
+        batch = split[order[16 * step:16 * (step + 1)]]
+        loss = sequence_losses(model(batch["input_ids"], batch["attention_mask"]), batch["labels"]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.sqrt(sum((p.grad ** 2).sum() for p in model.parameters()))
+        for p in model.parameters():
+            p.grad *= min(1.0, 1.0 / (norm + 1e-6))
+        optimizer.step()
+    state = checkpoint.read(tmp_path / "run" / "ckpt.pt")["state"]
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(state[name], p.detach(), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_resumed_run_equals_an_uninterrupted_one(model, demo, weights, tmp_path, monkeypatch):
+    more = ("--epochs", "3", "--lora-dropout", "0.1", "--batch-size", "32")
+    arguments = command(model, "lora", demo, weights, tmp_path / "run", *more)
+    train.main(command(model, "lora", demo, weights, tmp_path / "whole", *more))
+    run_split, calls = train.run_split, []
+
+    def dies_in_the_second_epoch(*positional):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run_split(*positional)
+
+    monkeypatch.setattr(train, "run_split", dies_in_the_second_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments)
+    monkeypatch.undo()
+    resumed = train.main([*arguments, "--resume"])
+    assert resumed == json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    whole, again = (checkpoint.read(tmp_path / folder / "last.pt") for folder in ("whole", "run"))
+    assert all(torch.equal(whole["state"][name], again["state"][name]) for name in whole["state"])
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in log if "validation_loss" in entry] == [1, 2, 3]
+
+
+def test_early_stopping_restores_the_best_epoch(demo, weights, tmp_path, monkeypatch):
+    losses, run_split, states = iter([3.0, 2.0, 2.5, 2.0, 2.2, 1.0, 1.0]), train.run_split, []
+
+    def with_these_losses(w, model, split, *rest):
+        outcome = run_split(w, model, split, *rest)
+        states.append((split.name, {name: p.clone() for name, p in model.state_dict().items()}))
+        return outcome._replace(loss=next(losses)) if split.name == "validation" else outcome
+
+    monkeypatch.setattr(train, "run_split", with_these_losses)
+    train.main(command("tiny-nt", "full", demo, weights, tmp_path / "run", "--epochs", "7", "--patience", "3", "--batch-size", "64"))
+    assert [name for name, _ in states] == ["validation"] * 5 + ["test"]  # best is epoch 2; equal is not better
+    assert all(torch.equal(states[1][1][name], states[-1][1][name]) for name in states[-1][1])
+    assert checkpoint.read(tmp_path / "run" / "ckpt.pt")["epoch"] == 2
+
+
+def test_precision_bf16_trains(demo, weights, tmp_path):
+    train.main(command("tiny-nt", "lora", demo, weights, tmp_path / "bf16", "--max-steps", "2", "--precision", "bf16"))
+    train.main(command("tiny-nt", "lora", demo, weights, tmp_path / "fp32", "--max-steps", "2"))
+    bf16, fp32 = (checkpoint.read(tmp_path / name / "ckpt.pt") for name in ("bf16", "fp32"))
+    assert all(tensor.dtype == torch.float32 for tensor in bf16["state"].values())
+    assert any(not torch.equal(bf16["state"][name], fp32["state"][name]) for name in fp32["state"])
+    assert bf16["metrics"]["loss"] == pytest.approx(fp32["metrics"]["loss"], rel=0.02)
+
+
+def test_workers_give_the_same_run(demo, weights, tmp_path):
+    for workers in ("0", "2"):
+        train.main(command("tiny-nt", "full", demo, weights, tmp_path / workers, "--max-steps", "2", "--workers", workers))
+    none, two = (checkpoint.read(tmp_path / workers / "ckpt.pt")["state"] for workers in ("0", "2"))
+    assert all(torch.equal(none[name], two[name]) for name in none)
+
+
+def test_the_readme_commands(tmp_path):
+    """As typed in the README, but for --max-steps; a fresh working directory, nothing prepared."""
+    done = torchrun(2, "--", ROOT / "train.py", "--model", "tiny-dnabert", "--strategy", "lora", "--r", "4", "--data", "demo",
+                    "--max-steps", "2", "--batch-size", "4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "heads train" in done.stdout and "no published weights" in done.stdout
+    done = python(ROOT / "evaluate.py", "runs/tiny-dnabert-lora-r4/ckpt.pt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "genus" in done.stdout and (tmp_path / "runs/tiny-dnabert-lora-r4/metrics.json").is_file()
+    assert (tmp_path / "runs/tiny-dnabert-lora-r4/ckpt.pt").stat().st_size < 1_000_000
+
+
+def test_torchrun_leaves_our_flags_alone():
+    """torchrun takes an unambiguous prefix for its own option, and refuses an ambiguous one: --r alone needs the "--" (pytorch issue 120601)."""
+    parser = get_args_parser()
+    flags = set(re.findall(r'add\("(--[a-z-]+)"', (ROOT / "train.py").read_text())) - {"--r"} | {"--lora-r"}
+    assert len(flags) > 20
+    for flag in flags:
+        assert parser.parse_args(["--nproc_per_node", "2", "train.py", flag, "1"]).training_script_args == [flag, "1"]
+    assert parser.parse_args(["--nproc_per_node", "2", "--", "train.py", "--r", "4"]).training_script_args == ["--r", "4"]
+
+
+def test_dry_run_prints_one_json_line_and_needs_no_network(tmp_path):
+    done = python(ROOT / "train.py", "--model", "nt50m", "--strategy", "lora", "--r", "4", "--dry-run", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    line, = done.stdout.splitlines()
+    printed = json.loads(line)
+    assert printed["trainable"] == 24_576 * 4 + 512 * (4 + 57 + 1884) + (4 + 57 + 1884)
+    assert round(printed["published_fraction"], 4) == 0.0017
+    assert set(printed) == {"model", "strategy", "r", "heads", "trainable", "total", "fraction", "published_fraction", "names"}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--model", "nt51m"], "unknown model 'nt51m'.*nt50m"),
+    (["--strategy", "lorra"], "unknown strategy 'lorra'.*lora"),
+    (["--strategy", "full", "--r", "4"], "--r is for --strategy lora"),
+    (["--strategy", "freeze75", "--lora-alpha", "8"], "--lora-alpha is for --strategy lora"),
+    (["--strategy", "full", "--heads", "frozen"], "--heads frozen"),
+    (["--strategy", "lora", "--protocol", "published", "--heads", "train"], "--protocol published"),
+    (["--strategy", "lora", "--targets", "nothing.here"], "target 'nothing.here' matches no module"),
+    (["--r", "0", "--strategy", "lora"], "--r"),
+    (["--lr", "nan"], "--lr"),
+    (["--data", "nowhere"], "nowhere: no such folder"),
+    (["--weights", "nowhere"], "--weights .*nowhere: no such folder"),
+    (["--precision", "tf32", "--device", "cpu"], "tf32 needs a CUDA device"),
+    (["--revision", "main"], "--revision"),
+    (["--num-classes", "4", "5", "6"], "--num-classes"),
+    (["--resume"], "last.pt: no such file"),
+    (["--bogus"], "--bogus"),
+])
+def test_wrong_input_of_train(flags, message, demo, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [str(weights["tiny-nt"]) if flag == "WEIGHTS" else flag for flag in flags]
+    given = {"--model": "tiny-nt", "--strategy": "full", "--data": str(demo), "--weights": str(weights["tiny-nt"])}
+    arguments = [text for flag, value in given.items() if flag not in flags for text in (flag, value)]
+    with pytest.raises(train.InputError, match=message):
+        train.main([*arguments, *flags])
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_input_is_one_line_and_exit_status_2(demo, tmp_path):
+    for arguments in (["train.py", "--model", "tiny-nt", "--strategy", "full", "--r", "4", "--data", demo],
+                      ["evaluate.py", demo / "manifest.json"], ["evaluate.py", "missing.pt"]):
+        done = python(ROOT / arguments[0], *arguments[1:], cwd=tmp_path)
+        assert done.returncode == 2 and done.stdout == ""
+        line, = done.stderr.splitlines()
+        assert line.startswith(f"{arguments[0]}: error: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_folder_is_not_overwritten_unasked(demo, weights, tmp_path):
+    arguments = command("tiny-nt", "full", demo, weights, tmp_path / "run", "--max-steps", "1")
+    train.main(arguments)
+    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    with pytest.raises(train.InputError, match="exists"):
+        train.main(arguments)
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+    train.main([*arguments, "--overwrite"])
+    with pytest.raises(train.InputError, match="other settings"):
+        train.main([*arguments, "--lr", "0.5", "--resume"])
+
+
+def test_evaluate_refuses_other_classes(demo, weights, tmp_path):
+    train.main(command("tiny-nt", "lora", demo, weights, tmp_path / "run", "--max-steps", "1"))
+    other = tmp_path / "other"
+    fasta, dump = tmp_path / "two.fa", demo / "source" / "taxdmp_simulated.zip"
+    records = (demo / "source" / "Bacteria_db.fa").read_text().split(">")[1:]
+    fasta.write_text("".join(f">{record}" for record in records))
+    train.prepare.main(["--fasta", str(fasta), "--taxdump", str(dump), "--out", str(other)])
+    with pytest.raises(train.InputError, match="different classes"):
+        evaluate.main([str(tmp_path / "run" / "ckpt.pt"), "--data", str(other)])
+    with pytest.raises(train.InputError, match="not those of the run"):
+        torch.manual_seed(1)
+        folder = tmp_path / "weights"
+        load_backbone("tiny-nt", weights["tiny-nt"], pretrained=False).save_pretrained(folder)
+        evaluate.main([str(tmp_path / "run" / "ckpt.pt"), "--weights", str(folder)])
