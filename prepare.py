@@ -44,10 +44,14 @@ def parse_args(argv=None):
     add("--out", required=True, metavar="DIR", help="the folder to write")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     args = parser.parse_args(argv)
-    if args.add_tokens is None and args.demo == (args.fasta is not None):
+    if (args.add_tokens is not None) + args.demo + (args.fasta is not None) != 1:
         parser.error("give either --fasta and --taxdump, or --demo, or --add-tokens")
     if (args.fasta is None) != (args.taxdump is None):
         parser.error("--fasta and --taxdump go together")
+    if args.seed >= 2**32:
+        parser.error(f"--seed {args.seed} is not below 2**32")
+    if args.tokenizer_file and "dnabert" not in (args.add_tokens or args.tokenizers):
+        parser.error("--tokenizer-file is for the tokenizer dnabert, which is not asked for")
     if args.test + args.validation >= 1:
         parser.error(f"--test {args.test} and --validation {args.validation} leave nothing to train on")
     return args
@@ -66,8 +70,9 @@ def main(argv=None):
             for tokenizer in tokenizers:
                 PreparedDataset(out).add_tokens(tokenizer, progress)
         report(manifest, args.out)
-    for tokenizer in tokenizers if args.add_tokens else ():
-        data = PreparedDataset(args.out)
+        return
+    data = PreparedDataset(args.out)
+    for tokenizer in tokenizers:
         if data.has_tokens(tokenizer.name) and not args.overwrite:
             raise InputError(f"{args.out} has tokens of {tokenizer.name} already; --overwrite makes them again")
         data.add_tokens(tokenizer, progress)

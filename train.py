@@ -172,6 +172,8 @@ def train(w, args, settings):
     """Run the whole of it on this process; returns the test metrics."""
     set_precision(args.precision, w.device)
     out = Path(args.out or run_name(args, settings))
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: give another --out")
     if out.exists() and any(out.iterdir()) and not (args.overwrite or args.resume):
         raise InputError(f"{out} exists: give another --out, --overwrite to replace it, or --resume to go on")
     barrier(w)  # everyone has looked before rank 0 writes
@@ -206,8 +208,9 @@ def train(w, args, settings):
     step, first_epoch, best, bad_epochs = 0, 0, math.inf, 0
     if args.resume:
         last = checkpoint.read(out / "last.pt")
-        if last["args"] != vars(args) | {"resume": False}:
-            raise InputError(f"{out / 'last.pt'} is of a run with other settings: give the same ones")
+        differ = [name for name, value in last["args"].items() if name != "resume" and value != getattr(args, name)]
+        if differ:
+            raise InputError(f"{out / 'last.pt'} is of a run with other settings of {', '.join(differ)}: give the same to resume it")
         checkpoint.load_state(model, last["state"])
         optimizer.load_state_dict(last["optimizer"])
         step, first_epoch, best, bad_epochs = last["step"], last["epoch"] + 1, last["best"], last["bad_epochs"]
@@ -244,7 +247,7 @@ def train(w, args, settings):
         loader = iter(DataLoader(splits["train"], batch_size=None, sampler=[rows for micros, _ in plan for rows, _ in micros],
                                  num_workers=args.workers, pin_memory=w.device.type == "cuda"))
         since, loss_sum, seen = time.perf_counter(), torch.zeros((), dtype=torch.float64, device=w.device), 0
-        for micros, count in (bar := progress(plan, f"epoch {epoch + 1}/{args.epochs}", unit="seq", unit_scale=per_step)):
+        for micros, count in progress(plan, f"epoch {epoch + 1}/{args.epochs}", unit="seq", unit_scale=per_step):
             # ---------------------------------------------------------------- a single training step
             rate = cosine_rate(step, total_steps, args.lr, args.warmup_steps)
             for group in optimizer.param_groups:

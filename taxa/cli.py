@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 
@@ -11,7 +12,7 @@ class InputError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line without the usage; help shows defaults and keeps the layout of the description."""
+    """argparse, but an error is one line without the usage, and the description keeps its layout. Flags are never abbreviated."""
 
     def __init__(self, description, epilog=None):
         super().__init__(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -63,13 +64,21 @@ def fraction(text):
 
 
 def run(main):
-    """Call main() as a script: InputError becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    """Call main() as a script: InputError, a full disk and a folder without permission become one line on stderr and exit status 2.
+
+    Ctrl-C becomes one line and exit status 130.
+    """
     rank = int(os.environ.get("RANK", "0"))
     who = os.path.basename(sys.argv[0]) + (f" (rank {rank})" if rank else "")
     try:
         main()
     except InputError as error:
         print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        print(f"{who}: error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{who}: interrupted", file=sys.stderr, flush=True)

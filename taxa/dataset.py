@@ -25,7 +25,7 @@ from taxa.splits import SPLITS
 from taxa.tokens import NTTokenizer
 
 FORMAT, VERSION = "taxa dataset", 1
-RECORD = np.dtype([("source", "<u1"), ("record", "<u4"), ("taxid", "<u4")])
+RECORD = np.dtype([("source", "<u2"), ("record", "<u4"), ("taxid", "<u4")])
 
 
 class TokenWriter:
@@ -128,9 +128,10 @@ class PreparedDataset:
     def add_tokens(self, tokenizer, progress):
         """Write the tokens of another tokenizer, made from the letters that the nt tokens spell. progress: wraps an iterable."""
         nt = NTTokenizer()
-        for split in SPLITS:
-            source = self.split(split, nt.name)
-            with TokenWriter(self.folder, split, tokenizer.name) as writer:
+        with contextlib.ExitStack() as stack:
+            for split in SPLITS:
+                source = self.split(split, nt.name)
+                writer = stack.enter_context(TokenWriter(self.folder, split, tokenizer.name))
                 for start in progress(range(0, len(source), 1024), f"{tokenizer.name} tokens, {split}"):
                     letters = [nt.decode(source.tokens(i)) for i in range(start, min(start + 1024, len(source)))]
                     writer.append(*tokenizer.encode(b"".join(letters), [len(text) for text in letters]))

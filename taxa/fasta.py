@@ -48,9 +48,11 @@ def index_fasta(path, scratch):
     if plain.stat().st_size == 0:
         raise InputError(f"{source}: the file is empty")
     index_path = scratch / f"{source.name}.fai"
+    index_path.unlink(missing_ok=True)
     try:
         _IndexFile(plain, indexname=index_path, rebuild=True).close()
-    except (pyfaidx.FastaIndexingError, UnicodeDecodeError) as error:
+    except (pyfaidx.FastaIndexingError, pyfaidx.UnsupportedCompressionFormat, ImportError, RuntimeError, UnicodeDecodeError) as error:
+        # ImportError: a name that ends in .gz over text that is not gzip makes pyfaidx ask for Biopython
         raise InputError(f"{source}: not a FASTA file: {str(error).replace(str(plain), source.name)}") from None
     columns = [array.array("q") for _ in range(5)]
     with open(index_path) as file:
@@ -62,6 +64,10 @@ def index_fasta(path, scratch):
             for column, value in zip(columns, (name, *numbers)):
                 column.append(int(value))
     taxid, length, offset, line_letters, line_bytes = (np.frombuffer(column, dtype=np.int64) for column in columns)
+    blank_first = (length > 0) & (line_bytes < line_letters)  # pyfaidx takes line lengths from a blank line after a CRLF header
+    if blank_first.any():
+        record = int(np.argmax(blank_first))
+        raise InputError(f"{source}: record {record + 1} '>{taxid[record]}': a blank line, or lines of unequal length")
     ends = np.maximum(length - 1, 0) // np.maximum(line_letters, 1) * (line_bytes - line_letters)
     return Index(plain, taxid, length, offset, length + ends)
 
@@ -71,7 +77,7 @@ def _unpacked(source, scratch):
     with open(source, "rb") as file:
         if file.read(2) != b"\x1f\x8b":
             return source
-    plain = scratch / (source.name.removesuffix(".gz") + ".unpacked")
+    plain = scratch / (source.name + ".unpacked")
     try:
         with gzip.open(source, "rb") as packed, open(plain, "wb") as file:
             shutil.copyfileobj(packed, file, 1 << 20)

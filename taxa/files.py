@@ -29,7 +29,9 @@ def new_folder(path, overwrite=False):
 
     Raises InputError when `path` exists and is not an empty folder, unless overwrite=True, which replaces it at the very end.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir() and overwrite:
+        raise InputError(f"{path} is not a folder: give another --out")
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{path} exists: give another --out, or --overwrite to replace it")
     try:
@@ -40,9 +42,11 @@ def new_folder(path, overwrite=False):
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
-        if path.is_dir():
-            shutil.rmtree(path)
+        old = temporary.with_suffix(".old")
+        if path.exists():
+            os.replace(path, old)
         os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -31,6 +31,7 @@ def split_by_genus(genus, seed, test=0.02, validation=0.10):
     genus = np.asarray(genus)
     groups, group, counts = np.unique(genus, return_inverse=True, return_counts=True)
     n_test = shares(counts, test, minimum=np.where(counts >= 2, 1, 0))
+    n_test = np.where(counts >= 3, np.minimum(n_test, counts - 2), n_test)
     n_validation = shares(counts, validation, minimum=np.where(counts >= 3, 1, 0))
     n_validation = np.where(counts <= 2, 0, np.minimum(n_validation, counts - n_test - 1))
     key = np.random.RandomState(seed).permutation(len(genus))

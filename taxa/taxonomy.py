@@ -51,19 +51,22 @@ class Dump:
                 self._archive = tarfile.open(self.path)
                 names = {member.name.removeprefix("./"): member for member in self._archive.getmembers() if member.isfile()}
                 times = {name: time.gmtime(member.mtime) for name, member in names.items()}
+                while self._archive.fileobj.read(1 << 20):  # to the end: only there does gzip compare its checksum
+                    pass
         self._members = {name: names[name] for name in MEMBERS if name in names}
         for name in ("nodes.dmp", "names.dmp"):
             if name not in self._members:
                 raise InputError(f"{self.path}: no {name} at the top level: not an NCBI taxonomy dump")
         named = re.search(r"\d{4}-\d{2}-\d{2}", self.path.name)
-        self.date = named[0] if named else time.strftime("%Y-%m-%d", times["nodes.dmp"])  # of the archive's name, else of nodes.dmp
+        with self._errors():
+            self.date = named[0] if named else time.strftime("%Y-%m-%d", times["nodes.dmp"])  # of the name, else of nodes.dmp
 
     @contextlib.contextmanager
     def _errors(self):
         try:
             yield
-        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.path}: the archive is damaged or not a .zip or .tar.gz ({error})") from None
+        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"{self.path}: the archive is damaged or not a .zip or .tar.gz ({' '.join(str(error).split())})") from None
 
     def rows(self, name):
         """Yield (line, fields) of one member; nothing when the dump lacks it."""
@@ -80,13 +83,21 @@ class Dump:
         """Yield (line, the first `count` fields as integers, all fields); InputError names a line that has none."""
         for number, (line, fields) in enumerate(self.rows(name), start=1):
             try:
-                yield line, [int(field) for field in fields[:count]], fields
+                numbers = [int(field) for field in fields[:count]]
+                if len(fields) < count + 1 or fields[-1]:
+                    raise ValueError
             except ValueError:
                 raise InputError(f"{self.path}: {name} line {number} does not start with {count} taxid(s)") from None
+            yield line, numbers, fields
 
     def excerpt(self, taxids, out):
-        """Write a dump of only the lineages of `taxids` as a tar file `out`. Returns ({taxid: current id}, {unknown id: reason})."""
+        """Write a dump of only the lineages of `taxids` as a tar file `out`.
+
+        Returns ({taxid: current id}, {unknown id: reason}, {taxid of a node: scientific name, as ete3 would not keep its quotes}).
+        """
         parents = {child: parent for _, (child, parent), _ in self.integers("nodes.dmp", 2)}
+        if 1 not in parents:
+            raise InputError(f"{self.path}: nodes.dmp has no root (taxid 1)")
         merges = {old: new for _, (old, new), _ in self.integers("merged.dmp", 2)}
         current, unknown = {}, {}
         for taxid in taxids:
@@ -126,7 +137,8 @@ class Dump:
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-        return current, unknown
+        names = {int(line.split("|")[0]): line.split("|")[1].strip() for line in lines["names.dmp"]}
+        return current, unknown, names
 
 
 def label_taxids(dump_path, taxids, scratch):
@@ -136,14 +148,14 @@ def label_taxids(dump_path, taxids, scratch):
     """
     dump = Dump(dump_path)
     excerpt = Path(scratch).resolve() / "excerpt.tar"
-    current, unknown = dump.excerpt(sorted(set(taxids)), excerpt)
+    current, unknown, names = dump.excerpt(sorted(set(taxids)), excerpt)
     labels = {taxid: Label(reason=reason) for taxid, reason in unknown.items()}
     if not current:
         return labels, {}, dump.date
     with _ete3(excerpt) as ncbi:
         lineages = {taxid: ncbi.get_lineage(taxid) for taxid in current}
         nodes = sorted({node for lineage in lineages.values() for node in lineage})
-        ranks, names = ncbi.get_rank(nodes), ncbi.get_taxid_translator(nodes)
+        ranks = ncbi.get_rank(nodes)
     for taxid, lineage in lineages.items():
         at = {ranks[node]: node for node in lineage}
         superkingdom = next((node for node in lineage if node in SUPERKINGDOMS), None)

@@ -107,6 +107,15 @@ class BPETokenizer:
         self.pad_token_id = self._tokenizer.token_to_id("[PAD]")
         if None in (self.pad_token_id, self._tokenizer.token_to_id("[CLS]"), self._tokenizer.token_to_id("[SEP]")):
             raise InputError(f"{path}: the vocabulary lacks [PAD], [CLS] or [SEP]")
+        cls, sep = self._tokenizer.token_to_id("[CLS]"), self._tokenizer.token_to_id("[SEP]")
+        try:
+            ids = self._tokenizer.encode("ACGTN").ids
+        except Exception as error:
+            raise InputError(f"{path}: the tokenizer cannot encode N ({error})") from None
+        if len(ids) < 3 or ids[0] != cls or ids[-1] != sep:
+            raise InputError(f"{path}: sequences do not come between [CLS] and [SEP]")
+        if max(self._tokenizer.get_vocab().values()) >= 2**16:
+            raise InputError(f"{path}: token ids do not fit in 16 bits")
         self.digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()  # vocabulary and merges
 
     def encode(self, letters, lengths):

@@ -89,6 +89,9 @@ def test_index_and_read_equal_a_naive_parser(tmp_path, layout, batch):
     assert index.taxid.tolist() == [taxid for taxid, _ in expected]
     assert index.length.tolist() == [len(letters) for _, letters in expected]
     assert read_records(index, batch=batch) == expected
+    blocks = [LAYOUTS[layout][start:start + size] for start, size in zip(index.offset, index.size)]
+    assert [b"".join(block.splitlines()) for block in blocks] == [letters for _, letters in expected]
+    assert all(block.strip(b"\r\n") == block for block in blocks)  # not a byte more
 
 
 def test_the_folder_of_the_source_is_left_alone(tmp_path):

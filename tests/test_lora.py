@@ -202,6 +202,7 @@ def test_injection_and_merging_leave_requires_grad_alone(name):
     ("encoder.layer.0.attention.output.dense", "layer.*.output.dense", False),
     ("encoder.layer.0.attention.output.dense", "output.dense", True),
     ("output.dense", "layer.*.output.dense", False),
+    ("encoder", "encoder.layer", False),
     ("encoder.layer.1.attention.self.query", "layer.0.attention.self.query", False),
     ("encoder.layer.0.attention.self.Wqkv", "attention.self.wqkv", False),
 ])

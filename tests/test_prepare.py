@@ -337,8 +337,9 @@ def test_adding_tokens_again_needs_overwrite(small, tmp_path):
 
 
 def test_tokenizer_file_is_used_for_dnabert(small, tmp_path):
-    run_main(*small_arguments(small, "--out", tmp_path / "out"), "--tokenizers", "dnabert", "--tokenizer-file", TINY_BPE)
-    data, tiny = PreparedDataset(tmp_path / "out"), get_tokenizer("tiny-dnabert")
+    out = tmp_path / "out"
+    run_main(*small_arguments(small, "--out", out), "--tokenizers", "dnabert", "--tokenizer-file", TINY_BPE)
+    data, tiny = PreparedDataset(out), get_tokenizer("tiny-dnabert")
     assert data.manifest["tokenizers"]["dnabert"]["digest"] == tiny.digest
     letters = NT.decode(data.split("train", "nt").tokens(0))
     assert data.split("train", "dnabert").tokens(0).tolist() == tiny.encode(letters, [30])[0].tolist()
@@ -414,7 +415,7 @@ WRONG = {
     "a demo too small": ("--demo --demo-sequences 53 --out {path}/out", "53 sequences are fewer than the 54 species"),
     "an unknown tokenizer": (GOOD + " --tokenizers nt tiny-dnabret", "'tiny-dnabret'.*did you mean tiny-dnabert"),
     "no tokenizer": (GOOD + " --tokenizers", "--tokenizers"),
-    "a missing tokenizer file": (GOOD + " --tokenizers dnabert" + FILE + "missing.json", "missing.json: no such tokenizer"),
+    "a missing tokenizer file": (GOOD + " --tokenizers dnabert" + FILE + "missing.json", "missing.json: no such token"),
     "a bad tokenizer file": (GOOD + " --tokenizers dnabert" + FILE + "text.zip", "text.zip: not a tokenizer.json"),
     "a tokenizer file for another": (GOOD + " --tokenizers tiny-dnabert" + FILE + "t.json", "--tokenizer-file"),
     "a tokenizer file for none": (GOOD + FILE + "t.json", "--tokenizer-file"),

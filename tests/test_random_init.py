@@ -59,7 +59,7 @@ def test_every_parameter(name, initializer_range):
 @pytest.mark.parametrize("name", TINY)
 def test_load_backbone_without_weights_uses_the_range_of_the_config(name, tmp_path):
     torch.manual_seed(1)
-    assert counted(load_backbone(name, pretrained=False), 0.02) == BACKBONE[name]
+    assert counted(load_backbone(name, pretrained=False), 0.1) == BACKBONE[name]
     config = FAMILIES[get_model(name).family].config(**(get_model(name).sizes | {"initializer_range": 0.3}))
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert counted(load_backbone(name, tmp_path, pretrained=False), 0.3) == BACKBONE[name]

@@ -245,11 +245,14 @@ def test_nothing_is_written_elsewhere_and_no_network_is_used(tmp_path, monkeypat
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     (tmp_path / "dump.zip").write_bytes(archive_bytes(dump_texts(), "zip"))
+    for name in ("taxa.tab", "syn.tab", "merged.tab"):  # ete3 writes files of these names, and removes them
+        Path(name).write_text("the user's own")
     os.mkdir("scratch")
     before = listing(tmp_path)
     labels, _, _ = label_taxids(Path("../dump.zip"), ASKED, Path("scratch"))  # both relative
     assert labels[562] == Label(2, 1224, 561)
     assert Path.cwd() == tmp_path / "work"
+    assert {path.read_text() for path in Path().glob("*.tab")} == {"the user's own"}
     assert [name for name in listing(tmp_path) if not name.startswith("work/scratch/")] == before
     assert capfd.readouterr() == ("", "")  # ete3 prints
 
@@ -350,7 +353,7 @@ def read_all(path, data):
     """What of a dump its reader uses: the excerpt's bytes, current ids and reasons; None where the dump is refused."""
     path.write_bytes(data)
     try:
-        current, unknown = Dump(path).excerpt(ASKED, path.with_suffix(".excerpt"))
+        current, unknown, _ = Dump(path).excerpt(ASKED, path.with_suffix(".excerpt"))
     except InputError as error:
         assert str(error).startswith(f"{path}: ")
         return None
