@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 import prepare
 from taxa import RANKS, __version__, checkpoint
 from taxa.backbones import FAMILIES, MODELS, backbone_config, get_model
-from taxa.cli import InputError, Parser, choose, fraction, non_negative_int, positive_float, positive_int, run
+from taxa.cli import InputError, Parser, choose, fraction, non_negative_float, non_negative_int, positive_float, positive_int, run
 from taxa.dataset import PreparedDataset, micro_batches
 from taxa.distributed import barrier, main_first, sum_over_ranks, world
 from taxa.evaluation import run_split, summarize, table, write_tables
@@ -68,7 +68,7 @@ def parse_args(argv=None):
     add("--batch-size", type=positive_int, metavar="B", help="sequences per process and micro-batch (default: the published one)")
     add("--accumulate", type=positive_int, default=1, metavar="N", help="micro-batches per optimizer step (default 1)")
     add("--lr", type=positive_float, help="initial learning rate (default: the published one of the model)")
-    add("--weight-decay", type=fraction, default=0.0, help="AdamW's (default 0)")
+    add("--weight-decay", type=non_negative_float, default=0.0, help="AdamW's (default 0)")
     add("--warmup-steps", type=non_negative_int, default=0, metavar="N", help="linear warm-up before the cosine (default 0)")
     add("--max-grad-norm", type=positive_float, default=1.0, help="clip the gradient's norm to this (default 1.0)")
     add("--patience", type=positive_int, default=3, metavar="EPOCHS", help="stop after this many without a better validation loss (default 3)")
@@ -211,7 +211,7 @@ def train(w, args, settings):
         differ = [name for name, value in last["args"].items() if name != "resume" and value != getattr(args, name)]
         if differ:
             raise InputError(f"{out / 'last.pt'} is of a run with other settings of {', '.join(differ)}: give the same to resume it")
-        checkpoint.load_state(model, last["state"])
+        checkpoint.load_state(model, last["state"], names)
         optimizer.load_state_dict(last["optimizer"])
         step, first_epoch, best, bad_epochs = last["step"], last["epoch"] + 1, last["best"], last["bad_epochs"]
 
@@ -297,7 +297,7 @@ def train(w, args, settings):
     # the best checkpoint, restored and tested
     barrier(w)
     content = checkpoint.read(out / "ckpt.pt")
-    checkpoint.load_state(model, content["state"])
+    checkpoint.load_state(model, content["state"], names)
     outcome = run_split(w, model, splits["test"], args.batch_size, args.precision, args.workers)
     metrics = summarize("test", outcome, data.num_classes)
     if w.is_main:

@@ -5,17 +5,16 @@ weights by source, revision and digest. Files hold tensors, numbers, strings, li
 """
 
 import hashlib
-import pickle
 from pathlib import Path
 
 import torch
 
 from taxa.backbones import FAMILIES, get_model, load_backbone
 from taxa.cli import InputError
-from taxa.files import replacing
+from taxa.files import UNREADABLE, replacing
 from taxa.model import TaxonClassifier
 from taxa.random_init import reinitialize
-from taxa.strategies import inject
+from taxa.strategies import inject, trainable_names
 
 FORMAT, VERSION = "taxa checkpoint", 1
 SEED_OF_UNPUBLISHED = 0  # of the random base weights that stand in where a model has no published ones
@@ -61,14 +60,19 @@ def changed_state(classifier, names):
     return {name: p.detach().cpu().clone() for name, p in classifier.named_parameters() if name in keep}
 
 
-def load_state(classifier, state):
-    """Copy `state` into the classifier. Raises InputError when a name is unknown or a shape differs."""
+def load_state(classifier, state, names):
+    """Copy `state` into the classifier: exactly the parameters that changed_state() takes for `names`.
+
+    Raises InputError when one is missing, unknown or of another shape.
+    """
+    expected = changed_state(classifier, names).keys()
+    if state.keys() != expected:
+        differ = [*(f"no {name}" for name in sorted(expected - state.keys())), *(f"unknown {name}" for name in sorted(state.keys() - expected))]
+        raise InputError(f"the checkpoint does not fit its model: {', '.join(differ)}")
     try:
-        unexpected = classifier.load_state_dict(state, strict=False).unexpected_keys
+        classifier.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise InputError(f"the checkpoint does not fit its model: {' '.join(str(error).split())}") from None
-    if unexpected:
-        raise InputError(f"the checkpoint holds parameters that its model has not: {', '.join(unexpected)}")
 
 
 def save(path, content):
@@ -85,13 +89,13 @@ def read(path):
         raise InputError(f"{path}: no such file; train.py writes ckpt.pt into its run folder") from None
     except IsADirectoryError:
         raise InputError(f"{path}: a folder; give the ckpt.pt in it") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError, AttributeError, IndexError) as error:
+    except UNREADABLE as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not a checkpoint of train.py ({first})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path}: not a checkpoint of train.py")
-    if content["version"] != VERSION:
-        raise InputError(f"{path}: checkpoint version {content['version']}, but this code reads version {VERSION}")
+    if content.get("version") != VERSION:
+        raise InputError(f"{path}: checkpoint version {content.get('version')}, but this code reads version {VERSION}")
     return content
 
 
@@ -115,5 +119,5 @@ def rebuild(content, weights=None):
                              f"digest {found[:12]}, the checkpoint says {content['base']['digest'][:12]}")
     classifier = TaxonClassifier(backbone, num_classes)
     inject(classifier, content["settings"])
-    load_state(classifier, content["state"])
+    load_state(classifier, content["state"], trainable_names(classifier, content["settings"]))
     return classifier.eval()

@@ -4,11 +4,19 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from taxa.cli import InputError
+
+# What reading a file of weights raises when it is cut short, damaged, or something else altogether.
+UNREADABLE = (pickle.UnpicklingError, SafetensorError, struct.error, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError,
+              AttributeError, IndexError, AssertionError)
 
 
 @contextlib.contextmanager

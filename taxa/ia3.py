@@ -80,6 +80,8 @@ def inject_ia3(model, targets, feedforward_targets):
         def on_output(linear, parts=parts):
             if parts is None:
                 return IA3Linear(linear)
+            if linear.out_features != 3 * linear.in_features:
+                raise InputError(f"target '{target}': brackets are for a fused Wqkv")
             third = linear.out_features // 3
             return IA3Linear(linear, rows=(THIRDS.index(parts[0]) * third, (THIRDS.index(parts[-1]) + 1) * third))
 

@@ -302,7 +302,7 @@ def test_load_state_restores_what_changed(tmp_path, name):
         for key in content["state"]:
             classifier.get_parameter(key).zero_()
     assert not torch.equal(logits(classifier), expected)
-    load_state(classifier, content["state"])
+    load_state(classifier, content["state"], content["state"])
     assert torch.equal(logits(classifier), expected)
 
 

@@ -7,18 +7,17 @@ Berman et al. 2025 and the configs of its published code). Adapter targets stand
 import contextlib
 import json
 import logging
-import pickle
 import sys
 from pathlib import Path
 from typing import NamedTuple, Optional
 
 import torch
-from safetensors import SafetensorError
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from taxa.backbones import dnabert2, nucleotide_transformer
 from taxa.cli import InputError, choose
+from taxa.files import UNREADABLE
 from taxa.random_init import reinitialize
 
 
@@ -101,7 +100,14 @@ def _checked_config(family, values, source):
     for key, only in family.module.FIXED.items():
         if values.get(key, only) != only:
             raise InputError(f"{source}: {key} is {values[key]!r}; this architecture computes only {only!r}")
-    return family.config(**values)
+    config = family.config(**values)
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        size = getattr(config, key)
+        if type(size) is not int or size < 1:
+            raise InputError(f"{source}: {key} is {size!r}, not a positive integer")
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(f"{source}: hidden_size {config.hidden_size} is no multiple of {config.num_attention_heads} attention heads")
+    return config
 
 
 def load_backbone(name, weights=None, revision=None, pretrained=True):
@@ -142,9 +148,10 @@ def _from_pretrained(family, source, arguments, config):
     """transformers' from_pretrained, with every missing and every unexpected key accounted for by name."""
     try:
         with _quiet_transformers():
-            model, info = family.model.from_pretrained(source, config=config, output_loading_info=True, weights_only=True,
-                                                       ignore_mismatched_sizes=True, **arguments)
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+            model, info = family.model.from_pretrained(
+                source, config=config, output_loading_info=True, weights_only=True, ignore_mismatched_sizes=True,
+                torch_dtype=torch.float32, **arguments)  # transformers 5 would take the dtype of the file and round the rest to it
+    except UNREADABLE as error:
         raise InputError(f"cannot load weights from {source}: {_first_line(error)}") from None
     prefix = family.model.base_model_prefix + "."
     unexpected = {key.removeprefix(prefix) for key in info["unexpected_keys"]} - family.module.dropped_keys(config)
@@ -152,7 +159,7 @@ def _from_pretrained(family, source, arguments, config):
     problems = [f"{kind}: {', '.join(sorted(map(str, keys)))}" for kind, keys in problems.items() if keys]
     if problems:
         raise InputError(f"weights from {source} do not fit: {'; '.join(problems)}")
-    return model.float()
+    return model
 
 
 @contextlib.contextmanager
