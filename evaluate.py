@@ -33,7 +33,13 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     content = checkpoint.read(args.checkpoint)
-    data = PreparedDataset(args.data or content["data"]["folder"])
+    trained_on = content["data"]
+    if not args.data and not Path(trained_on["folder"]).is_dir():
+        raise InputError(f"{args.checkpoint} was trained on {trained_on['folder']}, which is not there: give --data DIR")
+    data = PreparedDataset(args.data or trained_on["folder"])
+    if data.digest != trained_on["digest"] and not args.out:
+        raise InputError(f"{data.folder} is not the dataset that {args.checkpoint} was trained on (digest {data.digest[:12]}, then "
+                         f"{trained_on['digest'][:12]}): to evaluate on it all the same, say with --out where the numbers go")
     check_classes(args.checkpoint, content, data)
     tokenizer = content["tokenizer"]["name"]
     split = data.split(args.split, tokenizer)
@@ -41,20 +47,19 @@ def main(argv=None):
         raise InputError(f"{data.folder}: its {tokenizer} tokens are of another vocabulary than the checkpoint's")
     if len(split) == 0:
         raise InputError(f"{data.folder}: the {args.split} split is empty")
+    out = Path(args.out or Path(args.checkpoint).parent)
     with world(args.device) as w:
         precision = args.precision or content["precision"]
         set_precision(precision, w.device)
+        out.mkdir(parents=True, exist_ok=True)
         model = checkpoint.rebuild(content, args.weights).to(w.device)
         outcome = run_split(w, model, split, args.batch_size or content["batch_size"], precision, args.workers)
         metrics = summarize(args.split, outcome, data.num_classes)
         if w.is_main:
-            if data.digest != content["data"]["digest"]:
-                print(f"note: {data.folder} is not the dataset that the run was trained on (digest {data.digest[:12]}, "
-                      f"then {content['data']['digest'][:12]}): its {args.split} split may hold sequences trained on")
-            out = Path(args.out or Path(args.checkpoint).parent)
-            out.mkdir(parents=True, exist_ok=True)
-            write_tables(out, metrics, outcome, data.classes)
             print(table(metrics), flush=True)
+            if data.digest != trained_on["digest"]:
+                print(f"note: {data.folder} is not the dataset of the run: its {args.split} split may hold sequences trained on")
+            write_tables(out, metrics, outcome, data.classes)
     return metrics
 
 

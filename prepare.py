@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from taxa import RANKS, simulate
-from taxa.cli import InputError, Parser, fraction, non_negative_int, positive_int, run
+from taxa.cli import InputError, Parser, fraction, positive_int, run, seed
 from taxa.dataset import RECORD, PreparedDataset, TokenWriter, write_manifest
 from taxa.fasta import index_fasta, normalize, read_sequences
 from taxa.files import new_folder, sha256
@@ -28,15 +28,15 @@ def parse_args(argv=None):
     add("--fasta", nargs="+", metavar="FILE", help="FASTA files, plain or gzip; headers '>TAXID INDEX' or '>TAXID'")
     add("--taxdump", metavar="FILE", help="NCBI taxonomy dump: taxdmp_YYYY-MM-DD.zip or taxdump.tar.gz")
     add("--demo", action="store_true", help="simulate a small corpus instead of reading one")
-    add("--demo-sequences", type=positive_int, default=8000, metavar="N", help="sequences to simulate (default 8000)")
+    add("--demo-sequences", type=positive_int, metavar="N", help="sequences to simulate (default 4000)")
     # what is kept and how it is divided
-    add("--length", type=positive_int, default=1500, metavar="BP", help="keep sequences of exactly this length (default 1500)")
+    add("--length", type=positive_int, metavar="BP", help="keep sequences of exactly this length (default 1500)")
     add("--any-length", action="store_true", help="keep sequences of every length but 0")
-    add("--test", type=fraction, default=0.02, metavar="F", help="share of each genus for the test split (default 0.02)")
-    add("--validation", type=fraction, default=0.10, metavar="F", help="share of each genus for the validation split (default 0.10)")
-    add("--seed", type=non_negative_int, default=42, help="of the split, and of the simulation (default 42)")
+    add("--test", type=fraction, metavar="F", help="share of each genus for the test split, above 0 (default 0.02)")
+    add("--validation", type=fraction, metavar="F", help="share of each genus for the validation split, above 0 (default 0.10)")
+    add("--seed", type=seed, help="of the split, and of the simulation (default 42)")
     # tokens
-    add("--tokenizers", nargs="+", default=["nt"], metavar="NAME",
+    add("--tokenizers", nargs="+", metavar="NAME",
         help=f"which tokens to write, of {' '.join(TOKENIZERS)}; nt is always written (default nt)")
     add("--add-tokens", nargs="+", metavar="NAME", help="add tokens to a folder that is prepared already")
     add("--tokenizer-file", metavar="FILE", help="tokenizer.json for dnabert (default: DNABERT-2's, from the hub)")
@@ -48,10 +48,22 @@ def parse_args(argv=None):
         parser.error("give either --fasta and --taxdump, or --demo, or --add-tokens")
     if (args.fasta is None) != (args.taxdump is None):
         parser.error("--fasta and --taxdump go together")
-    if args.seed >= 2**32:
-        parser.error(f"--seed {args.seed} is not below 2**32")
+    useless = ["fasta", "taxdump", "length", "any_length", "test", "validation", "seed", "tokenizers"] if args.add_tokens else []
+    useless += [] if args.demo else ["demo_sequences"]
+    useless += ["length"] if args.any_length else []
+    for flag in useless:
+        if getattr(args, flag) not in (None, False):
+            parser.error(f"--{flag.replace('_', '-')} does nothing here: leave it out")
+    if "nt" in (args.add_tokens or []):
+        parser.error("--add-tokens nt: nt tokens are always there")
+    for flag, default in (("demo_sequences", 4000), ("length", 1500), ("test", 0.02), ("validation", 0.10), ("seed", 42),
+                          ("tokenizers", ["nt"])):
+        if getattr(args, flag) is None:
+            setattr(args, flag, default)
     if args.tokenizer_file and "dnabert" not in (args.add_tokens or args.tokenizers):
         parser.error("--tokenizer-file is for the tokenizer dnabert, which is not asked for")
+    if args.test == 0 or args.validation == 0:
+        parser.error("--test and --validation are above 0: every genus of three or more sequences is in all three splits")
     if args.test + args.validation >= 1:
         parser.error(f"--test {args.test} and --validation {args.validation} leave nothing to train on")
     return args
@@ -62,9 +74,11 @@ def main(argv=None):
     names = [name for name in args.add_tokens or args.tokenizers if name != "nt"]
     tokenizers = [get_tokenizer(name, args.tokenizer_file if name == "dnabert" else None) for name in names]
     if args.add_tokens is None:
+        if args.overwrite:
+            check_what_is_overwritten(Path(args.out), [] if args.demo else [*args.fasta, args.taxdump])
         with new_folder(args.out, args.overwrite) as out, tempfile.TemporaryDirectory(dir=out.parent, prefix=".scratch-") as scratch:
             if args.demo:
-                paths = simulate.simulate(out / "source", args.demo_sequences, args.seed)
+                paths = simulate.simulate(out / "source", args.demo_sequences, args.seed, args.length)
                 args.fasta, args.taxdump = paths["fasta"], paths["taxdump"]
             manifest = prepare(args, out, Path(scratch))
             for tokenizer in tokenizers:
@@ -77,6 +91,15 @@ def main(argv=None):
             raise InputError(f"{args.out} has tokens of {tokenizer.name} already; --overwrite makes them again")
         data.add_tokens(tokenizer, progress)
         print(f"{args.out}: added tokens of {tokenizer.name}")
+
+
+def check_what_is_overwritten(out, inputs):
+    """--overwrite replaces prepared datasets only, and never the files that it is to read."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file():
+        raise InputError(f"--out {out} is not a prepared dataset, so --overwrite does not replace it: give another --out")
+    for path in inputs:
+        if Path(path).resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{path} lies in --out {out}, which --overwrite would replace: give another --out")
 
 
 def prepare(args, out, scratch):

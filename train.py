@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader
 import prepare
 from taxa import RANKS, __version__, checkpoint
 from taxa.backbones import FAMILIES, MODELS, backbone_config, get_model
-from taxa.cli import InputError, Parser, choose, fraction, non_negative_float, non_negative_int, positive_float, positive_int, run
+from taxa.cli import InputError, Parser, choose, fraction, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
 from taxa.dataset import PreparedDataset, micro_batches
-from taxa.distributed import barrier, main_first, sum_over_ranks, world
+from taxa.distributed import barrier, copy_from_main, main_first, sum_over_ranks, world
 from taxa.evaluation import run_split, summarize, table, write_tables
 from taxa.files import write_json
 from taxa.model import TaxonClassifier, sequence_losses
@@ -40,6 +40,8 @@ from taxa.strategies import PROTOCOLS, STRATEGIES, inject, published_fraction, s
 from taxa.tokens import get_tokenizer
 
 DEMO = "data/demo"
+RUN_FILES = ("args.json", "environment.json", "log.jsonl", "ckpt.pt", "last.pt", "metrics*.json", "per_class*.csv", "confusion_*.csv")
+RESUME_IGNORES = ("resume", "overwrite", "out", "workers", "log_every", "device")  # flags that do not change what is computed
 
 
 def parse_args(argv=None):
@@ -72,7 +74,7 @@ def parse_args(argv=None):
     add("--warmup-steps", type=non_negative_int, default=0, metavar="N", help="linear warm-up before the cosine (default 0)")
     add("--max-grad-norm", type=positive_float, default=1.0, help="clip the gradient's norm to this (default 1.0)")
     add("--patience", type=positive_int, default=3, metavar="EPOCHS", help="stop after this many without a better validation loss (default 3)")
-    add("--seed", type=non_negative_int, default=42, help="of heads, adapters, order and dropout (default 42)")
+    add("--seed", type=seed, default=42, help="of heads, adapters, order and dropout (default 42)")
     # machine
     add("--precision", choices=PRECISIONS, default="fp32", help="of matrix products (default fp32, as published)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
@@ -95,6 +97,10 @@ def parse_args(argv=None):
         parser.error("--revision names pretrained weights; --strategy random uses none")
     if args.weights and args.revision:
         parser.error("--revision is of the hub's repository; --weights DIR does not come from there")
+    if args.overwrite and args.resume:
+        parser.error("--overwrite starts anew and --resume goes on: give one of them")
+    if args.max_steps and args.warmup_steps >= args.max_steps:
+        parser.error(f"--warmup-steps {args.warmup_steps} leaves nothing of --max-steps {args.max_steps}")
     args.lr = args.lr or row.learning_rate
     args.batch_size = args.batch_size or row.batch_size
     return args
@@ -122,20 +128,27 @@ def dry_run(args, settings):
     names = trainable_names(classifier, settings)
     sizes = {name: p.numel() for name, p in classifier.named_parameters()}
     trainable, total = sum(sizes[name] for name in names), sum(sizes.values())
+    published = None  # nothing of the kind was published
+    if get_model(args.model).hub and not args.weights and not (args.targets or args.feedforward_targets or args.freeze_fraction):
+        published = published_fraction(args.model, args.strategy, tuple(num_classes), settings.get("r"))
     print(json.dumps({
         "model": args.model, "strategy": args.strategy, "r": settings.get("r"), "heads": settings["heads"],
         "trainable": trainable, "total": total, "fraction": trainable / total,
-        "published_fraction": published_fraction(args.model, args.strategy, tuple(num_classes), settings.get("r")), "names": names,
+        "published_fraction": published, "names": names,
     }))
 
 
 def environment(w):
     """Versions, device and command line of this run."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    try:
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    except FileNotFoundError:  # no git on this machine
+        commit = None
     device = torch.cuda.get_device_name(w.device) if w.device.type == "cuda" else platform.processor() or platform.machine()
     return {"taxa": __version__, "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "numpy": np.__version__, "platform": platform.platform(), "device": device,
-            "processes": w.size, "threads": torch.get_num_threads(), "git_commit": git.stdout.strip() or None,
+            "processes": w.size, "threads": torch.get_num_threads(), "git_commit": commit,
             "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
@@ -176,6 +189,8 @@ def train(w, args, settings):
         raise InputError(f"{out} is a file: give another --out")
     if out.exists() and any(out.iterdir()) and not (args.overwrite or args.resume):
         raise InputError(f"{out} exists: give another --out, --overwrite to replace it, or --resume to go on")
+    if args.overwrite and out.exists() and any(out.iterdir()) and not (out / "args.json").is_file():
+        raise InputError(f"{out} is not a run folder, so --overwrite does not replace it: give another --out")
     barrier(w)  # everyone has looked before rank 0 writes
     data = open_data(w, args)
     tokenizer = get_model(args.model).tokenizer
@@ -205,24 +220,28 @@ def train(w, args, settings):
     per_step = args.batch_size * args.accumulate * w.size
     steps_per_epoch = math.ceil(len(splits["train"]) / per_step)
     total_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    if args.warmup_steps >= total_steps:
+        raise InputError(f"--warmup-steps {args.warmup_steps} leaves nothing of the {total_steps} steps of this run")
     step, first_epoch, best, bad_epochs = 0, 0, math.inf, 0
     if args.resume:
-        last = checkpoint.read(out / "last.pt")
-        differ = [name for name, value in last["args"].items() if name != "resume" and value != getattr(args, name)]
+        last = checkpoint.read(out / "last.pt", checkpoint.RESUME_STATE)
+        differ = [f"--{name.replace('_', '-')}" for name, value in last["args"].items()
+                  if name not in RESUME_IGNORES and value != getattr(args, name)]
+        differ += [name for name, value in (("processes", w.size), ("dataset", data.digest), ("base weights", base)) if last[name] != value]
         if differ:
-            raise InputError(f"{out / 'last.pt'} is of a run with other settings of {', '.join(differ)}: give the same to resume it")
+            raise InputError(f"{out / 'last.pt'} is of a run with other {', '.join(differ)}: give the same to resume it")
         checkpoint.load_state(model, last["state"], names)
         optimizer.load_state_dict(last["optimizer"])
         step, first_epoch, best, bad_epochs = last["step"], last["epoch"] + 1, last["best"], last["bad_epochs"]
 
+    lineages = np.unique(splits["train"].labels, axis=0).tolist()  # class numbers of superkingdom, phylum, genus that occur together
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
     if w.is_main:
         out.mkdir(parents=True, exist_ok=True)
         if not args.resume:
-            for old in out.glob("*"):
-                if old.is_file():
-                    old.unlink()
-        write_json(out / "args.json", vars(args) | {"resume": False, "settings": settings, "base": base})
+            for old in (path for pattern in RUN_FILES for path in out.glob(pattern)):
+                old.unlink()
+        write_json(out / "args.json", vars(args) | {"settings": settings, "base": base})
         write_json(out / "environment.json", environment(w))
         if base["source"] == "seed":
             print(f"{args.model} has no published weights: the backbone starts from random weights of seed {base['seed']}; "
@@ -240,6 +259,8 @@ def train(w, args, settings):
             print_line(line)
 
     for epoch in range(first_epoch, args.epochs):
+        if bad_epochs == args.patience or step == total_steps:
+            break
         model.train()
         torch.manual_seed((args.seed * 1_000_003 + epoch) * 1_009 + w.rank)  # dropout: another stream per epoch and process
         plan = micro_batches(len(splits["train"]), args.seed, epoch, args.batch_size, args.accumulate, w.rank, w.size)
@@ -285,19 +306,19 @@ def train(w, args, settings):
             if bad_epochs == 0:
                 checkpoint.save(out / "ckpt.pt", {
                     "model": args.model, "config": backbone.config.to_dict(), "base": base, "settings": settings, "state": state,
-                    "classes": data.classes, "data": {"folder": str(data.folder.resolve()), "digest": data.digest},
+                    "classes": data.classes, "lineages": lineages, "data": {"folder": str(data.folder.resolve()), "digest": data.digest},
                     "tokenizer": {"name": tokenizer, **data.manifest["tokenizers"][tokenizer]},
                     "precision": args.precision, "batch_size": args.batch_size, "epoch": epoch + 1, "metrics": metrics})
             checkpoint.save(out / "last.pt", {
-                "args": vars(args) | {"resume": False}, "state": state, "optimizer": optimizer.state_dict(), "step": step,
-                "epoch": epoch, "best": best, "bad_epochs": bad_epochs})
-        if bad_epochs == args.patience or step == total_steps:
-            break
+                "args": vars(args), "processes": w.size, "dataset": data.digest, "base weights": base, "state": state,
+                "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch, "best": best, "bad_epochs": bad_epochs},
+                checkpoint.RESUME_STATE)
 
-    # the best checkpoint, restored and tested
-    barrier(w)
-    content = checkpoint.read(out / "ckpt.pt")
-    checkpoint.load_state(model, content["state"], names)
+    # the best checkpoint, restored and tested; only rank 0 reads it, since other machines may not see its disk
+    if w.is_main:
+        content = checkpoint.read(out / "ckpt.pt")
+        checkpoint.load_state(model, content["state"], names)
+    copy_from_main(w, model.state_dict().values())
     outcome = run_split(w, model, splits["test"], args.batch_size, args.precision, args.workers)
     metrics = summarize("test", outcome, data.num_classes)
     if w.is_main:

@@ -16,7 +16,7 @@ from taxa.model import TaxonClassifier
 from taxa.random_init import reinitialize
 from taxa.strategies import inject, trainable_names
 
-FORMAT, VERSION = "taxa checkpoint", 1
+CHECKPOINT, RESUME_STATE, VERSION = "taxa checkpoint", "taxa resume state", 1
 SEED_OF_UNPUBLISHED = 0  # of the random base weights that stand in where a model has no published ones
 
 
@@ -75,25 +75,28 @@ def load_state(classifier, state, names):
         raise InputError(f"the checkpoint does not fit its model: {' '.join(str(error).split())}") from None
 
 
-def save(path, content):
-    """Write a checkpoint under a temporary name and rename it."""
+def save(path, content, format=CHECKPOINT):
+    """Write a checkpoint (or, with format=RESUME_STATE, last.pt) under a temporary name and rename it."""
     with replacing(path) as temporary:
-        torch.save({"format": FORMAT, "version": VERSION, **content}, temporary)
+        torch.save({"format": format, "version": VERSION, **content}, temporary)
 
 
-def read(path):
-    """The content of a checkpoint. Raises InputError for a file that is missing or is not one."""
+def read(path, format=CHECKPOINT):
+    """The content of a checkpoint (or of last.pt). Raises InputError for a file that is missing or is not one."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; train.py writes ckpt.pt into its run folder") from None
+        hint = "train.py writes ckpt.pt into its run folder" if format == CHECKPOINT else "nothing to resume: leave out --resume"
+        raise InputError(f"{path}: no such file; {hint}") from None
     except IsADirectoryError:
         raise InputError(f"{path}: a folder; give the ckpt.pt in it") from None
     except UNREADABLE as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not a checkpoint of train.py ({first})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{path}: not a checkpoint of train.py")
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != format:
+        hint = ": it is the state for --resume; give the ckpt.pt beside it" if found == RESUME_STATE else ""
+        raise InputError(f"{path}: not a checkpoint of train.py{hint}")
     if content.get("version") != VERSION:
         raise InputError(f"{path}: checkpoint version {content.get('version')}, but this code reads version {VERSION}")
     return content
@@ -106,7 +109,9 @@ def rebuild(content, weights=None):
     """
     num_classes = {rank: len(table) for rank, table in content["classes"].items()}
     family = FAMILIES[get_model(content["model"]).family]
-    if content["base"]["source"] == "none" or content["settings"]["strategy"] == "full":  # every weight is in the checkpoint
+    if content["base"]["source"] == "none" or content["settings"]["strategy"] == "full":
+        if weights:
+            raise InputError("--weights does nothing here: this checkpoint holds every weight of its model; leave it out")
         with torch.device("meta"):
             backbone = family.model(family.config(**content["config"]))
         backbone = reinitialize(backbone.to_empty(device="cpu"))

@@ -47,6 +47,14 @@ def non_negative_int(text):
     return value
 
 
+def seed(text):
+    """argparse type: an integer from 0 to 2**32 - 1, which every random generator takes."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2**32 - 1")
+    return value
+
+
 def positive_float(text):
     """argparse type: a finite number above 0."""
     value = float(text)
@@ -84,7 +92,7 @@ def run(main):
         print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise
         print(f"{who}: error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -195,7 +195,7 @@ def micro_batches(N, seed, epoch, batch_size, accumulate, rank, size):
     1 process with accumulate = 2n as for 2 with n. Where a last step is too short to give this process a sequence, it gets one with
     weight 0, since every process must take part in the step.
     """
-    order = np.random.RandomState([seed % 2**32, epoch]).permutation(N)
+    order = np.random.RandomState([seed, epoch]).permutation(N)
     per_step = batch_size * accumulate * size
     plan = []
     for start in range(0, N, per_step):

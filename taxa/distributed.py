@@ -1,6 +1,7 @@
 """One process or many: torchrun's environment, and the few collectives that the loop needs. Gloo on CPU, NCCL on GPU."""
 
 import contextlib
+import datetime
 import os
 from typing import NamedTuple
 
@@ -37,10 +38,14 @@ def world(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
     if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"process {device.index} of this machine has no GPU of its own: it has {torch.cuda.device_count()}; start "
+                             "as many processes as GPUs, or use --device cpu")
         torch.cuda.set_device(device)
     joins = size > 1 and not dist.is_initialized()
     if joins:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = datetime.timedelta(hours=12)  # rank 0 may tokenize millions of sequences while the others wait
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         yield World(rank, size, device)
     finally:
@@ -60,6 +65,13 @@ def sum_over_ranks(w, tensor):
         tensor = tensor.to(w.device)
         dist.all_reduce(tensor)
     return tensor.cpu()
+
+
+def copy_from_main(w, tensors):
+    """Give every process rank 0's values of these tensors, in place."""
+    if w.size > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,8 @@ def run_split(w, model, split, batch_size, precision="fp32", workers=0):
     N, R = split.labels.shape
     batches = [range(start, min(start + batch_size, N)) for start in range(0, N, batch_size)][w.rank::w.size]
     losses, predicted = torch.zeros(N, dtype=torch.float64), torch.zeros(N, R, dtype=torch.int64)
-    loader = DataLoader(split, batch_size=None, sampler=[list(batch) for batch in batches], num_workers=workers)
+    loader = DataLoader(split, batch_size=None, sampler=[list(batch) for batch in batches], num_workers=workers,
+                        pin_memory=w.device.type == "cuda")
     for rows, batch in zip(progress(batches, f"{split.name}", unit="batch"), loader):
         batch = {name: tensor.to(w.device, non_blocking=True) for name, tensor in batch.items()}
         with autocast(w.device, precision):

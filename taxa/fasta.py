@@ -86,14 +86,21 @@ def _unpacked(source, scratch):
     return plain
 
 
-def read_sequences(index, records, batch=4096):
-    """Yield (some of `records`, their letters joined as bytes), as written in the file but without line ends, `batch` at a time.
+def read_sequences(index, records, batch=4096, span=1 << 26):
+    """Yield (some of `records`, their letters joined as bytes), as written in the file but without line ends.
+
+    At a time at most `batch` records, and no more of them than lie within `span` bytes of the file (one that is longer goes alone).
 
     records: increasing record numbers. Opens its own handle, so that forked processes never share one.
     """
     with open(index.path, "rb") as file:
-        for start in range(0, len(records), batch):
-            some = records[start:start + batch]
+        ends_at = index.offset[records] + index.size[records]
+        start = 0
+        while start < len(records):
+            within = np.searchsorted(ends_at, index.offset[records[start]] + span, side="right")
+            stop = min(start + batch, max(start + 1, int(within)))
+            some = records[start:stop]
+            start = stop
             first, last = some[0], some[-1]
             base = index.offset[first]
             file.seek(base)

@@ -42,6 +42,8 @@ def settings_from_flags(model, strategy, protocol="corrected", heads=None, **fla
                              "it would do nothing: leave it out")
         if strategy in strategies:
             settings[flag] = default if value is None else value
+    if settings.get("freeze_fraction") == 0:
+        raise InputError("--freeze-fraction 0 freezes nothing: that is --strategy full")
     if flags:
         raise TypeError(f"unknown settings: {', '.join(flags)}")
 

@@ -370,12 +370,12 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, where):
 
 
 def test_another_version(tmp_path):
-    torch.save({"format": checkpoint.FORMAT, "version": checkpoint.VERSION + 1}, tmp_path / "ckpt.pt")
+    torch.save({"format": checkpoint.CHECKPOINT, "version": checkpoint.VERSION + 1}, tmp_path / "ckpt.pt")
     with pytest.raises(InputError, match=rf"version {checkpoint.VERSION + 1}.*reads version {checkpoint.VERSION}"):
         read(tmp_path / "ckpt.pt")
 
 
 def test_no_version(tmp_path):
-    torch.save({"format": checkpoint.FORMAT}, tmp_path / "ckpt.pt")
+    torch.save({"format": checkpoint.CHECKPOINT}, tmp_path / "ckpt.pt")
     with pytest.raises(InputError):
         read(tmp_path / "ckpt.pt")

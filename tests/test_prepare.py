@@ -268,7 +268,11 @@ def by_file_and_reason(rows):
 @pytest.mark.parametrize("any_length", [False, True])
 def test_what_is_dropped_is_counted_by_file_and_reason(small, tmp_path, capsys, any_length):
     length = None if any_length else 30
-    run_main(*small_arguments(small, "--out", tmp_path / "out"), *["--any-length"] * any_length)
+    arguments = small_arguments(small, "--out", tmp_path / "out")
+    if any_length:
+        at = arguments.index("--length")
+        arguments[at:at + 2] = ["--any-length"]
+    run_main(*arguments)
     manifest = check_folder(tmp_path / "out", small[0], LINEAGES, NAMES, length)
     expected = naive_drops(small[0], length)
     assert len(expected) == 7 and by_file_and_reason(manifest["dropped"]) == by_file_and_reason(expected)
@@ -409,7 +413,13 @@ WRONG = {
     "a negative share": (GOOD + " --validation -0.1", "--validation"),
     "no number for a share": (GOOD + " --test nan", "--test"),
     "nothing to train on": (GOOD + " --test 0.6 --validation 0.4", "leave nothing to train on"),
-    "a negative seed": (GOOD + " --seed -1", "--seed.*negative"),
+    "--overwrite of another folder": (GOOD + " --out {path}/other --overwrite", "other is not a prepared dataset"),
+    "--overwrite of the input's folder": ("--fasta {path}/old/note --taxdump {path}/dump.zip --out {path}/old --overwrite", "note lies in --out"),
+    "a test share of 0": (GOOD + " --test 0", "above 0"),
+    "a length with --any-length": (GOOD + " --length 5", "--length does nothing"),
+    "the demo's size without it": (GOOD + " --demo-sequences 60", "--demo-sequences does nothing"),
+    "a split with --add-tokens": ("--add-tokens tiny-dnabert --test 0.5 --out {path}/old", "--test does nothing"),
+    "a negative seed": (GOOD + " --seed -1", "--seed: -1 is not from 0"),
     "a seed too large": (GOOD + " --seed 4294967296", "seed"),
     "a demo seed too large": ("--demo --seed 4294967296 --out {path}/out", "seed"),
     "a demo too small": ("--demo --demo-sequences 53 --out {path}/out", "53 sequences are fewer than the 54 species"),
@@ -424,7 +434,7 @@ WRONG = {
     "a file as --out, --overwrite": (GOOD + " --out {path}/text.zip --overwrite", "text.zip"),
     "--out below a file": (GOOD + " --out {path}/good.fa/out", "cannot write beside"),
     "tokens for a missing folder": ("--add-tokens tiny-dnabert --out {path}/missing", "missing: no such folder"),
-    "nt tokens for a missing folder": ("--add-tokens nt --out {path}/missing", "missing"),
+    "nt tokens for a missing folder": ("--add-tokens nt --out {path}/missing", "--add-tokens nt"),
     "tokens for an empty folder": ("--add-tokens tiny-dnabert --out {path}/empty", "empty: no manifest.json"),
     "unknown tokens for a folder": ("--add-tokens x --out {path}/old", "unknown tokenizer 'x'"),
     "--add-tokens and --demo": ("--add-tokens tiny-dnabert --demo --out {path}/old", "give either|--demo"),
@@ -442,8 +452,8 @@ def write_wrong_input(folder):
              "accession.fa": ">22 0\nACGT\n>NC_1 1\nACGT\n", "unequal.fa": ">22 0\nACGT\nAC\nACGT\n",
              "protein.fa": ">22 0\nACGT\n>22 1\nACGT\n>31 2\nMKTAYIAKQRQISFVK\n",
              "unknown.fa": ">97 0\nACGT\n", "x.fa.bz2": letters,
-             "same/good.fa": letters, "old/note": "keep me"}
-    for name in ("same", "old", "empty"):
+             "same/good.fa": letters, "old/note": "keep me", "old/manifest.json": "{}", "other/note": "keep me"}
+    for name in ("same", "old", "other", "empty"):
         (folder / name).mkdir()
     for name, text in texts.items():
         (folder / name).write_text(text)

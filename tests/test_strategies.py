@@ -174,13 +174,13 @@ def test_a_head_is_told_from_an_adapter_by_type_and_not_by_name(name):
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("fraction, trains", [(0.0, 1.0), (0.5, 0.5), (0.9, 0.1)])
+@pytest.mark.parametrize("fraction, trains", [(0.5, 0.5), (0.9, 0.1)])
 def test_freeze_fraction(name, fraction, trains):
     classifier, _, names = prepared(name, "freeze75", "corrected", None, freeze_fraction=fraction)
     sizes = {key: p.numel() for key, p in classifier.named_parameters()}
     assert sum(sizes[key] for key in names) <= trains * sum(sizes.values())
     assert names == list(sizes)[-len(names):]
-    assert (names == list(sizes)) is (fraction == 0.0)
+    assert names != list(sizes)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -228,7 +228,8 @@ def test_a_flag_that_was_not_given_is_fine(strategy, flag):
 
 def test_zero_is_given_and_not_missing():
     assert settings_from_flags("tiny-nt", "lora", lora_dropout=0.0)["lora_dropout"] == 0.0
-    assert settings_from_flags("tiny-nt", "freeze75", freeze_fraction=0.0)["freeze_fraction"] == 0.0
+    with pytest.raises(InputError, match="--freeze-fraction 0 freezes nothing"):
+        settings_from_flags("tiny-nt", "freeze75", freeze_fraction=0.0)
     with pytest.raises(InputError, match="--lora-dropout"):
         settings_from_flags("tiny-nt", "full", lora_dropout=0.0)
 

@@ -23,6 +23,7 @@ from taxa.optim import cosine_rate
 ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = {"full": [], "random": [], "lora": ["--r", "4", "--lora-dropout", "0"], "ia3": [], "freeze75": []}
 MODELS = ("tiny-nt", "tiny-dnabert")
+PINNED = {"tiny-nt": "f2acb37a9c3b2149", "tiny-dnabert": "b30ce78a7d9fbf7c"}  # the same with transformers 4.51 and 5.23
 FILES = {"args.json", "environment.json", "log.jsonl", "ckpt.pt", "last.pt", "metrics.json", "per_class.csv",
          "confusion_superkingdom.csv", "confusion_phylum.csv", "confusion_genus.csv"}
 
@@ -146,7 +147,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model, demo, weights, tmp_pat
     monkeypatch.undo()
     resumed = train.main([*arguments, "--resume"])
     assert resumed == json.loads((tmp_path / "whole" / "metrics.json").read_text())
-    whole, again = (checkpoint.read(tmp_path / folder / "last.pt") for folder in ("whole", "run"))
+    whole, again = (checkpoint.read(tmp_path / folder / "last.pt", checkpoint.RESUME_STATE) for folder in ("whole", "run"))
     assert all(torch.equal(whole["state"][name], again["state"][name]) for name in whole["state"])
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [entry["epoch"] for entry in log if "validation_loss" in entry] == [1, 2, 3]
@@ -232,6 +233,9 @@ def test_dry_run_prints_one_json_line_and_needs_no_network(tmp_path):
     (["--revision", "main"], "--revision"),
     (["--num-classes", "4", "5", "6"], "--num-classes"),
     (["--resume"], "last.pt: no such file"),
+    (["--resume", "--overwrite"], "give one of them"),
+    (["--warmup-steps", "9", "--max-steps", "9"], "--warmup-steps"),
+    (["--seed", "4294967296"], "--seed"),
     (["--bogus"], "--bogus"),
 ])
 def test_wrong_input_of_train(flags, message, demo, weights, tmp_path, monkeypatch):
@@ -262,8 +266,43 @@ def test_a_run_folder_is_not_overwritten_unasked(demo, weights, tmp_path):
         train.main(arguments)
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
     train.main([*arguments, "--overwrite"])
-    with pytest.raises(train.InputError, match="other settings"):
+    with pytest.raises(train.InputError, match="of a run with other --lr"):
         train.main([*arguments, "--lr", "0.5", "--resume"])
+
+
+def test_resume_of_a_stopped_run_only_tests_again(demo, weights, tmp_path, monkeypatch):
+    """Stopped by patience after epoch 2: --resume must not train on."""
+    arguments = command("tiny-nt", "full", demo, weights, tmp_path / "run", "--epochs", "5", "--patience", "1", "--batch-size", "64")
+    losses, run_split = iter([1.0, 2.0, 0.5, 0.4]), train.run_split
+
+    def with_these_losses(w, model, split, *rest):
+        outcome = run_split(w, model, split, *rest)
+        return outcome._replace(loss=next(losses)) if split.name == "validation" else outcome
+
+    monkeypatch.setattr(train, "run_split", with_these_losses)
+    first = train.main(arguments)
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    assert train.main([*arguments, "--resume"]) == first
+    assert (tmp_path / "run" / "log.jsonl").read_text() == log
+    with pytest.raises(train.InputError, match="resume state|state for --resume"):
+        evaluate.main([str(tmp_path / "run" / "last.pt")])
+
+
+def test_overwrite_spares_what_is_not_a_run(demo, weights, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years")
+    with pytest.raises(train.InputError, match="not a run folder"):
+        train.main(command("tiny-nt", "full", demo, weights, tmp_path / "thesis", "--overwrite"))
+    train.main(command("tiny-nt", "full", demo, weights, tmp_path / "run", "--max-steps", "1"))
+    (tmp_path / "run" / "note").write_text("mine")
+    train.main(command("tiny-nt", "full", demo, weights, tmp_path / "run", "--max-steps", "1", "--overwrite"))
+    assert (tmp_path / "run" / "note").read_text() == "mine" and (tmp_path / "thesis" / "thesis.tex").read_text() == "years"
+
+
+def test_seeded_base_weights_do_not_depend_on_who_builds_them():
+    """Pinned, so that another version of transformers or torch that draws differently is seen."""
+    for model, digest in PINNED.items():
+        assert checkpoint.weights_digest(checkpoint.load_base(model, checkpoint.base_source(model, "lora")))[:16] == digest
 
 
 def test_evaluate_refuses_other_classes(demo, weights, tmp_path):
@@ -274,6 +313,8 @@ def test_evaluate_refuses_other_classes(demo, weights, tmp_path):
     fasta.write_text("".join(f">{record}" for record in records))
     train.prepare.main(["--fasta", str(fasta), "--taxdump", str(dump), "--out", str(other)])
     with pytest.raises(train.InputError, match="different classes"):
+        evaluate.main([str(tmp_path / "run" / "ckpt.pt"), "--data", str(other), "--out", str(tmp_path / "out")])
+    with pytest.raises(train.InputError, match="is not the dataset"):
         evaluate.main([str(tmp_path / "run" / "ckpt.pt"), "--data", str(other)])
     with pytest.raises(train.InputError, match="not those of the run"):
         torch.manual_seed(1)

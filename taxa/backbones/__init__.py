@@ -123,7 +123,9 @@ def load_backbone(name, weights=None, revision=None, pretrained=True):
     family = FAMILIES[row.family]
     if not pretrained:
         config = backbone_config(name, weights)
-        return reinitialize(family.model(config), config.initializer_range)
+        with torch.device("meta"):  # so that nothing but reinitialize() draws: the same seed, the same weights in any transformers
+            backbone = family.model(config)
+        return reinitialize(backbone.to_empty(device="cpu"), config.initializer_range)
     if weights is not None:
         source, arguments, config = str(weights), {"local_files_only": True}, backbone_config(name, weights)
     elif row.hub is not None:
@@ -159,7 +161,7 @@ def _from_pretrained(family, source, arguments, config):
     problems = [f"{kind}: {', '.join(sorted(map(str, keys)))}" for kind, keys in problems.items() if keys]
     if problems:
         raise InputError(f"weights from {source} do not fit: {'; '.join(problems)}")
-    return model
+    return model.float()  # transformers 4 keeps half-precision tensors of the file as they are
 
 
 @contextlib.contextmanager
