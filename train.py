@@ -73,7 +73,8 @@ def parse_args(argv=None):
     add("--weight-decay", type=non_negative_float, default=0.0, help="AdamW's (default 0)")
     add("--warmup-steps", type=non_negative_int, default=0, metavar="N", help="linear warm-up before the cosine (default 0)")
     add("--max-grad-norm", type=positive_float, default=1.0, help="clip the gradient's norm to this (default 1.0)")
-    add("--patience", type=positive_int, default=3, metavar="EPOCHS", help="stop after this many without a better validation loss (default 3)")
+    add("--patience", type=positive_int, default=3, metavar="EPOCHS",
+        help="stop after this many without a better validation loss (default 3)")
     add("--seed", type=seed, default=42, help="of heads, adapters, order and dropout (default 42)")
     # machine
     add("--precision", choices=PRECISIONS, default="fp32", help="of matrix products (default fp32, as published)")

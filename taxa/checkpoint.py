@@ -67,7 +67,8 @@ def load_state(classifier, state, names):
     """
     expected = changed_state(classifier, names).keys()
     if state.keys() != expected:
-        differ = [*(f"no {name}" for name in sorted(expected - state.keys())), *(f"unknown {name}" for name in sorted(state.keys() - expected))]
+        differ = [f"no {name}" for name in sorted(expected - state.keys())]
+        differ += [f"unknown {name}" for name in sorted(state.keys() - expected)]
         raise InputError(f"the checkpoint does not fit its model: {', '.join(differ)}")
     try:
         classifier.load_state_dict(state, strict=False)

@@ -7,6 +7,10 @@ import os
 import sys
 
 
+# What a full disk, a missing permission or a file in a folder's place says; any other OSError is a bug and keeps its traceback.
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+
+
 class InputError(Exception):
     """The user's input is wrong. The message is one line that names the file, record or flag, and says what to do."""
 
@@ -92,7 +96,7 @@ def run(main):
         print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        if error.errno not in OF_THE_DISK:
             raise
         print(f"{who}: error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -414,7 +414,7 @@ WRONG = {
     "no number for a share": (GOOD + " --test nan", "--test"),
     "nothing to train on": (GOOD + " --test 0.6 --validation 0.4", "leave nothing to train on"),
     "--overwrite of another folder": (GOOD + " --out {path}/other --overwrite", "other is not a prepared dataset"),
-    "--overwrite of the input's folder": ("--fasta {path}/old/note --taxdump {path}/dump.zip --out {path}/old --overwrite", "note lies in --out"),
+    "--overwrite of the input's folder": (OLD.replace("good.fa", "old/note") + " --overwrite", "note lies in --out"),
     "a test share of 0": (GOOD + " --test 0", "above 0"),
     "a length with --any-length": (GOOD + " --length 5", "--length does nothing"),
     "the demo's size without it": (GOOD + " --demo-sequences 60", "--demo-sequences does nothing"),

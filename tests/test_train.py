@@ -45,7 +45,7 @@ def torchrun(processes, *arguments, cwd):
 
 @pytest.fixture(scope="module")
 def two_processes(demo, weights, tmp_path_factory):
-    """Every model and strategy trained for 3 steps by two gloo processes, and one checkpoint evaluated by them: {(model, strategy): folder}."""
+    """{(model, strategy): run folder} of 3 steps by two gloo processes, which also evaluate one of the checkpoints."""
     root = tmp_path_factory.mktemp("ddp")
     folders = {(model, strategy): root / f"{model}-{strategy}" for model in MODELS for strategy in STRATEGIES}
     runs = [["train", *command(model, strategy, demo, weights, out, "--max-steps", "3")] for (model, strategy), out in folders.items()]
@@ -91,7 +91,7 @@ def test_two_processes_equal_one_with_accumulation(model, strategy, demo, weight
     two = checkpoint.read(two_processes[model, strategy] / "ckpt.pt")["state"]
     assert one.keys() == two.keys()
     for name in one:
-        if name.endswith("Wqkv.bias"):  # a key's bias shifts all scores of a query alike: its gradient is rounding noise, which Adam scales up
+        if name.endswith("Wqkv.bias"):  # a key's bias shifts all scores of a query alike: its gradient is noise, which Adam scales up
             third = len(one[name]) // 3
             one[name][third:2 * third] = two[name][third:2 * third]
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
@@ -197,7 +197,7 @@ def test_the_readme_commands(tmp_path):
 
 
 def test_torchrun_leaves_our_flags_alone():
-    """torchrun takes an unambiguous prefix for its own option, and refuses an ambiguous one: --r alone needs the "--" (pytorch issue 120601)."""
+    """torchrun takes an unambiguous prefix for its own option and refuses an ambiguous one: only --r needs the "--"."""
     parser = get_args_parser()
     flags = set(re.findall(r'add\("(--[a-z-]+)"', (ROOT / "train.py").read_text())) - {"--r"} | {"--lora-r"}
     assert len(flags) > 20
