@@ -92,8 +92,7 @@ def read(path, format=CHECKPOINT):
     except IsADirectoryError:
         raise InputError(f"{path}: a folder; give the ckpt.pt in it") from None
     except UNREADABLE as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: not a checkpoint of train.py ({first})") from None
+        raise InputError(f"{path}: not a checkpoint of train.py (reading it: {type(error).__name__})") from None
     found = content.get("format") if isinstance(content, dict) else None
     if found != format:
         hint = ": it is the state for --resume; give the ckpt.pt beside it" if found == RESUME_STATE else ""
