@@ -140,6 +140,12 @@ def batch(seed=0, lengths=(9, 4, 1), vocabulary=V, pad=1):
     return ids.masked_fill(mask == 0, pad), mask
 
 
+def logits(model, seed=0):
+    """All ranks' logits of one batch, (B, classes of all ranks)."""
+    with torch.no_grad():
+        return torch.cat(list(model(*batch(seed)).values()), dim=1)
+
+
 def without_dropout(model):
     """Train mode, every dropout probability 0."""
     for module in model.modules():

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from test_backbones import Touch, batch, hub_folder, random_state
+from test_backbones import Touch, batch, hub_folder, logits, random_state
 from torch import nn
 
 from taxa import RANKS, checkpoint
@@ -52,11 +52,6 @@ def trained(name, strategy, folder=None, protocol="corrected", heads=None, **fla
     content = {"model": name, "config": backbone.config.to_dict(), "base": base, "settings": settings,
                "state": changed_state(classifier, names), "classes": CLASSES, "epoch": 1, "metrics": {"loss": 0.5}}
     return classifier.eval(), content
-
-
-def logits(model):
-    with torch.no_grad():
-        return torch.cat(list(model(*batch()).values()), dim=1)
 
 
 def assert_same(found, expected):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_backbones import batch, scrambled
+from test_backbones import batch, logits, scrambled
 from torch import nn
 
 from taxa.backbones import FAMILIES, backbone_config, dnabert2, get_model, nucleotide_transformer
@@ -51,11 +51,6 @@ def with_ia3(classifier, name, placement, random=True):
 
 def ia3_modules(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, IA3Linear)}
-
-
-def logits(model, seed=0):
-    with torch.no_grad():
-        return torch.cat(list(model(*batch(seed)).values()), dim=1)  # (B, 4 + 5 + 6)
 
 
 @every_placement

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_backbones import batch, scrambled
+from test_backbones import batch, logits, scrambled
 from torch import nn
 
 from taxa.backbones import FAMILIES, backbone_config, dnabert2, get_model, nucleotide_transformer
@@ -45,11 +45,6 @@ def with_lora(classifier, name, r=4, lora_alpha=32.0, lora_dropout=0.0, random=T
 
 def lora_modules(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-def logits(model, seed=0):
-    with torch.no_grad():
-        return torch.cat(list(model(*batch(seed)).values()), dim=1)  # (B, 4 + 5 + 6)
 
 
 @both_families
