@@ -1,0 +1,46 @@
+"""The benchmarks' peer computes what our classifier computes: same weights, same logits, same gradients, same parameters that train."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_backbones import scrambled
+
+from taxa.model import TaxonClassifier, sequence_losses
+from taxa.strategies import inject, settings_from_flags, train_only, trainable_names
+
+pytest.importorskip("peft")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from peer import make_peer  # noqa: E402
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora", "ia3", "freeze75"])
+def test_the_peer_computes_the_same(strategy, monkeypatch):
+    backbone = scrambled("tiny-nt")
+    monkeypatch.setattr("peer.backbone_config", lambda name: backbone.config)
+    classifier = TaxonClassifier(backbone, (4, 5, 6))
+    settings = settings_from_flags("tiny-nt", strategy, **({"lora_dropout": 0.0} if strategy == "lora" else {}))
+    peer = make_peer("tiny-nt", classifier, settings)
+    ours = copy.deepcopy(classifier).train()
+    inject(ours, settings)
+    train_only(ours, trainable_names(ours, settings))
+
+    ids = torch.randint(5, backbone.config.vocab_size, (3, 20), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    labels = torch.tensor([[0, 1, 2], [3, 4, 5], [1, 0, 3]])
+    for model in (ours, peer):
+        sequence_losses(model(ids, mask), labels).mean().backward()
+    grads, theirs = ({name: p.grad for name, p in model.named_parameters() if p.grad is not None} for model in (ours, peer))
+    assert len(grads) == len(theirs)
+    assert sum(g.numel() for g in grads.values()) == sum(g.numel() for g in theirs.values())
+    for name, grad in grads.items():
+        if "lora_" not in name:  # the two draw A differently; tests/test_lora.py compares LoRA with PEFT
+            name = name.replace("backbone.", "esm.esm.", 1).replace("ia3_l", "ia3_l.default")
+            other = next(theirs[n] for n in (name, name.replace(".weight", ".base_layer.weight")) if n in theirs)
+            torch.testing.assert_close(grad, other.view_as(grad), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        for z, other in zip(ours(ids, mask).values(), peer(ids, mask).values()):
+            torch.testing.assert_close(z, other, rtol=0, atol=1e-5)
