@@ -1,7 +1,8 @@
-"""A checkpoint -> balanced accuracy per rank on the held-out test split.
+"""A checkpoint -> balanced accuracy per rank on the held-out test split, each head by itself and all heads decoded jointly.
 
   python evaluate.py runs/tiny-nt-random/ckpt.pt
   torchrun --nproc_per_node 2 evaluate.py runs/tiny-nt-random/ckpt.pt --data data/bertax --split validation
+  python evaluate.py runs/tiny-nt-random/ckpt.pt --temperature      # temperature.json, for predict.py --temperature
 """
 
 from pathlib import Path
@@ -10,7 +11,8 @@ from taxa import checkpoint
 from taxa.cli import InputError, Parser, non_negative_int, positive_int, run
 from taxa.dataset import PreparedDataset
 from taxa.distributed import world
-from taxa.evaluation import run_split, summarize, table, write_tables
+from taxa.evaluation import details, run_split, split_temperature, summarize, table, write_tables
+from taxa.files import sha256, write_json
 from taxa.precision import PRECISIONS, set_precision
 from taxa.splits import SPLITS
 
@@ -25,6 +27,8 @@ def parse_args(argv=None):
     add("--batch-size", type=positive_int, metavar="B", help="sequences per batch (default: the run's)")
     add("--precision", choices=PRECISIONS, help="of matrix products (default: the run's)")
     add("--workers", type=non_negative_int, default=0, help="processes that load batches, per rank (default 0: in the loop)")
+    add("--temperature", action="store_true", help="fit one temperature per rank on the validation split, report the probabilities with "
+        "and without it, and write temperature.json")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
     add("--out", metavar="DIR", help="where metrics.json, per_class.csv and confusion_*.csv go (default: the checkpoint's folder)")
     return parser.parse_args(argv)
@@ -47,19 +51,30 @@ def main(argv=None):
         raise InputError(f"{data.folder}: its {tokenizer} tokens are of another vocabulary than the checkpoint's")
     if len(split) == 0:
         raise InputError(f"{data.folder}: the {args.split} split is empty")
+    validation = data.split("validation", tokenizer)
+    if args.temperature and len(validation) == 0:
+        raise InputError(f"{data.folder}: --temperature is fitted on the validation split, which is empty")
     out = Path(args.out or Path(args.checkpoint).parent)
     with world(args.device) as w:
         precision = args.precision or content["precision"]
         set_precision(precision, w.device)
         out.mkdir(parents=True, exist_ok=True)
         model = checkpoint.rebuild(content, args.weights).to(w.device)
-        outcome = run_split(w, model, split, args.batch_size or content["batch_size"], precision, args.workers)
-        metrics = summarize(args.split, outcome, data.num_classes)
+        how = (args.batch_size or content["batch_size"], precision, args.workers)
+        temperature = None
+        if args.temperature:
+            temperature, used = split_temperature(w, model, validation, *how)
+        outcome = run_split(w, model, split, *how, lineages=content["lineages"], temperature=temperature)
+        metrics = summarize(args.split, outcome, data.num_classes, content["lineages"], data.digest, temperature)
         if w.is_main:
-            print(table(metrics), flush=True)
+            print(table(metrics))
+            print(details(metrics), flush=True)
             if data.digest != trained_on["digest"]:
                 print(f"note: {data.folder} is not the dataset of the run: its {args.split} split may hold sequences trained on")
             write_tables(out, metrics, outcome, data.classes)
+            if temperature:
+                write_json(out / "temperature.json", {"temperature": temperature, "checkpoint": sha256(args.checkpoint),
+                                                      "split": "validation", "sequences": used, "dataset_digest": data.digest})
     return metrics
 
 

@@ -40,7 +40,8 @@ from taxa.strategies import PROTOCOLS, STRATEGIES, inject, published_fraction, s
 from taxa.tokens import get_tokenizer
 
 DEMO = "data/demo"
-RUN_FILES = ("args.json", "environment.json", "log.jsonl", "ckpt.pt", "last.pt", "metrics*.json", "per_class*.csv", "confusion_*.csv")
+RUN_FILES = ("args.json", "environment.json", "log.jsonl", "ckpt.pt", "last.pt", "metrics*.json", "per_class*.csv", "confusion_*.csv",
+             "temperature.json")
 RESUME_IGNORES = ("resume", "overwrite", "out", "workers", "log_every", "device")  # flags that do not change what is computed
 
 
@@ -295,8 +296,8 @@ def train(w, args, settings):
                      "grad_norm": round(float(norm), 4), "sequences_per_s": round(seen / (now - since), 2)})
                 since, loss_sum, seen = now, torch.zeros_like(loss_sum), 0
 
-        outcome = run_split(w, model, splits["validation"], args.batch_size, args.precision, args.workers)
-        metrics = summarize("validation", outcome, data.num_classes)
+        outcome = run_split(w, model, splits["validation"], args.batch_size, args.precision, args.workers, lineages=lineages)
+        metrics = summarize("validation", outcome, data.num_classes, lineages, data.digest)
         log({"epoch": epoch + 1, "step": step, "validation_loss": metrics["loss"],
              "balanced_accuracy": {rank: round(m["balanced_accuracy"], 4) for rank, m in metrics["ranks"].items()}})
         if not math.isfinite(metrics["loss"]):
@@ -320,8 +321,8 @@ def train(w, args, settings):
         content = checkpoint.read(out / "ckpt.pt")
         checkpoint.load_state(model, content["state"], names)
     copy_from_main(w, model.state_dict().values())
-    outcome = run_split(w, model, splits["test"], args.batch_size, args.precision, args.workers)
-    metrics = summarize("test", outcome, data.num_classes)
+    outcome = run_split(w, model, splits["test"], args.batch_size, args.precision, args.workers, lineages=lineages)
+    metrics = summarize("test", outcome, data.num_classes, lineages, data.digest)
     if w.is_main:
         write_tables(out, metrics, outcome, data.classes)
         print(f"best epoch {content['epoch']}, validation loss {content['metrics']['loss']:.4f}; {out / 'ckpt.pt'}")

@@ -1,18 +1,30 @@
 """Run a classifier over a split, on every process, no sequence twice, and write down what came out."""
 
 import csv
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+from taxa.decode import JointDecoder, fit_temperature, log_probabilities
 from taxa.distributed import sum_over_ranks
 from taxa.files import replacing, write_json
-from taxa.metrics import confusion_matrix, per_class, rank_metrics
-from taxa.model import sequence_losses
+from taxa.metrics import BINS, confusion_matrix, expected_calibration_error, per_class, rank_metrics
 from taxa.precision import autocast
 from taxa.progress import progress
+
+
+TEMPERATURE_SEQUENCES = 20_000  # enough for one number per rank, and their logits fit in memory
+
+
+class Probabilities(NamedTuple):
+    """What depends on the temperature of the heads, of one split, in its order."""
+
+    confidence: np.ndarray  # (N, R) probability of the predicted class
+    nll: np.ndarray  # (N, R) negative log-probability of the true class
+    joint: np.ndarray  # (N, R) the best jointly decoded lineage
 
 
 class Outcome(NamedTuple):
@@ -21,53 +33,131 @@ class Outcome(NamedTuple):
     loss: float  # mean over sequences of the summed cross-entropy
     truth: np.ndarray  # (N, R)
     predicted: np.ndarray  # (N, R)
+    plain: Optional[Probabilities] = None  # as the heads give them; None where there are only classes
+    scaled: Optional[Probabilities] = None  # with the logits of every rank divided by its temperature, where one was given
 
 
 @torch.no_grad()
-def run_split(w, model, split, batch_size, precision="fp32", workers=0):
-    """Predict every sequence of a split. Batch k goes to process k modulo their number, so batches do not depend on how many there are.
+def batch_logits(w, model, split, batches, precision="fp32", workers=0):
+    """Yield (rows, labels (B, R), {rank: logits (B, C)}), on the device, of this process's batches, each a list of rows.
 
     model: the bare classifier, not its DDP wrapper. Leaves it in eval mode.
     """
     model.eval()
-    N, R = split.labels.shape
-    batches = [range(start, min(start + batch_size, N)) for start in range(0, N, batch_size)][w.rank::w.size]
-    losses, predicted = torch.zeros(N, dtype=torch.float64), torch.zeros(N, R, dtype=torch.int64)
-    loader = DataLoader(split, batch_size=None, sampler=[list(batch) for batch in batches], num_workers=workers,
-                        pin_memory=w.device.type == "cuda")
+    loader = DataLoader(split, batch_size=None, sampler=batches, num_workers=workers, pin_memory=w.device.type == "cuda")
     for rows, batch in zip(progress(batches, f"{split.name}", unit="batch"), loader):
         batch = {name: tensor.to(w.device, non_blocking=True) for name, tensor in batch.items()}
         with autocast(w.device, precision):
             logits = model(batch["input_ids"], batch["attention_mask"])
-        losses[rows.start:rows.stop] = sequence_losses(logits, batch["labels"]).double().cpu()
-        predicted[rows.start:rows.stop] = torch.stack([z.argmax(dim=1) for z in logits.values()], dim=1).cpu()
-    losses, predicted = sum_over_ranks(w, losses), sum_over_ranks(w, predicted)  # every row is non-zero on one process only
-    return Outcome(float(losses.sum() / max(N, 1)), np.asarray(split.labels), predicted.numpy())
+        yield rows, batch["labels"], logits
 
 
-def confusions(outcome, num_classes):
-    """{rank: (C, C) confusion matrix}."""
-    return {rank: confusion_matrix(outcome.truth[:, i], outcome.predicted[:, i], C) for i, (rank, C) in enumerate(num_classes.items())}
+def own_batches(w, rows, batch_size):
+    """The batches of this process: batch k goes to process k modulo their number, so batches do not depend on how many there are."""
+    return [rows[start:start + batch_size] for start in range(0, len(rows), batch_size)][w.rank::w.size]
 
 
-def summarize(split_name, outcome, num_classes):
-    """The document that metrics.json holds."""
-    ranks = {rank: rank_metrics(confusion) for rank, confusion in confusions(outcome, num_classes).items()}
-    return {"split": split_name, "sequences": len(outcome.truth), "loss": outcome.loss, "ranks": ranks}
+@torch.no_grad()
+def run_split(w, model, split, batch_size, precision="fp32", workers=0, *, lineages, temperature=None):
+    """Predict every sequence of a split -> Outcome.
+
+    lineages: (L, R) class numbers to decode over jointly. temperature: {rank: T} for Outcome.scaled.
+    """
+    N, R = split.labels.shape
+    decoder = JointDecoder(lineages, w.device)
+    settings = [None, temperature] if temperature else [None]
+    predicted = torch.zeros(N, R, dtype=torch.int64)
+    columns = [[torch.zeros(N, R, dtype=dtype) for dtype in (torch.float64, torch.float64, torch.int64)] for _ in settings]
+    for rows, labels, logits in batch_logits(w, model, split, own_batches(w, list(range(N)), batch_size), precision, workers):
+        predicted[rows] = torch.stack([z.argmax(dim=1) for z in logits.values()], dim=1).cpu()
+        for (confidence, nll, joint), setting in zip(columns, settings):
+            log_probs = log_probabilities(logits, setting)
+            confidence[rows] = torch.stack([log_p.max(dim=1).values.exp() for log_p in log_probs.values()], dim=1).double().cpu()
+            nll[rows] = torch.stack([F.nll_loss(log_p, labels[:, i], reduction="none")
+                                     for i, log_p in enumerate(log_probs.values())], dim=1).double().cpu()
+            joint[rows] = decoder.lineages[decoder.scores(log_probs).argmax(dim=1)].cpu()
+    predicted = sum_over_ranks(w, predicted)  # every row is non-zero on one process only: the sums are exact
+    plain, *scaled = [Probabilities(*(sum_over_ranks(w, column).numpy() for column in of_setting)) for of_setting in columns]
+    return Outcome(float(plain.nll.sum() / max(N, 1)), np.asarray(split.labels), predicted.numpy(), plain, *scaled)
+
+
+@torch.no_grad()
+def split_temperature(w, model, split, batch_size, precision="fp32", workers=0):
+    """({rank: temperature}, sequences used): one temperature per rank, fitted on at most 20,000 evenly spaced sequences of a split."""
+    used = list(range(0, len(split), -(-len(split) // TEMPERATURE_SEQUENCES) or 1))
+    found = {rank: torch.zeros(len(used), head.out_features) for rank, head in model.heads.items()}
+    place = {row: i for i, row in enumerate(used)}
+    for rows, _, logits in batch_logits(w, model, split, own_batches(w, used, batch_size), precision, workers):
+        for rank, z in logits.items():
+            found[rank][[place[row] for row in rows]] = z.float().cpu()
+    labels = torch.from_numpy(split.labels[used].astype(np.int64))
+    return {rank: fit_temperature(sum_over_ranks(w, z), labels[:, i]) for i, (rank, z) in enumerate(found.items())}, len(used)
+
+
+def confusions(truth, predicted, num_classes):
+    """{rank: (C, C) confusion matrix} of truth and predicted, both (N, R)."""
+    return {rank: confusion_matrix(truth[:, i], predicted[:, i], C) for i, (rank, C) in enumerate(num_classes.items())}
+
+
+def inconsistent_share(predicted, lineages):
+    """Share of rows of predicted (N, R) that are no row of lineages (L, R): classes of different lineages, put together."""
+    real = {tuple(row) for row in lineages}
+    return sum(tuple(row) not in real for row in predicted.tolist()) / max(len(predicted), 1)
+
+
+def _of_probabilities(outcome, probabilities, num_classes):
+    """What metrics.json says of one setting of the temperature."""
+    correct = outcome.predicted == outcome.truth
+    calibration = {rank: {"expected_calibration_error": expected_calibration_error(probabilities.confidence[:, i], correct[:, i]),
+                          "nll": float(probabilities.nll[:, i].mean())} for i, rank in enumerate(num_classes)}
+    joint = {rank: rank_metrics(matrix) for rank, matrix in confusions(outcome.truth, probabilities.joint, num_classes).items()}
+    return {"joint": {"ranks": joint}, "calibration": calibration}
+
+
+def summarize(split_name, outcome, num_classes, lineages=None, dataset_digest=None, temperature=None):
+    """The document that metrics.json holds. lineages and the digest go with an outcome that has probabilities, temperature with .scaled."""
+    ranks = {rank: rank_metrics(matrix) for rank, matrix in confusions(outcome.truth, outcome.predicted, num_classes).items()}
+    metrics = {"split": split_name, "sequences": len(outcome.truth), "loss": outcome.loss, "ranks": ranks}
+    if outcome.plain:
+        metrics |= {"dataset_digest": dataset_digest, "inconsistent_lineages": inconsistent_share(outcome.predicted, lineages),
+                    **_of_probabilities(outcome, outcome.plain, num_classes)}
+    if outcome.scaled:
+        metrics["scaled"] = {"temperature": temperature, **_of_probabilities(outcome, outcome.scaled, num_classes)}
+    return metrics
+
+
+def _lines(title, ranks):
+    lines = [f"{title:<14}{'balanced accuracy':>18}{'accuracy':>10}{'macro F1':>10}"]
+    return lines + [f"{rank:<14}{m['balanced_accuracy']:>18.4f}{m['accuracy']:>10.4f}{m['macro_f1']:>10.4f}" for rank, m in ranks.items()]
 
 
 def table(metrics):
     """metrics.json as a fixed-width table."""
-    lines = [f"{'rank':<14}{'balanced accuracy':>18}{'accuracy':>10}{'macro F1':>10}"]
-    lines += [f"{rank:<14}{m['balanced_accuracy']:>18.4f}{m['accuracy']:>10.4f}{m['macro_f1']:>10.4f}"
-              for rank, m in metrics["ranks"].items()]
-    return "\n".join([*lines, f"{metrics['sequences']:,} sequences of the {metrics['split']} split, loss {metrics['loss']:.4f}"])
+    return "\n".join([*_lines("rank", metrics["ranks"]),
+                      f"{metrics['sequences']:,} sequences of the {metrics['split']} split, loss {metrics['loss']:.4f}"])
+
+
+def details(metrics):
+    """What metrics.json says beyond table(): joint decoding and calibration, with temperatures where they were fitted."""
+    temperature = metrics.get("scaled", {}).get("temperature")
+    lines = [f"{metrics['inconsistent_lineages']:.1%} of the predictions put together ranks of different lineages; decoded jointly:",
+             *_lines("rank", metrics["joint"]["ranks"])]
+    if temperature:
+        lines += ["decoded jointly, with the temperatures:", *_lines("rank", metrics["scaled"]["joint"]["ranks"])]
+    lines += [f"calibration: cross-entropy (NLL) and expected calibration error (ECE, {BINS} bins)",
+              f"{'rank':<14}{'NLL':>8}{'ECE':>8}" + (f"{'temperature':>13}{'NLL':>8}{'ECE':>8}" if temperature else "")]
+    for rank, plain in metrics["calibration"].items():
+        lines.append(f"{rank:<14}{plain['nll']:>8.4f}{plain['expected_calibration_error']:>8.4f}")
+        if temperature:
+            scaled = metrics["scaled"]["calibration"][rank]
+            lines[-1] += f"{temperature[rank]:>13.4f}{scaled['nll']:>8.4f}{scaled['expected_calibration_error']:>8.4f}"
+    return "\n".join(lines)
 
 
 def write_tables(folder, metrics, outcome, classes):
     """metrics.json, per_class.csv and confusion_{rank}.csv (rows: truth, columns: prediction, by taxid). Names carry any split but test."""
     suffix = "" if metrics["split"] == "test" else f"_{metrics['split']}"
-    matrices = confusions(outcome, {rank: len(of_rank) for rank, of_rank in classes.items()})
+    matrices = confusions(outcome.truth, outcome.predicted, {rank: len(of_rank) for rank, of_rank in classes.items()})
     with replacing(folder / f"per_class{suffix}.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
         out.writerow(["rank", "taxid", "name", "support", "predicted", "recall", "precision", "f1"])

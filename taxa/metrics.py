@@ -5,6 +5,8 @@ Shapes: N sequences, C classes of a rank. confusion[t, p] counts the sequences o
 
 import numpy as np
 
+BINS = 15  # of the expected calibration error
+
 
 def confusion_matrix(truth, predicted, num_classes):
     """truth (N,), predicted (N,) class numbers -> (C, C) int64."""
@@ -38,6 +40,17 @@ def macro_f1(confusion):
     table = per_class(confusion)
     occurs = (table["support"] > 0) | (table["predicted"] > 0)
     return float(table["f1"][occurs].mean())
+
+
+def expected_calibration_error(confidence, correct):
+    """Mean over sequences of |accuracy - mean confidence| of the bin that a sequence falls in, in 15 bins ((m-1)/15, m/15].
+
+    confidence (N,): probability of the predicted class, in (0, 1]; correct (N,): whether it is the true one. Source: Guo et al. 2017,
+    "On Calibration of Modern Neural Networks", equation 3.
+    """
+    bins = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+    hits = np.bincount(bins, weights=correct, minlength=BINS)
+    return float(np.abs(hits - np.bincount(bins, weights=confidence, minlength=BINS)).sum() / len(confidence))
 
 
 def rank_metrics(confusion):

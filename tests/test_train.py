@@ -49,7 +49,7 @@ def two_processes(demo, weights, tmp_path_factory):
     root = tmp_path_factory.mktemp("ddp")
     folders = {(model, strategy): root / f"{model}-{strategy}" for model in MODELS for strategy in STRATEGIES}
     runs = [["train", *command(model, strategy, demo, weights, out, "--max-steps", "3")] for (model, strategy), out in folders.items()]
-    runs.append(["evaluate", str(root / "tiny-nt-lora" / "ckpt.pt"), "--out", str(root / "evaluated")])
+    runs.append(["evaluate", str(root / "tiny-nt-lora" / "ckpt.pt"), "--temperature", "--out", str(root / "evaluated")])
     done = torchrun(2, ROOT / "tests" / "runs.py", json.dumps(runs), cwd=root)
     assert done.returncode == 0, done.stderr
     return folders
@@ -99,7 +99,8 @@ def test_two_processes_equal_one_with_accumulation(model, strategy, demo, weight
 
 def test_two_processes_evaluate_as_one(two_processes):
     folder = two_processes["tiny-nt", "lora"]
-    one = evaluate.main([str(folder / "ckpt.pt")])
+    one = evaluate.main([str(folder / "ckpt.pt"), "--temperature"])
+    assert (folder / "temperature.json").read_bytes() == (folder.parent / "evaluated" / "temperature.json").read_bytes()
     assert json.loads((folder.parent / "evaluated" / "metrics.json").read_text()) == one
 
 
@@ -135,11 +136,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model, demo, weights, tmp_pat
     train.main(command(model, "lora", demo, weights, tmp_path / "whole", *more))
     run_split, calls = train.run_split, []
 
-    def dies_in_the_second_epoch(*positional):
+    def dies_in_the_second_epoch(*positional, **more):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return run_split(*positional)
+        return run_split(*positional, **more)
 
     monkeypatch.setattr(train, "run_split", dies_in_the_second_epoch)
     with pytest.raises(KeyboardInterrupt):
@@ -156,8 +157,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model, demo, weights, tmp_pat
 def test_early_stopping_restores_the_best_epoch(demo, weights, tmp_path, monkeypatch):
     losses, run_split, states = iter([3.0, 2.0, 2.5, 2.0, 2.2, 1.0, 1.0]), train.run_split, []
 
-    def with_these_losses(w, model, split, *rest):
-        outcome = run_split(w, model, split, *rest)
+    def with_these_losses(w, model, split, *rest, **more):
+        outcome = run_split(w, model, split, *rest, **more)
         states.append((split.name, {name: p.clone() for name, p in model.state_dict().items()}))
         return outcome._replace(loss=next(losses)) if split.name == "validation" else outcome
 
@@ -275,8 +276,8 @@ def test_resume_of_a_stopped_run_only_tests_again(demo, weights, tmp_path, monke
     arguments = command("tiny-nt", "full", demo, weights, tmp_path / "run", "--epochs", "5", "--patience", "1", "--batch-size", "64")
     losses, run_split = iter([1.0, 2.0, 0.5, 0.4]), train.run_split
 
-    def with_these_losses(w, model, split, *rest):
-        outcome = run_split(w, model, split, *rest)
+    def with_these_losses(w, model, split, *rest, **more):
+        outcome = run_split(w, model, split, *rest, **more)
         return outcome._replace(loss=next(losses)) if split.name == "validation" else outcome
 
     monkeypatch.setattr(train, "run_split", with_these_losses)
