@@ -80,8 +80,11 @@ def main(argv=None):
 
 def check_classes(path, content, data):
     """Raise InputError when the data's classes, by taxid and in order, are not those that the heads were trained for."""
+    if list(data.classes) != list(content["classes"]):
+        raise InputError(f"{path} has heads for {' '.join(content['classes'])}, but {data.folder} is labelled at "
+                         f"{' '.join(data.classes)}: evaluate on data prepared with --ranks {' '.join(content['classes'])}")
     for rank, trained in content["classes"].items():
-        then, now = [row["taxid"] for row in trained], [row["taxid"] for row in data.classes.get(rank, [])]
+        then, now = [row["taxid"] for row in trained], [row["taxid"] for row in data.classes[rank]]
         if then != now:
             differ = len(set(then) ^ set(now))
             raise InputError(f"{path} and {data.folder} have different classes: {rank} has {len(then)} in the checkpoint and "

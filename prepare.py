@@ -17,7 +17,7 @@ from taxa.fasta import index_fasta, normalize, read_sequences
 from taxa.files import new_folder, sha256
 from taxa.progress import progress
 from taxa.splits import SPLITS, split_by_genus
-from taxa.taxonomy import SUPERKINGDOMS, label_taxids
+from taxa.taxonomy import SUPERKINGDOMS, check_ranks, label_taxids
 from taxa.tokens import TOKENIZERS, NTTokenizer, get_tokenizer
 
 
@@ -31,8 +31,10 @@ def parse_args(argv=None):
     add("--demo-sequences", type=positive_int, metavar="N", help="sequences to simulate (default 4000)")
     # what is kept and how it is divided
     add("--length", type=positive_int, metavar="BP", help="keep sequences of exactly this length (default 1500)")
+    add("--ranks", nargs="+", metavar="RANK",
+        help=f"ranks to label, one to eight of NCBI's, from coarse to fine; one head each (default {' '.join(RANKS)})")
     add("--any-length", action="store_true", help="keep sequences of every length but 0")
-    add("--test", type=fraction, metavar="F", help="share of each genus for the test split, above 0 (default 0.02)")
+    add("--test", type=fraction, metavar="F", help="share of each genus (of each class of the last rank) for the test split, above 0 (default 0.02)")
     add("--validation", type=fraction, metavar="F", help="share of each genus for the validation split, above 0 (default 0.10)")
     add("--seed", type=seed, help="of the split, and of the simulation (default 42)")
     # tokens
@@ -48,7 +50,8 @@ def parse_args(argv=None):
         parser.error("give either --fasta and --taxdump, or --demo, or --add-tokens")
     if (args.fasta is None) != (args.taxdump is None):
         parser.error("--fasta and --taxdump go together")
-    useless = ["fasta", "taxdump", "length", "any_length", "test", "validation", "seed", "tokenizers"] if args.add_tokens else []
+    useless = ["fasta", "taxdump", "length", "any_length", "test", "validation", "seed", "tokenizers",
+               "ranks"] if args.add_tokens else []
     useless += [] if args.demo else ["demo_sequences"]
     useless += ["length"] if args.any_length else []
     for flag in useless:
@@ -57,11 +60,12 @@ def parse_args(argv=None):
     if "nt" in (args.add_tokens or []):
         parser.error("--add-tokens nt: nt tokens are always there")
     for flag, default in (("demo_sequences", 4000), ("length", 1500), ("test", 0.02), ("validation", 0.10), ("seed", 42),
-                          ("tokenizers", ["nt"])):
+                          ("tokenizers", ["nt"]), ("ranks", RANKS)):
         if getattr(args, flag) is None:
             setattr(args, flag, default)
     if args.tokenizer_file and "dnabert" not in (args.add_tokens or args.tokenizers):
         parser.error("--tokenizer-file is for the tokenizer dnabert, which is not asked for")
+    args.ranks = check_ranks(args.ranks)
     if args.test == 0 or args.validation == 0:
         parser.error("--test and --validation are above 0: every genus of three or more sequences is in all three splits")
     if args.test + args.validation >= 1:
@@ -117,7 +121,7 @@ def prepare(args, out, scratch):
 
     # label: each distinct taxid once
     distinct, which = np.unique(taxid, return_inverse=True)
-    labels, class_names, dump_date = label_taxids(args.taxdump, distinct.tolist(), scratch)
+    labels, class_names, dump_date = label_taxids(args.taxdump, distinct.tolist(), scratch, args.ranks)
     wrong_length = (length == 0) if args.any_length else (length != args.length)
     length_reason = "no letters" if args.any_length else f"length is not {args.length}"
     reasons = ["", length_reason, *sorted({label.reason for label in labels.values() if label.reason})]
@@ -129,17 +133,17 @@ def prepare(args, out, scratch):
         why = ", ".join(f"{row['sequences']} in {row['file']}: {row['reason']}" for row in dropped)
         raise InputError(f"no sequence is left of {len(taxid)} ({why})")
     classes = {}
-    y = np.empty((len(kept), len(RANKS)), dtype="<u2")
-    for column, rank in enumerate(RANKS):
-        of_distinct = np.array([getattr(labels[t], rank) or 0 for t in distinct.tolist()])
+    y = np.empty((len(kept), len(args.ranks)), dtype="<u2")
+    for column, rank in enumerate(args.ranks):
+        of_distinct = np.array([labels[t].taxids[column] or 0 for t in distinct.tolist()])
         table, y[:, column] = np.unique(of_distinct[which[kept]], return_inverse=True)
         names = SUPERKINGDOMS if rank == "superkingdom" else class_names
         classes[rank] = [{"taxid": t, "name": names[t]} for t in table.tolist()]
-    if len(classes["genus"]) > np.iinfo(y.dtype).max:
-        raise InputError(f"{len(classes['genus'])} genera: labels are 16-bit, at most {np.iinfo(y.dtype).max}")
+        if len(table) > np.iinfo(y.dtype).max:
+            raise InputError(f"{len(table)} classes of rank {rank}: labels are 16-bit, at most {np.iinfo(y.dtype).max}")
 
     # split
-    split = split_by_genus(y[:, RANKS.index("genus")], args.seed, args.test, args.validation)
+    split = split_by_genus(y[:, -1], args.seed, args.test, args.validation)
     for number, name in enumerate(SPLITS):
         (out / name).mkdir()
         rows = split == number
@@ -170,7 +174,7 @@ def prepare(args, out, scratch):
     manifest = {
         "sequences": len(kept),
         "splits": {name: int((split == number).sum()) for number, name in enumerate(SPLITS)},
-        "superkingdoms": {row["name"]: int((y[:, 0] == i).sum()) for i, row in enumerate(classes["superkingdom"])},
+        "superkingdoms": {row["name"]: int((y[:, 0] == i).sum()) for i, row in enumerate(classes.get("superkingdom", []))},
         "settings": {"length": None if args.any_length else args.length, "test": args.test, "validation": args.validation,
                      "seed": args.seed},
         "sources": [{"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), "sequences": len(index.taxid),
@@ -200,7 +204,8 @@ def report(manifest, out):
     print(f"{out}: kept {manifest['sequences']:,} of {total:,} sequences; "
           + ", ".join(f"{name} {count:,}" for name, count in manifest["splits"].items()))
     print("classes: " + ", ".join(f"{len(table)} {rank}" for rank, table in manifest["classes"].items())
-          + "; sequences: " + ", ".join(f"{name} {count:,}" for name, count in manifest["superkingdoms"].items()))
+          + ("; sequences: " if manifest["superkingdoms"] else "")
+          + ", ".join(f"{name} {count:,}" for name, count in manifest["superkingdoms"].items()))
     for row in manifest["dropped"]:
         print(f"dropped {row['sequences']:>10,} sequences of {row['taxids']:,} taxids in {row['file']}: {row['reason']}")
     for source in manifest["sources"]:

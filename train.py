@@ -37,6 +37,7 @@ from taxa.precision import PRECISIONS, autocast, set_precision
 from taxa.progress import print_line, progress
 from taxa.random_init import reinitialize
 from taxa.strategies import PROTOCOLS, STRATEGIES, inject, published_fraction, settings_from_flags, train_only, trainable_names
+from taxa.taxonomy import check_ranks
 from taxa.tokens import get_tokenizer
 
 DEMO = "data/demo"
@@ -86,13 +87,19 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on from the last finished epoch of --out")
     add("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between log lines (default 20)")
     add("--dry-run", action="store_true", help="print as one JSON line what would train, and stop")
-    add("--num-classes", type=positive_int, nargs=len(RANKS), metavar="N", help="--dry-run: classes per rank (default 4 57 1884)")
+    add("--num-classes", type=positive_int, nargs="+", metavar="N", help="--dry-run: classes per rank (default 4 57 1884)")
+    add("--ranks", nargs="+", metavar="RANK", help=f"--dry-run: the ranks that --num-classes counts (default {' '.join(RANKS)})")
     args = parser.parse_args(argv)
 
     row = get_model(args.model)
     choose("strategy", args.strategy, STRATEGIES)
     if args.num_classes and (args.data or not args.dry_run):
         parser.error("--num-classes stands in for data: it goes with --dry-run, without --data")
+    if args.ranks and not args.num_classes:
+        parser.error("--ranks names what --num-classes counts: with --data the prepared folder has them")
+    ranks = check_ranks(args.ranks or RANKS, known=None)
+    if len(args.num_classes or RANKS) != len(ranks):
+        parser.error(f"--num-classes has {len(args.num_classes)} numbers for {len(ranks)} ranks ({' '.join(ranks)}): --ranks names others")
     if not args.data and not args.dry_run:
         parser.error("--data is missing: a folder made by prepare.py, or demo")
     if args.strategy == "random" and args.revision:
@@ -120,19 +127,19 @@ def run_name(args, settings):
 
 def dry_run(args, settings):
     """Print one JSON line: what would train. Builds on the meta device; reads no weights and downloads nothing."""
-    num_classes = args.num_classes or (4, 57, 1884)
+    num_classes = dict(zip(args.ranks or RANKS, args.num_classes or (4, 57, 1884)))
     if args.data:
-        num_classes = PreparedDataset(DEMO if args.data == "demo" else args.data).num_classes.values()
+        num_classes = PreparedDataset(DEMO if args.data == "demo" else args.data).num_classes
     with torch.device("meta"):
         family = FAMILIES[get_model(args.model).family]
-        classifier = TaxonClassifier(family.model(backbone_config(args.model, args.weights)), tuple(num_classes))
+        classifier = TaxonClassifier(family.model(backbone_config(args.model, args.weights)), num_classes)
         inject(classifier, settings)
     names = trainable_names(classifier, settings)
     sizes = {name: p.numel() for name, p in classifier.named_parameters()}
     trainable, total = sum(sizes[name] for name in names), sum(sizes.values())
     published = None  # nothing of the kind was published
     if get_model(args.model).hub and not args.weights and not (args.targets or args.feedforward_targets or args.freeze_fraction):
-        published = published_fraction(args.model, args.strategy, tuple(num_classes), settings.get("r"))
+        published = published_fraction(args.model, args.strategy, num_classes, settings.get("r"))
     print(json.dumps({
         "model": args.model, "strategy": args.strategy, "r": settings.get("r"), "heads": settings["heads"],
         "trainable": trainable, "total": total, "fraction": trainable / total,
@@ -236,7 +243,7 @@ def train(w, args, settings):
         optimizer.load_state_dict(last["optimizer"])
         step, first_epoch, best, bad_epochs = last["step"], last["epoch"] + 1, last["best"], last["bad_epochs"]
 
-    lineages = np.unique(splits["train"].labels, axis=0).tolist()  # class numbers of superkingdom, phylum, genus that occur together
+    lineages = np.unique(splits["train"].labels, axis=0).tolist()  # class numbers, one per rank, that occur together
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
     if w.is_main:
         out.mkdir(parents=True, exist_ok=True)

@@ -126,9 +126,14 @@ def summarize(split_name, outcome, num_classes, lineages=None, dataset_digest=No
     return metrics
 
 
+def _width(ranks):
+    return max(14, *(len(rank) + 2 for rank in ranks))
+
+
 def _lines(title, ranks):
-    lines = [f"{title:<14}{'balanced accuracy':>18}{'accuracy':>10}{'macro F1':>10}"]
-    return lines + [f"{rank:<14}{m['balanced_accuracy']:>18.4f}{m['accuracy']:>10.4f}{m['macro_f1']:>10.4f}" for rank, m in ranks.items()]
+    width = _width(ranks)
+    lines = [f"{title:<{width}}{'balanced accuracy':>18}{'accuracy':>10}{'macro F1':>10}"]
+    return lines + [f"{rank:<{width}}{m['balanced_accuracy']:>18.4f}{m['accuracy']:>10.4f}{m['macro_f1']:>10.4f}" for rank, m in ranks.items()]
 
 
 def table(metrics):
@@ -139,15 +144,15 @@ def table(metrics):
 
 def details(metrics):
     """What metrics.json says beyond table(): joint decoding and calibration, with temperatures where they were fitted."""
-    temperature = metrics.get("scaled", {}).get("temperature")
+    temperature, width = metrics.get("scaled", {}).get("temperature"), _width(metrics["ranks"])
     lines = [f"{metrics['inconsistent_lineages']:.1%} of the predictions put together ranks of different lineages; decoded jointly:",
              *_lines("rank", metrics["joint"]["ranks"])]
     if temperature:
         lines += ["decoded jointly, with the temperatures:", *_lines("rank", metrics["scaled"]["joint"]["ranks"])]
     lines += [f"calibration: cross-entropy (NLL) and expected calibration error (ECE, {BINS} bins)",
-              f"{'rank':<14}{'NLL':>8}{'ECE':>8}" + (f"{'temperature':>13}{'NLL':>8}{'ECE':>8}" if temperature else "")]
+              f"{'rank':<{width}}{'NLL':>8}{'ECE':>8}" + (f"{'temperature':>13}{'NLL':>8}{'ECE':>8}" if temperature else "")]
     for rank, plain in metrics["calibration"].items():
-        lines.append(f"{rank:<14}{plain['nll']:>8.4f}{plain['expected_calibration_error']:>8.4f}")
+        lines.append(f"{rank:<{width}}{plain['nll']:>8.4f}{plain['expected_calibration_error']:>8.4f}")
         if temperature:
             scaled = metrics["scaled"]["calibration"][rank]
             lines[-1] += f"{temperature[rank]:>13.4f}{scaled['nll']:>8.4f}{scaled['expected_calibration_error']:>8.4f}"

@@ -1,4 +1,4 @@
-"""taxid -> superkingdom, phylum, genus, from an NCBI taxonomy dump that the user names.
+"""taxid -> superkingdom, phylum, genus, or any other ranks, from an NCBI taxonomy dump that the user names.
 
 ete3 gives lineages, ranks, names and merged ids. It holds the whole tree as Python objects (over 2.5 million nodes) and downloads a
 dump when it has none, so it is handed an excerpt: the lines of the dump that lie on the way from the taxids asked for to the root.
@@ -19,19 +19,42 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from taxa.cli import InputError
+from taxa import RANKS
+from taxa.cli import InputError, choose
 
 SUPERKINGDOMS = {2157: "Archaea", 2: "Bacteria", 2759: "Eukaryota", 10239: "Viruses"}
 MEMBERS = ("nodes.dmp", "names.dmp", "merged.dmp", "delnodes.dmp")
+# NCBI's ranks that occur at most once in a lineage, from coarse to fine ("domain" and "acellular root" since March 2025).
+NCBI_RANKS = (
+    "superkingdom", "domain", "acellular root", "realm", "subrealm", "kingdom", "subkingdom", "superphylum", "phylum", "subphylum",
+    "infraphylum", "superclass", "class", "subclass", "infraclass", "cohort", "subcohort", "superorder", "order", "suborder", "infraorder",
+    "parvorder", "superfamily", "family", "subfamily", "tribe", "subtribe", "genus", "subgenus", "section", "subsection", "series",
+    "subseries", "species group", "species subgroup", "species", "subspecies", "varietas", "subvariety", "forma", "strain")
+MOST_RANKS = 8
 
 
 class Label(NamedTuple):
-    """Taxids of the three ranks, or the reason why there are not three."""
+    """The taxid at each rank asked for, None where the lineage has none; and why the sequence is dropped, None where it is kept."""
 
-    superkingdom: Optional[int] = None
-    phylum: Optional[int] = None
-    genus: Optional[int] = None
+    taxids: tuple  # (R,)
     reason: Optional[str] = None
+
+
+def check_ranks(ranks, known=NCBI_RANKS):
+    """Return `ranks` as a tuple. Raises InputError unless they are one to eight different names of `known`, from coarse to fine.
+
+    known=None: any names, in any order (the columns of a table).
+    """
+    if not 1 <= len(ranks) <= MOST_RANKS:
+        raise InputError(f"--ranks: {len(ranks)} ranks; give from one to {MOST_RANKS}")
+    twice = next((rank for rank in ranks if ranks.count(rank) > 1), None)
+    if twice:
+        raise InputError(f"--ranks: {twice} is given twice")
+    if known is not None:
+        ordered = sorted((choose("rank", rank, known) for rank in ranks), key=known.index)
+        if ordered != list(ranks):
+            raise InputError(f"--ranks: give them from coarse to fine (the split is by the last): --ranks {' '.join(ordered)}")
+    return tuple(ranks)
 
 
 class Dump:
@@ -141,28 +164,28 @@ class Dump:
         return current, unknown, names
 
 
-def label_taxids(dump_path, taxids, scratch):
-    """Labels of distinct taxids. Returns ({taxid: Label}, {taxid of a class: scientific name}, the dump's date).
+def label_taxids(dump_path, taxids, scratch, ranks=RANKS):
+    """Labels of distinct taxids at `ranks`. Returns ({taxid: Label}, {taxid of a class: scientific name}, the dump's date).
 
     scratch: an existing folder for the excerpt and ete3's database. Raises InputError for a dump that cannot be read.
     """
     dump = Dump(dump_path)
     excerpt = Path(scratch).resolve() / "excerpt.tar"
     current, unknown, names = dump.excerpt(sorted(set(taxids)), excerpt)
-    labels = {taxid: Label(reason=reason) for taxid, reason in unknown.items()}
+    labels = {taxid: Label((None,) * len(ranks), reason) for taxid, reason in unknown.items()}
     if not current:
         return labels, {}, dump.date
     with _ete3(excerpt) as ncbi:
         lineages = {taxid: ncbi.get_lineage(taxid) for taxid in current}
         nodes = sorted({node for lineage in lineages.values() for node in lineage})
-        ranks = ncbi.get_rank(nodes)
+        rank_of = ncbi.get_rank(nodes)
     for taxid, lineage in lineages.items():
-        at = {ranks[node]: node for node in lineage}
-        superkingdom = next((node for node in lineage if node in SUPERKINGDOMS), None)
-        label = Label(superkingdom, at.get("phylum"), at.get("genus"))
-        missing = next((rank for rank, node in label._asdict().items() if rank != "reason" and node is None), None)
-        labels[taxid] = label._replace(reason=missing and f"no {missing}")
-    classes = {node for label in labels.values() if label.reason is None for node in label[:3]}
+        at = {rank_of[node]: node for node in lineage}
+        at["superkingdom"] = next((node for node in lineage if node in SUPERKINGDOMS), None)
+        found = tuple(at.get(rank) for rank in ranks)
+        missing = next((rank for rank, node in zip(ranks, found) if node is None), None)
+        labels[taxid] = Label(found, missing and f"no {missing}")
+    classes = {node for label in labels.values() if label.reason is None for node in label.taxids}
     return labels, {node: names[node] for node in classes}, dump.date
 
 

@@ -14,9 +14,16 @@ from pathlib import Path
 import pytest
 
 from taxa.cli import InputError
-from taxa.taxonomy import Dump, Label, label_taxids
+from taxa.taxonomy import Dump, check_ranks, label_taxids
+from taxa.taxonomy import Label as LabelAt
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def Label(superkingdom=None, phylum=None, genus=None, reason=None):
+    """What label_taxids gives at the default ranks."""
+    return LabelAt((superkingdom, phylum, genus), reason)
+
 
 # (taxid, parent, rank, scientific name). 70xx: taxa in which something is missing
 NODES = [
@@ -99,34 +106,33 @@ def archive_bytes(texts, kind, prefix=""):
     return gzip.compress(out.getvalue(), mtime=0) if kind == "tar.gz" else out.getvalue()
 
 
-def label(folder, texts, taxids=ASKED, kind="zip", name=None, prefix=""):
+def label(folder, texts, taxids=ASKED, kind="zip", name=None, prefix="", **more):
     """What label_taxids says of a dump written for the occasion."""
     path = folder / (name or f"dump.{kind}")
     path.write_bytes(texts if isinstance(texts, bytes) else archive_bytes(texts, kind, prefix))
     scratch = folder / "scratch"
     scratch.mkdir(exist_ok=True)
-    return label_taxids(path, taxids, scratch)
+    return label_taxids(path, taxids, scratch, **more)
 
 
-def naive_label(taxid, nodes=NODES, merged=MERGED, deleted=DELETED):
+def naive_label(taxid, nodes=NODES, merged=MERGED, deleted=DELETED, asked=("superkingdom", "phylum", "genus")):
     parents = {child: parent for child, parent, _, _ in nodes}
     ranks = {child: rank for child, _, rank, _ in nodes}
-    merges, now = dict(merged), taxid
+    merges, now, found = dict(merged), taxid, dict.fromkeys(asked)
     for _ in range(100):
         now = merges.get(now, now) if now not in parents else now
     if now not in parents:
-        return Label(reason="deleted taxid" if taxid in deleted else "unknown taxid")
-    found = dict.fromkeys(("superkingdom", "phylum", "genus"))
+        return LabelAt(tuple(found.values()), "deleted taxid" if taxid in deleted else "unknown taxid")
     while True:
-        if now in SUPERKINGDOMS:
+        if now in SUPERKINGDOMS and "superkingdom" in asked:
             found["superkingdom"] = now
-        elif ranks[now] in ("phylum", "genus"):
+        elif ranks[now] in asked and ranks[now] != "superkingdom":
             found[ranks[now]] = now
         if now == 1:
             break
         now = parents[now]
     missing = [rank for rank, node in found.items() if node is None]
-    return Label(**found, reason=f"no {missing[0]}" if missing else None)
+    return LabelAt(tuple(found.values()), f"no {missing[0]}" if missing else None)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +144,7 @@ def labelled(tmp_path_factory):
 def test_labels_equal_a_walk_up_the_tree(labelled):
     labels, names, date = labelled
     assert labels == {taxid: naive_label(taxid) for taxid in ASKED}
-    used = {node for found in labels.values() if found.reason is None for node in found[:3]}
+    used = {node for found in labels.values() if found.reason is None for node in found.taxids}
     assert names == {taxid: name for taxid, _, _, name in NODES if taxid in used}
     assert date == "2023-05-06"
 
@@ -383,3 +389,37 @@ def test_a_flipped_bit_is_refused_or_does_no_harm(tmp_path, kind):
         if read_all(tmp_path / "dump", bytes(damaged)) not in (None, whole):
             wrong.append(byte)
     assert wrong == []
+
+
+# other ranks than the default
+
+@pytest.mark.parametrize("ranks", [("genus",), ("phylum", "species"), ("superkingdom", "kingdom", "phylum", "subphylum", "genus", "species"),
+                                   ("superkingdom",), ("family", "genus"), ("class", "strain")])
+def test_labels_at_any_ranks_equal_a_walk_up_the_tree(ranks, tmp_path):
+    labels, names, _ = label(tmp_path, dump_texts(), ranks=ranks)
+    assert labels == {taxid: naive_label(taxid, asked=ranks) for taxid in ASKED}
+    used = {node for found in labels.values() if found.reason is None for node in found.taxids}
+    assert names == {taxid: name for taxid, _, _, name in NODES if taxid in used}
+
+
+def test_superkingdom_is_told_by_taxid_whatever_its_rank_is_called(tmp_path):
+    renamed = [(t, parent, {2: "domain", 2157: "domain", 2759: "domain", 10239: "acellular root"}.get(t, rank), name)
+               for t, parent, rank, name in NODES]
+    (tmp_path / "new").mkdir()
+    for ranks in (("superkingdom", "genus"), ("superkingdom",)):
+        assert label(tmp_path, dump_texts(), ranks=ranks)[:2] == label(tmp_path / "new", dump_texts(renamed), ranks=ranks)[:2]
+    assert label(tmp_path / "new", dump_texts(renamed), [562, 12059], ranks=("domain",))[0] == {
+        562: LabelAt((2,)), 12059: LabelAt((None,), "no domain")}
+
+
+@pytest.mark.parametrize("ranks, message", [
+    ((), "0 ranks; give from one to 8"),
+    (("superkingdom", "kingdom", "phylum", "class", "order", "family", "genus", "species", "strain"), "9 ranks; give from one to 8"),
+    (("genus", "genus"), "genus is given twice"),
+    (("phylum", "famly"), "unknown rank 'famly'.*did you mean family"),
+    (("no rank",), "unknown rank 'no rank'"),
+    (("genus", "phylum"), "from coarse to fine .*--ranks phylum genus"),
+])
+def test_ranks_that_make_no_sense_are_refused(ranks, message):
+    with pytest.raises(InputError, match=message):
+        check_ranks(ranks)
