@@ -20,7 +20,7 @@ from taxa.splits import SPLITS
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("checkpoint", metavar="CKPT", help="ckpt.pt of a run folder")
+    add("checkpoint", metavar="CKPT", help="ckpt.pt of a run folder, or a folder of export.py --adapters")
     add("--data", metavar="DIR", help="prepared dataset (default: the one that the run was trained on)")
     add("--weights", metavar="DIR", help="folder with the base weights (default: where the run took them from)")
     add("--split", choices=SPLITS, default="test", help="default test")
@@ -54,7 +54,7 @@ def main(argv=None):
     validation = data.split("validation", tokenizer)
     if args.temperature and len(validation) == 0:
         raise InputError(f"{data.folder}: --temperature is fitted on the validation split, which is empty")
-    out = Path(args.out or Path(args.checkpoint).parent)
+    out = Path(args.out or (args.checkpoint if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent))
     with world(args.device) as w:
         precision = args.precision or content["precision"]
         set_precision(precision, w.device)

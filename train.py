@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import prepare
-from taxa import RANKS, __version__, checkpoint
+from taxa import RANKS, __version__, checkpoint, peft_format
 from taxa.backbones import FAMILIES, MODELS, backbone_config, get_model
 from taxa.cli import InputError, Parser, choose, fraction, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
 from taxa.dataset import PreparedDataset, micro_batches
@@ -36,7 +36,7 @@ from taxa.optim import adamw, cosine_rate
 from taxa.precision import PRECISIONS, autocast, set_precision
 from taxa.progress import print_line, progress
 from taxa.random_init import reinitialize
-from taxa.strategies import PROTOCOLS, STRATEGIES, inject, published_fraction, settings_from_flags, train_only, trainable_names
+from taxa.strategies import PROTOCOLS, STRATEGIES, STRATEGY_FLAGS, inject, published_fraction, settings_from_flags, train_only, trainable_names
 from taxa.taxonomy import check_ranks
 from taxa.tokens import get_tokenizer
 
@@ -60,6 +60,7 @@ def parse_args(argv=None):
     add("--targets", nargs="+", metavar="NAME", help="lora: Linears to adapt; ia3: Linears whose output is scaled (default: the family's)")
     add("--feedforward-targets", nargs="+", metavar="NAME", help="ia3: Linears whose input is scaled (default: the family's)")
     add("--freeze-fraction", type=fraction, help="freeze75: freeze at least this share of the parameters (default 0.75)")
+    add("--adapters", metavar="DIR", help="lora, ia3: start from a PEFT folder (export.py --adapters, or the library's); it sets r and targets")
     # base weights
     add("--weights", metavar="DIR", help="folder in the hub's format instead of the hub: config.json and model.safetensors or .bin")
     add("--revision", metavar="SHA", help="of the hub's repository (default: the pinned one)")
@@ -181,17 +182,19 @@ def open_data(w, args):
 
 def main(argv=None):
     args = parse_args(argv)
-    settings = settings_from_flags(args.model, args.strategy, args.protocol, args.heads, r=args.r, lora_alpha=args.lora_alpha,
-                                   lora_dropout=args.lora_dropout, targets=args.targets, freeze_fraction=args.freeze_fraction,
-                                   feedforward_targets=args.feedforward_targets)
+    flags = {name: getattr(args, name) for name in STRATEGY_FLAGS}
+    start = None
+    if args.adapters:
+        flags, start = peft_format.start_flags(args.adapters, args.strategy, flags)
+    settings = settings_from_flags(args.model, args.strategy, args.protocol, args.heads, **flags)
     if args.dry_run:
         return dry_run(args, settings)
     with world(args.device) as w:
-        return train(w, args, settings)
+        return train(w, args, settings, start)
 
 
-def train(w, args, settings):
-    """Run the whole of it on this process; returns the test metrics."""
+def train(w, args, settings, start=None):
+    """Run the whole of it on this process; returns the test metrics. start: {name: tensor} of --adapters."""
     set_precision(args.precision, w.device)
     out = Path(args.out or run_name(args, settings))
     if out.exists() and not out.is_dir():
@@ -219,6 +222,7 @@ def train(w, args, settings):
     if args.strategy == "random":
         reinitialize(model, backbone.config.initializer_range)
     inject(model, settings)
+    started = peft_format.start_from(model, args.adapters, start, base, data.classes) if start else None
     names = trainable_names(model, settings)
     train_only(model, names)
     model.to(w.device)
@@ -255,6 +259,8 @@ def train(w, args, settings):
         if base["source"] == "seed":
             print(f"{args.model} has no published weights: the backbone starts from random weights of seed {base['seed']}; "
                   "--weights DIR loads others")
+        if started:
+            print(started)
         print(f"{args.model} {args.strategy}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%}), heads "
               f"{settings['heads']}; {len(splits['train']):,} sequences, {total_steps:,} steps of {per_step}; run folder {out}", flush=True)
     barrier(w)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from taxa import peft_format
 from taxa.backbones import FAMILIES, get_model, load_backbone
 from taxa.cli import InputError
 from taxa.files import UNREADABLE, replacing
@@ -83,7 +84,9 @@ def save(path, content, format=CHECKPOINT):
 
 
 def read(path, format=CHECKPOINT):
-    """The content of a checkpoint (or of last.pt). Raises InputError for a file that is missing or is not one."""
+    """The content of a checkpoint (or of last.pt, or of a folder of export.py --adapters). Raises InputError for what is none of them."""
+    if format == CHECKPOINT and peft_format.is_adapter_folder(path):
+        return peft_format.read_checkpoint(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -100,6 +103,16 @@ def read(path, format=CHECKPOINT):
     if content.get("version") != VERSION:
         raise InputError(f"{path}: checkpoint version {content.get('version')}, but this code reads version {VERSION}")
     return content
+
+
+def skeleton(content):
+    """The trained classifier of a checkpoint with what the checkpoint itself holds; every other weight is on the meta device."""
+    family = FAMILIES[get_model(content["model"]).family]
+    with torch.device("meta"):
+        classifier = TaxonClassifier(family.model(family.config(**content["config"])), {rank: len(t) for rank, t in content["classes"].items()})
+        inject(classifier, content["settings"])
+    classifier.load_state_dict(content["state"], strict=False, assign=True)
+    return classifier
 
 
 def rebuild(content, weights=None):

@@ -72,6 +72,12 @@ def split_target(target):
     return found[1], names
 
 
+def rows_of(parts, out_features):
+    """(start, stop): the rows of a fused Wqkv with out_features = 3H that ("key", "value"), say, are."""
+    third = out_features // 3
+    return THIRDS.index(parts[0]) * third, (THIRDS.index(parts[-1]) + 1) * third
+
+
 def inject_ia3(model, targets, feedforward_targets):
     """Put (IA)3 on the outputs of `targets` and the inputs of `feedforward_targets`. Raises InputError for a target without a match."""
     for target in targets:
@@ -82,8 +88,7 @@ def inject_ia3(model, targets, feedforward_targets):
                 return IA3Linear(linear)
             if linear.out_features != 3 * linear.in_features:
                 raise InputError(f"target '{target}': brackets are for a fused Wqkv")
-            third = linear.out_features // 3
-            return IA3Linear(linear, rows=(THIRDS.index(parts[0]) * third, (THIRDS.index(parts[-1]) + 1) * third))
+            return IA3Linear(linear, rows=rows_of(parts, linear.out_features))
 
         replace_linears(model, name, on_output)
     for target in feedforward_targets:

@@ -251,7 +251,7 @@ def test_numbers_of_adapter_parameters(model, per_rank, r):
 
 
 @both_families
-@pytest.mark.parametrize("r", [1, 4])
+@pytest.mark.parametrize("r", [1, 4, 20])
 def test_parity_with_peft(name, r):
     peft = pytest.importorskip("peft")
     classifier = make_classifier(name)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+LICENSE = "apache-2.0"  # of the published weights
 LORA_TARGETS = ("attention.self.Wqkv",)
 # (IA)3 as its authors place it (Liu et al. 2022, section 3.3): keys, values (the last two thirds of Wqkv), and the input of the
 # feed-forward's second projection. A target with brackets scales only those thirds of the output.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+LICENSE = "cc-by-nc-sa-4.0"  # of the published weights
 LORA_TARGETS = ("attention.self.query", "attention.self.value")
 # (IA)3 as its authors place it (Liu et al. 2022, section 3.3): keys, values, and the input of the feed-forward's second projection.
 IA3_OUTPUTS = ("attention.self.key", "attention.self.value")

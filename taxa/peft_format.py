@@ -1,0 +1,196 @@
+"""Adapters in the folder format of the PEFT library: adapter_config.json and adapter_model.safetensors.
+
+    base_model.model.encoder.layer.0.attention.self.query.lora_A.weight   (r, in)      lora_B.weight (out, r)
+    base_model.model.encoder.layer.0.attention.self.key.ia3_l             (out, 1)     on an output
+    base_model.model.encoder.layer.0.output.dense.ia3_l                   (1, in)      on an input
+
+The names are those of the encoder alone, so PeftModel.from_pretrained(backbone, DIR) fits. PEFT's (IA)3 scales whole outputs: our
+"Wqkv[key,value]" is written with ones in the query third, which is the same function (PEFT, training on, would train that third too).
+Beside the two files export.py puts heads.safetensors, labels.json and taxa.json, with which the folder is a whole checkpoint again.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from taxa.cli import InputError
+from taxa.files import UNREADABLE, write_json
+from taxa.ia3 import IA3Linear, rows_of, split_target
+from taxa.inject import matches
+from taxa.lora import LoRALinear
+
+CONFIG, ADAPTERS, HEADS, LABELS, REST = ("adapter_config.json", "adapter_model.safetensors", "heads.safetensors", "labels.json", "taxa.json")
+PREFIX = "base_model.model."
+# What PEFT can say and we do not compute: key of adapter_config.json -> values that mean "not asked for".
+ONLY = {"bias": ("none",), "use_rslora": (False,), "use_dora": (False,), "lora_bias": (False,), "fan_in_fan_out": (False,),
+        "rank_pattern": ({},), "alpha_pattern": ({},), "layer_replication": ()}
+
+
+def write_adapters(folder, backbone, settings, base):
+    """Write the two files of PEFT's format. backbone: with its adapters. base: the checkpoint's record of the base weights."""
+    tensors, names, inputs = {}, [], []
+    for name, module in backbone.named_modules():
+        if isinstance(module, LoRALinear):
+            tensors |= {f"{PREFIX}{name}.lora_A.weight": module.lora_A, f"{PREFIX}{name}.lora_B.weight": module.lora_B}
+        elif isinstance(module, IA3Linear):
+            inputs += [name] if module.feedforward else []
+            tensors[f"{PREFIX}{name}.ia3_l"] = module.ia3_l[None] if module.feedforward else module.output_scale()[:, None]
+        else:
+            continue
+        names.append(name)
+    config = {"peft_type": settings["strategy"].upper(), "task_type": None, "inference_mode": True,
+              "base_model_name_or_path": base.get("hub"), "revision": base.get("revision"), "target_modules": names}
+    if settings["strategy"] == "lora":
+        config |= {"r": settings["r"], "lora_alpha": settings["lora_alpha"], "lora_dropout": settings["lora_dropout"], "bias": "none"}
+    else:
+        config["feedforward_modules"] = inputs
+    write_json(folder / CONFIG, config)
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / ADAPTERS, metadata={"format": "pt"})
+
+
+def read_adapters(folder):
+    """A PEFT folder of ours or of the library -> (settings, state): what inject() takes, {our parameter name: tensor}.
+
+    The state has the heads too where the folder has them. Targets are full module names, told from the tensors. Raises InputError for
+    a folder that is none, and for what LoRA and (IA)3 here do not compute (DoRA, ranks per layer, adapters outside the encoder).
+    """
+    folder = Path(folder)
+    config, tensors = _json(folder / CONFIG), _tensors(folder / ADAPTERS)
+    kind = str(config.get("peft_type") if isinstance(config, dict) else None).lower()
+    if kind not in ("lora", "ia3"):
+        raise InputError(f"{folder / CONFIG}: peft_type is {kind}; only LORA and IA3 can be read")
+    for key, allowed in ONLY.items():
+        if config.get(key) is not None and config[key] not in allowed:
+            raise InputError(f"{folder / CONFIG}: {key} is {config[key]!r}, which is not computed here")
+    state, found = {}, {}  # found: {module name: {"lora_A", "lora_B" or "ia3_l": tensor}}
+    for key, tensor in tensors.items():
+        # any wrapper's prefix before the encoder: base_model.model.esm.encoder..., base_model.model.backbone.encoder...
+        adapter = re.fullmatch(r"base_model\.model\.(?:.+?\.)??(encoder\..+)\.(lora_[AB](?=\.weight)|ia3_l)(?:\.weight)?", key)
+        head = re.fullmatch(r"base_model\.model\.(heads\.[^.]+\.(?:weight|bias))", key)
+        if head:
+            state[head[1]] = tensor
+        elif adapter and (adapter[2] == "ia3_l") == (kind == "ia3") and tensor.dim() == 2:
+            found.setdefault(adapter[1], {})[adapter[2]] = tensor
+        else:
+            raise InputError(f"{folder / ADAPTERS}: {key} is no {kind} adapter on a Linear of the encoder")
+    if not found:
+        raise InputError(f"{folder / ADAPTERS}: no adapters in it")
+    if (folder / HEADS).exists():
+        state = {f"heads.{name}": tensor for name, tensor in _tensors(folder / HEADS).items()}
+    if kind == "lora":
+        settings = {"strategy": kind, "r": config.get("r"), "lora_alpha": float(config.get("lora_alpha") or 0),
+                    "lora_dropout": float(config.get("lora_dropout") or 0), "targets": list(found)}
+        for name, pair in found.items():
+            if pair.keys() != {"lora_A", "lora_B"} or not len(pair["lora_A"]) == pair["lora_B"].shape[1] == settings["r"]:
+                raise InputError(f"{folder / ADAPTERS}: {name} is no pair lora_A (r, in), lora_B (out, r) of r = {settings['r']}")
+            state |= {f"backbone.{name}.{key}": tensor for key, tensor in pair.items()}
+        return settings, state
+    settings = {"strategy": kind, "targets": [], "feedforward_targets": []}
+    ours = _json(folder / REST)["settings"]["targets"] if (folder / REST).exists() else []
+    for name, vector in ((name, of_module["ia3_l"]) for name, of_module in found.items()):
+        vector, on_input = vector.flatten(), vector.shape[0] == 1
+        if not on_input:
+            name, vector = _without_ones(name, vector, ours)
+        settings["feedforward_targets" if on_input else "targets"].append(name)
+        state[f"backbone.{split_target(name)[0]}.ia3_l"] = vector
+    return settings, state
+
+
+def _without_ones(name, vector, ours):
+    """Undo the ones that write_adapters() put beside a bracketed target; a vector that PEFT has trained there stays whole."""
+    for module, parts in map(split_target, ours):
+        if parts and matches(name, module):
+            start, stop = rows_of(parts, len(vector))
+            if (vector[:start] == 1).all() and (vector[stop:] == 1).all():
+                return f"{name}[{','.join(parts)}]", vector[start:stop]
+    return name, vector
+
+
+def start_flags(folder, strategy, given):
+    """read_adapters() for train.py --adapters: ({flag: value}, state). given: {flag: value or None} as typed.
+
+    Raises InputError when the folder holds another strategy, or a flag was typed that the folder decides (only the dropout stays free).
+    """
+    settings, state = read_adapters(folder)
+    if settings.pop("strategy") != strategy:
+        raise InputError(f"--adapters {folder} holds {_json(Path(folder) / CONFIG)['peft_type']} adapters, not those of --strategy {strategy}")
+    typed = [f"--{flag.replace('_', '-')}" for flag, value in given.items() if value is not None and flag != "lora_dropout"]
+    if typed:
+        raise InputError(f"--adapters {folder} decides {' '.join(typed)}: leave out")
+    if given["lora_dropout"] is not None:
+        settings["lora_dropout"] = given["lora_dropout"]
+    return settings, state
+
+
+def is_adapter_folder(path):
+    return (Path(path) / CONFIG).is_file()
+
+
+def write_heads(folder, content):
+    """heads.safetensors, RANK.weight (C, H) and RANK.bias (C,), and labels.json, the taxid and name of each of its rows."""
+    heads = {key.removeprefix("heads."): tensor for key, tensor in content["state"].items() if key.startswith("heads.")}
+    save_file(heads, folder / HEADS, metadata={"format": "pt"})
+    write_json(folder / LABELS, content["classes"])
+
+
+def write_rest(folder, content):
+    """taxa.json: what a checkpoint holds besides tensors and labels."""
+    write_json(folder / REST, {key: value for key, value in content.items() if key not in ("state", "classes")})
+
+
+def read_checkpoint(folder):
+    """The content of the checkpoint that export.py --adapters wrote into `folder`, as checkpoint.read() gives it."""
+    folder = Path(folder)
+    if not (folder / REST).exists() or not (folder / HEADS).exists():
+        raise InputError(f"{folder}: adapters without the heads and taxa.json of export.py; train heads first: train.py --adapters {folder}")
+    content = _json(folder / REST) | {"classes": _json(folder / LABELS)}
+    settings, state = read_adapters(folder)
+    return content | {"settings": content["settings"] | settings, "state": state}
+
+
+def start_from(classifier, folder, state, base, classes):
+    """Copy the state of read_adapters(folder) into a classifier with those adapters. Returns one line for the user: what the heads are.
+
+    The heads are taken only where the folder's class tables are `classes`, taxid by taxid. Raises InputError for adapters of another
+    shape, or trained on other base weights than `base` where the folder names them.
+    """
+    folder = Path(folder)
+    rest = _json(folder / REST) if (folder / REST).exists() else {}
+    theirs = rest.get("base", {}).get("digest")
+    if theirs and theirs != base.get("digest"):
+        raise InputError(f"{folder}: its adapters were trained on other base weights (digest {theirs[:12]}, not {base['digest'][:12]})")
+    heads = {name for name in state if name.startswith("heads.")}
+    labels = _json(folder / LABELS) if heads and (folder / LABELS).exists() else None
+    why = "none with a labels.json in it" if labels is None else None if _taxids(labels) == _taxids(classes) else "other classes"
+    if why:
+        state = {name: tensor for name, tensor in state.items() if name not in heads}
+    try:
+        classifier.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise InputError(f"{folder}: its adapters do not fit this model: {' '.join(str(error).split())}") from None
+    return f"starts from the adapters of {folder}; its heads are " + (f"not taken ({why})" if why else "taken, since the classes are the same")
+
+
+def _taxids(classes):
+    return {rank: [row["taxid"] for row in table] for rank, table in classes.items()}
+
+
+def _json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; a PEFT folder holds {CONFIG} and {ADAPTERS}") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+
+
+def _tensors(path):
+    try:
+        return {name: tensor.to(torch.float32) for name, tensor in load_file(path).items()}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; a PEFT folder holds {CONFIG} and {ADAPTERS}, saved as safetensors") from None
+    except UNREADABLE as error:
+        raise InputError(f"{path}: not readable as safetensors ({error})") from None

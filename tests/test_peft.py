@@ -1,0 +1,419 @@
+"""Our adapters beside the PEFT library's: merged weights, three AdamW steps, and the library's folder format, read and written."""
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_backbones import batch, logits, scrambled
+from torch import nn
+
+import evaluate
+import export
+import train
+from taxa import checkpoint, peft_format
+from taxa.backbones import load_backbone
+from taxa.cli import InputError
+from taxa.dataset import PreparedDataset
+from taxa.ia3 import IA3Linear
+from taxa.inject import merge_adapters
+from taxa.lora import LoRALinear
+from taxa.model import TaxonClassifier, masked_mean, sequence_losses
+from taxa.optim import adamw
+from taxa.strategies import inject, settings_from_flags, train_only, trainable_names
+
+peft = pytest.importorskip("peft")
+
+TARGETS = {  # as a user of PEFT writes them: (all targets, those on the input); "Wqkv[key,value]" is the whole Wqkv to PEFT
+    ("tiny-nt", "lora", "corrected"): (["query", "value"], None),
+    ("tiny-dnabert", "lora", "corrected"): (["Wqkv"], None),
+    ("tiny-nt", "ia3", "corrected"): (r".*\.(key|value|layer\.\d+\.output\.dense)", r".*\.layer\.\d+\.output\.dense"),
+    ("tiny-nt", "ia3", "published"): (["query", "value", "attention.output.dense"], ["attention.output.dense"]),
+    ("tiny-dnabert", "ia3", "corrected"): (["Wqkv", "mlp.wo"], ["mlp.wo"]),
+    ("tiny-dnabert", "ia3", "published"): (["Wqkv", "attention.output.dense"], ["attention.output.dense"]),
+}
+CASES = [(*case, r) for case in TARGETS for r in ((1, 4, 20) if case[1] == "lora" else (None,))]
+every_case = pytest.mark.parametrize("name, strategy, protocol, r", CASES)
+LABELS = torch.tensor([[0, 1, 2], [3, 4, 5], [1, 0, 3]])
+
+
+def pair(name, strategy, protocol, r, dropout=0.0):
+    """(ours, theirs, settings, names that train): one classifier with our adapters, one with PEFT's, the same random values in both."""
+    classifier = TaxonClassifier(scrambled(name, **({"hidden_dropout_prob": dropout} if name == "tiny-dnabert" else {})), (4, 5, 6))
+    flags = {"r": r, "lora_dropout": dropout} if strategy == "lora" else {}
+    settings = settings_from_flags(name, strategy, protocol, None, **flags)
+    ours, theirs = copy.deepcopy(classifier), copy.deepcopy(classifier)
+    inject(ours, settings)
+    names = trainable_names(ours, settings)
+    train_only(ours, names)
+    torch.manual_seed(3)
+    for key, p in ours.named_parameters():
+        if "lora_" in key or "ia3_l" in key:
+            nn.init.normal_(p, mean=1.0 if "ia3" in key else 0.0, std=0.2)
+    targets, inputs = TARGETS[name, strategy, protocol]
+    config = (peft.LoraConfig(r=r, lora_alpha=32, lora_dropout=dropout, target_modules=targets) if strategy == "lora"
+              else peft.IA3Config(target_modules=targets, feedforward_modules=inputs))
+    theirs.backbone = peft.inject_adapter_in_model(config, theirs.backbone)
+    for p in theirs.heads.parameters():
+        p.requires_grad_(settings["heads"] == "train")
+    with torch.no_grad():
+        for mine, other in pairs(ours, theirs):
+            other.copy_(mine)
+    return ours.eval(), theirs.eval(), settings, names
+
+
+def pairs(ours, theirs):
+    """[(our adapter tensor, PEFT's)], ours in PEFT's shape: (IA)3 on a part of an output with ones elsewhere."""
+    found = []
+    for key, module in ours.named_modules():
+        if isinstance(module, LoRALinear):
+            other = theirs.get_submodule(key)
+            found += [(module.lora_A, other.lora_A["default"].weight), (module.lora_B, other.lora_B["default"].weight)]
+        elif isinstance(module, IA3Linear):
+            mine = module.ia3_l[None] if module.feedforward else module.output_scale()[:, None]
+            found.append((mine, theirs.get_submodule(key).ia3_l["default"]))
+    assert len(found) == len([key for key, _ in theirs.named_parameters() if "lora_" in key or "ia3_l" in key]) > 0
+    return found
+
+
+@every_case
+def test_merged_weights(name, strategy, protocol, r):
+    ours, theirs, _, _ = pair(name, strategy, protocol, r)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+    before = {key: p.clone() for key, p in ours.backbone.state_dict().items()}
+    merge_adapters(ours)
+    changed = 0
+    for key, module in theirs.backbone.named_modules():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.merge()
+            mine, other = ours.backbone.get_submodule(key), module.get_base_layer()
+            torch.testing.assert_close(mine.weight, other.weight, rtol=0, atol=1e-6)
+            if mine.bias is not None:
+                torch.testing.assert_close(mine.bias, other.bias, rtol=0, atol=1e-6)
+            changed += not torch.allclose(mine.weight, before[f"{key}.weight"], rtol=0, atol=1e-2)
+    assert changed == len([m for m in theirs.backbone.modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer)])
+
+
+@every_case
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_three_adamw_steps(name, strategy, protocol, r, dropout):
+    """The same batches, the same dropout masks (both draw one per adapter, in the order of the layers): the same adapters and heads."""
+    ours, theirs, settings, names = pair(name, strategy, protocol, r, dropout)
+    if (name, strategy, protocol) == ("tiny-dnabert", "ia3", "corrected"):  # PEFT would train the queries' third too
+        for module in theirs.backbone.modules():
+            if hasattr(module, "ia3_l") and not module.is_feedforward:
+                module.ia3_l["default"].register_hook(lambda grad: grad * (torch.arange(72) >= 24)[:, None])
+    start = [mine.detach().clone() for mine, _ in pairs(ours, theirs)]
+    for model in (ours, theirs):
+        model.train()
+        optimizer = adamw([p for p in model.parameters() if p.requires_grad], 1e-3, weight_decay=0.0)
+        for step in range(3):
+            torch.manual_seed(step)
+            sequence_losses(model(*batch(step)), LABELS).mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    for (mine, other), before in zip(pairs(ours, theirs), start):
+        assert not torch.equal(mine, before)
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
+    for mine, other in zip(ours.heads.parameters(), theirs.heads.parameters()):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
+    assert {key for key in names if key.startswith("heads.")} == {
+        f"heads.{key}" for key, p in theirs.heads.named_parameters() if p.requires_grad}
+
+
+# ------------------------------------------------------------------ the folder format, in both directions
+
+
+MODELS = ("tiny-nt", "tiny-dnabert")
+RUNS = {"lora": ["--r", "2", "--lora-dropout", "0"], "ia3": [], "published": ["--protocol", "published"], "full": [], "random": []}
+MADE = [(model, run) for model in MODELS for run in ("lora", "ia3", "published")] + [("tiny-nt", "full"), ("tiny-dnabert", "random")]
+
+
+@pytest.fixture(scope="module")
+def runs(demo, weights, tmp_path_factory):
+    """{(model, run): run folder} of two steps each; lora and ia3 with the defaults, published: (IA)3 under --protocol published."""
+    root, folders = tmp_path_factory.mktemp("runs"), {}
+    for model, run in MADE:
+        folders[model, run] = root / f"{model}-{run}"
+        strategy = "ia3" if run == "published" else run
+        train.main(["--model", model, "--strategy", strategy, "--data", str(demo), "--weights", str(weights[model]), "--max-steps", "2",
+                    "--batch-size", "8", "--lr", "0.05", "--out", str(folders[model, run]), *RUNS[run]])
+    return folders
+
+
+def exported(run, out, *flags):
+    export.main([str(run / "ckpt.pt"), "--out", str(out), *flags])
+    return out
+
+
+def small_batch(demo, model):
+    batch = PreparedDataset(demo).split("test", {"tiny-nt": "nt", "tiny-dnabert": "tiny-dnabert"}[model])[[0, 1, 2]]
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def through_peft(folder, backbone, ids, mask):
+    """Logits by nothing of ours but the backbone: PEFT's adapters, the pool, plain matrix products."""
+    with torch.no_grad():
+        pooled = masked_mean(peft.PeftModel.from_pretrained(backbone, str(folder)).eval()(ids, mask), mask)
+    heads = load_file(folder / "heads.safetensors")
+    return {rank: pooled @ heads[f"{rank}.weight"].T + heads[f"{rank}.bias"] for rank in json.loads((folder / "labels.json").read_text())}
+
+
+def assert_same_logits(found, expected):
+    assert list(found) == list(expected)
+    for rank in expected:
+        torch.testing.assert_close(found[rank], expected[rank], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("run", ["lora", "ia3", "published"])
+def test_the_library_loads_our_folder(model, run, runs, weights, demo, tmp_path):
+    folder = exported(runs[model, run], tmp_path / "out", "--adapters")
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "heads.safetensors", "labels.json",
+                                                        "taxa.json", "README.md"}
+    content, (ids, mask) = checkpoint.read(runs[model, run] / "ckpt.pt"), small_batch(demo, model)
+    base = load_backbone(model, weights[model])
+    with torch.no_grad():
+        expected = checkpoint.rebuild(content)(ids, mask)
+        without = masked_mean(base(ids, mask), mask)
+    found = through_peft(folder, base, ids, mask)
+    assert_same_logits(found, expected)
+    heads = load_file(folder / "heads.safetensors")
+    assert not torch.allclose(without @ heads["genus.weight"].T + heads["genus.bias"], expected["genus"], atol=1e-4), "the adapters do nothing"
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("run", ["lora", "ia3", "published"])
+def test_our_folder_is_a_checkpoint_again(model, run, runs, tmp_path):
+    """Bit-equal tensors, and the same numbers from evaluate.py, whatever stands between."""
+    folder = exported(runs[model, run], tmp_path / "out", "--adapters")
+    first, again = checkpoint.read(runs[model, run] / "ckpt.pt"), checkpoint.read(folder)
+    assert again.keys() == first.keys() - {"format", "version"} | (again.keys() & {"format", "version"})
+    assert again["state"].keys() == first["state"].keys()
+    assert all(torch.equal(again["state"][name], tensor) for name, tensor in first["state"].items())
+    assert {**again["settings"], "targets": 0, "feedforward_targets": 0} == {**first["settings"], "targets": 0, "feedforward_targets": 0}
+    assert again["classes"] == first["classes"] and again["lineages"] == first["lineages"]
+    assert evaluate.main([str(folder)]) == json.loads((runs[model, run] / "metrics.json").read_text())
+    assert (folder / "metrics.json").is_file()
+    export.main([str(folder), "--adapters", "--out", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
+
+
+PREFIXES = ["", "backbone.", "esm."]
+
+
+class Wrapped(nn.Module):
+    """The encoder under another name, as the hub's masked-LM class or a classifier has it."""
+
+    def __init__(self, backbone, name):
+        super().__init__()
+        self.config = backbone.config
+        setattr(self, name, backbone)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("name, strategy, protocol, r", [case for case in CASES if case[3] in (None, 4)])
+def test_we_load_what_the_library_saves(name, strategy, protocol, r, prefix, tmp_path):
+    backbone = scrambled(name)
+    targets, inputs = TARGETS[name, strategy, protocol]
+    config = (peft.LoraConfig(r=r, lora_alpha=16, lora_dropout=0.2, target_modules=targets) if strategy == "lora"
+              else peft.IA3Config(target_modules=targets, feedforward_modules=inputs))
+    theirs = peft.get_peft_model(Wrapped(copy.deepcopy(backbone), prefix[:-1]) if prefix else copy.deepcopy(backbone), config)
+    torch.manual_seed(4)
+    for key, p in theirs.named_parameters():
+        if "lora_" in key or "ia3_l" in key:
+            nn.init.normal_(p, mean=1.0, std=0.2)
+    theirs.save_pretrained(tmp_path)
+    settings, state = peft_format.read_adapters(tmp_path)
+    if strategy == "lora":
+        assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 16.0, 0.2)
+    ours = TaxonClassifier(backbone, (4, 5, 6))
+    inject(ours, settings)
+    ours.eval()
+    assert set(state) == {key for key, _ in ours.named_parameters() if "lora_" in key or "ia3_l" in key}
+    line = peft_format.start_from(ours, tmp_path, state, {}, {})
+    assert "not taken (none with a labels.json" in line
+    inner = theirs.base_model.model
+    inner = getattr(inner, prefix[:-1]) if prefix else inner
+    ids, mask = batch()
+    with torch.no_grad():
+        torch.testing.assert_close(ours.backbone(ids, mask), inner.eval()(ids, mask), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", ["lora", "ia3"])
+def test_train_starts_from_a_folder(run, runs, demo, weights, tmp_path, capsys):
+    """A step so small that nothing moves: the run starts, and so ends, at what the folder holds; with its heads, and without."""
+    model = {"lora": "tiny-nt", "ia3": "tiny-dnabert"}[run]
+    folder = exported(runs[model, run], tmp_path / "out", "--adapters")
+    arguments = ["--model", model, "--strategy", run, "--data", str(demo), "--weights", str(weights[model]), "--max-steps", "1",
+                 "--batch-size", "8", "--lr", "1e-12", "--adapters", str(folder), "--out"]
+    train.main([*arguments, str(tmp_path / "more")])
+    assert "heads are taken" in capsys.readouterr().out
+    first, more = (checkpoint.read(path / "ckpt.pt")["state"] for path in (runs[model, run], tmp_path / "more"))
+    assert first.keys() == more.keys()
+    for name in first:
+        torch.testing.assert_close(more[name], first[name], rtol=0, atol=1e-8)
+    (folder / "labels.json").unlink()
+    train.main([*arguments, str(tmp_path / "other")])
+    assert "heads are not taken" in capsys.readouterr().out
+    other = checkpoint.read(tmp_path / "other" / "ckpt.pt")["state"]
+    for name in first:
+        assert torch.allclose(other[name], first[name], atol=1e-8) is not name.startswith("heads."), name
+
+
+def test_a_query_third_that_peft_has_trained_is_kept(runs, tmp_path):
+    """With ones beside it the vector is our [key,value]; with anything else it is the whole Wqkv."""
+    folder = exported(runs["tiny-dnabert", "ia3"], tmp_path / "out", "--adapters")
+    settings, state = peft_format.read_adapters(folder)
+    name = "encoder.layer.1.attention.self.Wqkv"
+    assert f"{name}[key,value]" in settings["targets"] and state[f"backbone.{name}.ia3_l"].shape == (64,)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = f"base_model.model.{name}.ia3_l"
+    assert tensors[key].shape == (96, 1) and (tensors[key][:32] == 1).all() and not (tensors[key][32:] == 1).all()
+    tensors[key][3] = 0.5
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings, state = peft_format.read_adapters(folder)
+    assert name in settings["targets"] and torch.equal(state[f"backbone.{name}.ia3_l"], tensors[key].flatten())
+    checkpoint.rebuild(checkpoint.read(folder))
+
+
+# ------------------------------------------------------------------ the merged network
+
+
+@pytest.mark.parametrize("model, run", MADE)
+def test_merged_folder(model, run, runs, demo, weights, tmp_path):
+    """The hub's keys in a plain safetensors file; loaded as --weights; the same logits; the card's own lines run."""
+    folder = exported(runs[model, run], tmp_path / "out")
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "heads.safetensors", "labels.json", "README.md"}
+    content, (ids, mask) = checkpoint.read(runs[model, run] / "ckpt.pt"), small_batch(demo, model)
+    prefix = {"tiny-nt": "esm.", "tiny-dnabert": "bert."}[model]
+    hub = {key for key in load_file(weights[model] / "model.safetensors") if key.startswith(prefix)}
+    assert set(load_file(folder / "model.safetensors")) == hub
+    with torch.no_grad():
+        expected = checkpoint.rebuild(content)(ids, mask)
+    card = (folder / "README.md").read_text()
+    code = re.search(r"```python\n(.+?)```", card, re.DOTALL)[1].replace('"."', repr(str(folder))).replace("labels.json", f"{folder}/labels.json")
+    values = {"input_ids": ids, "attention_mask": mask}
+    exec(code.replace("heads.safetensors", f"{folder}/heads.safetensors"), values)
+    assert_same_logits(values["logits"], expected)
+    labels = json.loads((folder / "labels.json").read_text())
+    assert labels == content["classes"] and set(labels["genus"][0]) == {"taxid", "name"}
+    for wanted in (content["data"]["digest"], content["tokenizer"]["digest"], f"strategy: {content['settings']['strategy']}",
+                   f"{content['metrics']['loss']:.4f}", "validation split", "test split"):
+        assert wanted in card
+    assert ("from scratch" in card) == (run == "random")
+
+
+def test_the_adapter_cards_own_lines_run(runs, demo, weights, tmp_path):
+    folder = exported(runs["tiny-nt", "lora"], tmp_path / "out", "--adapters")
+    ids, mask = small_batch(demo, "tiny-nt")
+    code = re.search(r"```python\n(.+?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    values = {"input_ids": ids, "attention_mask": mask, "backbone": load_backbone("tiny-nt", weights["tiny-nt"])}
+    exec(code.replace('"."', repr(str(folder))).replace("heads.safetensors", f"{folder}/heads.safetensors"), values)
+    with torch.no_grad():
+        assert_same_logits(values["logits"], checkpoint.rebuild(checkpoint.read(folder))(ids, mask))
+
+
+BASES = [  # model, base -> what the card must say
+    ("nt50m", {"source": "hub", "hub": "InstaDeepAI/x", "revision": "abc", "digest": "d" * 64}, ["license: cc-by-nc-sa-4.0", "revision abc"]),
+    ("dnaberts", {"source": "hub", "hub": "zhihan1996/x", "revision": "abc", "digest": "d" * 64},
+     ["license: apache-2.0", "base_model: zhihan1996/DNABERT-S"]),
+    ("dnabert2", {"source": "folder", "folder": "x", "digest": "d" * 64}, ["license: apache-2.0", "a local folder"]),
+    ("nt50m", {"source": "none", "config": None}, ["Trained from scratch"]),
+    ("tiny-nt", {"source": "seed", "seed": 0, "digest": "d" * 64}, ["Trained from scratch: random weights of seed 0"]),
+]
+
+
+@pytest.mark.parametrize("model, base, said", BASES)
+def test_licence_of_the_base(model, base, said, runs):
+    content = checkpoint.read(runs["tiny-nt", "full"] / "ckpt.pt") | {"model": model, "base": base}
+    card = export.model_card(content, None, False)
+    assert all(text in card for text in said), card
+    assert ("license:" in card) == ("Trained from scratch" not in card)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_own_classes_do_not_fit(name, runs, tmp_path):
+    """Why the card does not promise EsmModel or BertModel: of the same model_type, but without the gate and the fused projections."""
+    from transformers import BertConfig, BertModel, EsmConfig, EsmModel
+
+    folder = exported(runs[name, "lora"], tmp_path / "out")
+    config, native = {"tiny-nt": (EsmConfig, EsmModel), "tiny-dnabert": (BertConfig, BertModel)}[name]
+    with torch.device("meta"):
+        theirs = native(config(**json.loads((folder / "config.json").read_text()))).state_dict()
+    ours = {key.split(".", 1)[1]: t for key, t in load_file(folder / "model.safetensors").items()}
+    assert [key for key in ours if key not in theirs or theirs[key].shape != ours[key].shape]
+
+
+# ------------------------------------------------------------------ wrong input
+
+
+def test_wrong_input_of_export(runs, tmp_path):
+    run = runs["tiny-nt", "full"] / "ckpt.pt"
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years")
+    for flags, message in [
+        ([run, "--adapters", "--out", tmp_path / "x"], "--strategy full has no adapters"),
+        ([run, "--adapters", "--weights", "x", "--out", tmp_path / "x"], "leave out --weights"),
+        ([run, "--out", tmp_path / "thesis"], "exists: give another --out"),
+        ([run, "--out", tmp_path / "thesis", "--overwrite"], "no folder of export.py"),
+        ([tmp_path / "none.pt", "--out", tmp_path / "x"], "no such file"),
+        ([tmp_path, "--out", tmp_path / "x"], "a folder; give the ckpt.pt"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            export.main([str(flag) for flag in flags])
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
+
+
+def broken(folder, config=None, tensors=None):
+    """Change adapter_config.json, or tensors by name (None removes)."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
+    found = load_file(folder / "adapter_model.safetensors") | (tensors or {})
+    save_file({name: tensor for name, tensor in found.items() if tensor is not None}, folder / "adapter_model.safetensors")
+
+
+QUERY = "base_model.model.encoder.layer.0.attention.self.query"
+
+
+@pytest.mark.parametrize("config, tensors, message", [
+    ({"peft_type": "PREFIX_TUNING"}, {}, "peft_type is prefix_tuning"),
+    ({"use_rslora": True}, {}, "use_rslora is True"),
+    ({"rank_pattern": {"query": 8}}, {}, "rank_pattern"),
+    ({"bias": "all"}, {}, "bias is 'all'"),
+    ({"r": 3}, {}, "of r = 3"),
+    ({}, {f"{QUERY}.lora_B.weight": None}, "is no pair"),
+    ({}, {f"{QUERY}.lora_magnitude_vector": torch.ones(32)}, "is no lora adapter"),
+    ({}, {"base_model.model.pooler.dense.lora_A.weight": torch.ones(2, 32)}, "is no lora adapter"),
+    ({}, {f"{QUERY}.ia3_l": torch.ones(32, 1)}, "is no lora adapter"),
+    ({"peft_type": "IA3"}, {}, "is no ia3 adapter"),
+])
+def test_a_folder_that_is_refused(config, tensors, message, runs, tmp_path):
+    folder = exported(runs["tiny-nt", "lora"], tmp_path / "out", "--adapters")
+    broken(folder, config, tensors)
+    with pytest.raises(InputError, match=message):
+        peft_format.read_adapters(folder)
+
+
+def test_wrong_input_of_train_adapters(runs, demo, weights, tmp_path):
+    folder = exported(runs["tiny-nt", "lora"], tmp_path / "out", "--adapters")
+    given = ["--model", "tiny-nt", "--strategy", "lora", "--data", str(demo), "--out", str(tmp_path / "run"), "--adapters"]
+    for flags, message in [
+        ([*given, str(tmp_path / "none")], "adapter_config.json: no such file"),
+        ([*given, str(folder), "--r", "4"], "decides --r: leave out"),
+        ([*given, str(folder), "--strategy", "ia3"], "holds LORA adapters"),
+        ([*given, str(folder), "--strategy", "full"], "holds LORA adapters"),
+        ([*given, str(folder)], "trained on other base weights"),
+        ([*given, str(folder), "--model", "tiny-dnabert"], "matches no module"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            train.main(flags)
+    (folder / "taxa.json").unlink()
+    with pytest.raises(InputError, match="do not fit this model"):  # another hidden size
+        train.main([*given, str(folder)])
+    with pytest.raises(InputError, match="without the heads and taxa.json"):
+        evaluate.main([str(folder)])
+    assert not (tmp_path / "run").exists()
