@@ -140,8 +140,8 @@ def model_card(content, tested, adapters):
         note = note if any("[" in target for target in settings["targets"]) else ""
     else:
         what = "Adapters, if any, are merged into the weights."
-        note = ("Transformers' own EsmModel and BertModel are other architectures than the ones of these model_types here, and do not fit. What the "
-                "loss never uses of the published checkpoint (LM head, position table, pooler) is not in the file.")
+        note = ("Transformers' own EsmModel and BertModel are other architectures of the same model_type: they do not fit. What the loss "
+                "never uses of the published checkpoint (LM head, position table, pooler) is not in the file.")
     return "\n".join([
         "---", *header, *(["library_name: peft"] if adapters else []), "tags: [biology, dna, taxonomy]", "---", "",
         f"# {content['model']}, {settings['strategy']}: {', '.join(classes)} of a piece of DNA", "",

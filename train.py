@@ -36,7 +36,8 @@ from taxa.optim import adamw, cosine_rate
 from taxa.precision import PRECISIONS, autocast, set_precision
 from taxa.progress import print_line, progress
 from taxa.random_init import reinitialize
-from taxa.strategies import PROTOCOLS, STRATEGIES, STRATEGY_FLAGS, inject, published_fraction, settings_from_flags, train_only, trainable_names
+from taxa.strategies import (PROTOCOLS, STRATEGIES, STRATEGY_FLAGS, inject, published_fraction, settings_from_flags, train_only,
+                             trainable_names)
 from taxa.taxonomy import check_ranks
 from taxa.tokens import get_tokenizer
 
@@ -60,7 +61,7 @@ def parse_args(argv=None):
     add("--targets", nargs="+", metavar="NAME", help="lora: Linears to adapt; ia3: Linears whose output is scaled (default: the family's)")
     add("--feedforward-targets", nargs="+", metavar="NAME", help="ia3: Linears whose input is scaled (default: the family's)")
     add("--freeze-fraction", type=fraction, help="freeze75: freeze at least this share of the parameters (default 0.75)")
-    add("--adapters", metavar="DIR", help="lora, ia3: start from a PEFT folder (export.py --adapters, or the library's); it sets r and targets")
+    add("--adapters", metavar="DIR", help="lora, ia3: start from a PEFT folder (export.py --adapters, or the library's)")
     # base weights
     add("--weights", metavar="DIR", help="folder in the hub's format instead of the hub: config.json and model.safetensors or .bin")
     add("--revision", metavar="SHA", help="of the hub's repository (default: the pinned one)")

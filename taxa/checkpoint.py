@@ -109,7 +109,8 @@ def skeleton(content):
     """The trained classifier of a checkpoint with what the checkpoint itself holds; every other weight is on the meta device."""
     family = FAMILIES[get_model(content["model"]).family]
     with torch.device("meta"):
-        classifier = TaxonClassifier(family.model(family.config(**content["config"])), {rank: len(t) for rank, t in content["classes"].items()})
+        num_classes = {rank: len(table) for rank, table in content["classes"].items()}
+        classifier = TaxonClassifier(family.model(family.config(**content["config"])), num_classes)
         inject(classifier, content["settings"])
     classifier.load_state_dict(content["state"], strict=False, assign=True)
     return classifier

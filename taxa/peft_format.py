@@ -22,7 +22,8 @@ from taxa.ia3 import IA3Linear, rows_of, split_target
 from taxa.inject import matches
 from taxa.lora import LoRALinear
 
-CONFIG, ADAPTERS, HEADS, LABELS, REST = ("adapter_config.json", "adapter_model.safetensors", "heads.safetensors", "labels.json", "taxa.json")
+CONFIG, ADAPTERS = "adapter_config.json", "adapter_model.safetensors"
+HEADS, LABELS, REST = "heads.safetensors", "labels.json", "taxa.json"
 PREFIX = "base_model.model."
 # What PEFT can say and we do not compute: key of adapter_config.json -> values that mean "not asked for".
 ONLY = {"bias": ("none",), "use_rslora": (False,), "use_dora": (False,), "lora_bias": (False,), "fan_in_fan_out": (False,),
@@ -116,7 +117,8 @@ def start_flags(folder, strategy, given):
     """
     settings, state = read_adapters(folder)
     if settings.pop("strategy") != strategy:
-        raise InputError(f"--adapters {folder} holds {_json(Path(folder) / CONFIG)['peft_type']} adapters, not those of --strategy {strategy}")
+        held = _json(Path(folder) / CONFIG)["peft_type"]
+        raise InputError(f"--adapters {folder} holds {held} adapters, not those of --strategy {strategy}")
     typed = [f"--{flag.replace('_', '-')}" for flag, value in given.items() if value is not None and flag != "lora_dropout"]
     if typed:
         raise InputError(f"--adapters {folder} decides {' '.join(typed)}: leave out")
@@ -145,7 +147,7 @@ def read_checkpoint(folder):
     """The content of the checkpoint that export.py --adapters wrote into `folder`, as checkpoint.read() gives it."""
     folder = Path(folder)
     if not (folder / REST).exists() or not (folder / HEADS).exists():
-        raise InputError(f"{folder}: adapters without the heads and taxa.json of export.py; train heads first: train.py --adapters {folder}")
+        raise InputError(f"{folder}: adapters without the heads and taxa.json of export.py; train heads: train.py --adapters {folder}")
     content = _json(folder / REST) | {"classes": _json(folder / LABELS)}
     settings, state = read_adapters(folder)
     return content | {"settings": content["settings"] | settings, "state": state}
@@ -171,7 +173,7 @@ def start_from(classifier, folder, state, base, classes):
         classifier.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise InputError(f"{folder}: its adapters do not fit this model: {' '.join(str(error).split())}") from None
-    return f"starts from the adapters of {folder}; its heads are " + (f"not taken ({why})" if why else "taken, since the classes are the same")
+    return f"starts from the adapters of {folder}; heads are " + (f"not taken ({why})" if why else "taken: the classes are the same")
 
 
 def _taxids(classes):

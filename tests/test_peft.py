@@ -172,8 +172,8 @@ def assert_same_logits(found, expected):
 @pytest.mark.parametrize("run", ["lora", "ia3", "published"])
 def test_the_library_loads_our_folder(model, run, runs, weights, demo, tmp_path):
     folder = exported(runs[model, run], tmp_path / "out", "--adapters")
-    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "heads.safetensors", "labels.json",
-                                                        "taxa.json", "README.md"}
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "heads.safetensors", "labels.json", "taxa.json", "README.md"}
     content, (ids, mask) = checkpoint.read(runs[model, run] / "ckpt.pt"), small_batch(demo, model)
     base = load_backbone(model, weights[model])
     with torch.no_grad():
@@ -182,7 +182,8 @@ def test_the_library_loads_our_folder(model, run, runs, weights, demo, tmp_path)
     found = through_peft(folder, base, ids, mask)
     assert_same_logits(found, expected)
     heads = load_file(folder / "heads.safetensors")
-    assert not torch.allclose(without @ heads["genus.weight"].T + heads["genus.bias"], expected["genus"], atol=1e-4), "the adapters do nothing"
+    without = without @ heads["genus.weight"].T + heads["genus.bias"]
+    assert not torch.allclose(without, expected["genus"], atol=1e-4), "the adapters do nothing"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -295,7 +296,8 @@ def test_merged_folder(model, run, runs, demo, weights, tmp_path):
     with torch.no_grad():
         expected = checkpoint.rebuild(content)(ids, mask)
     card = (folder / "README.md").read_text()
-    code = re.search(r"```python\n(.+?)```", card, re.DOTALL)[1].replace('"."', repr(str(folder))).replace("labels.json", f"{folder}/labels.json")
+    code = re.search(r"```python\n(.+?)```", card, re.DOTALL)[1]
+    code = code.replace('"."', repr(str(folder))).replace("labels.json", f"{folder}/labels.json")
     values = {"input_ids": ids, "attention_mask": mask}
     exec(code.replace("heads.safetensors", f"{folder}/heads.safetensors"), values)
     assert_same_logits(values["logits"], expected)
@@ -318,7 +320,8 @@ def test_the_adapter_cards_own_lines_run(runs, demo, weights, tmp_path):
 
 
 BASES = [  # model, base -> what the card must say
-    ("nt50m", {"source": "hub", "hub": "InstaDeepAI/x", "revision": "abc", "digest": "d" * 64}, ["license: cc-by-nc-sa-4.0", "revision abc"]),
+    ("nt50m", {"source": "hub", "hub": "InstaDeepAI/x", "revision": "abc", "digest": "d" * 64},
+     ["license: cc-by-nc-sa-4.0", "revision abc"]),
     ("dnaberts", {"source": "hub", "hub": "zhihan1996/x", "revision": "abc", "digest": "d" * 64},
      ["license: apache-2.0", "base_model: zhihan1996/DNABERT-S"]),
     ("dnabert2", {"source": "folder", "folder": "x", "digest": "d" * 64}, ["license: apache-2.0", "a local folder"]),
