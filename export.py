@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from taxa import checkpoint, peft_format
-from taxa.backbones import FAMILIES, get_model
+from taxa.backbones import FAMILIES, MODELS, get_model
 from taxa.cli import InputError, Parser, run
 from taxa.evaluation import table
 from taxa.files import new_folder, write_json
@@ -59,7 +59,7 @@ def main(argv=None):
             peft_format.write_rest(folder, content)
         else:
             backbone = merge_adapters(checkpoint.rebuild(content, args.weights)).backbone
-            write_backbone(folder, backbone, FAMILIES[get_model(content["model"]).family])
+            write_backbone(folder, backbone, FAMILIES[get_model(content["model"], content["config"]).family])
         peft_format.write_heads(folder, content)
         (folder / "README.md").write_text(model_card(content, metrics_beside(args.checkpoint), args.adapters), encoding="utf-8")
         files = sorted(f"{path.name} ({path.stat().st_size:,} bytes)" for path in folder.iterdir())
@@ -114,9 +114,12 @@ or `python evaluate.py DIR`, `python train.py --adapters DIR ...`.'''
 
 def base_of(content):
     """(lines of the card's header, one sentence) on the weights that the run began with and their licence."""
-    row, base = get_model(content["model"]), content["base"]
+    row, base = get_model(content["model"], content["config"]), content["base"]
     licence = FAMILIES[row.family].module.LICENSE
     header = [f"license: {licence}", f"base_model: {row.hub}"]
+    if content["model"] not in MODELS and base["source"] != "none":
+        return header[1:], (f"Base weights: {row.hub}, from {base.get('revision') or 'a local folder'}, digest {base['digest'][:16]}. "
+                            "Their licence is not known to the program that wrote this card: see theirs.")
     if base["source"] == "hub":
         return header, (f"Base weights: [{row.hub}](https://huggingface.co/{row.hub}), revision {base['revision']}, digest "
                         f"{base['digest'][:16]}, licence {licence}, which binds what is made from them.")

@@ -41,7 +41,7 @@ def parse_args(argv=None):
     add("--tokenizers", nargs="+", metavar="NAME",
         help=f"which tokens to write, of {' '.join(TOKENIZERS)}; nt is always written (default nt)")
     add("--add-tokens", nargs="+", metavar="NAME", help="add tokens to a folder that is prepared already")
-    add("--tokenizer-file", metavar="FILE", help="tokenizer.json for dnabert (default: DNABERT-2's, from the hub)")
+    add("--tokenizer-file", metavar="FILE", help="tokenizer.json, for dnabert (default: DNABERT-2's, from the hub) or for bpe")
     # output
     add("--out", required=True, metavar="DIR", help="the folder to write")
     add("--overwrite", action="store_true", help="replace --out if it exists")
@@ -63,8 +63,8 @@ def parse_args(argv=None):
                           ("tokenizers", ["nt"]), ("ranks", RANKS)):
         if getattr(args, flag) is None:
             setattr(args, flag, default)
-    if args.tokenizer_file and "dnabert" not in (args.add_tokens or args.tokenizers):
-        parser.error("--tokenizer-file is for the tokenizer dnabert, which is not asked for")
+    if args.tokenizer_file and sum(name in ("dnabert", "bpe") for name in args.add_tokens or args.tokenizers) != 1:
+        parser.error("--tokenizer-file is for one of the tokenizers dnabert and bpe: ask for it with --tokenizers or --add-tokens")
     args.ranks = check_ranks(args.ranks)
     if args.test == 0 or args.validation == 0:
         parser.error("--test and --validation are above 0: every genus of three or more sequences is in all three splits")
@@ -76,7 +76,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     names = [name for name in args.add_tokens or args.tokenizers if name != "nt"]
-    tokenizers = [get_tokenizer(name, args.tokenizer_file if name == "dnabert" else None) for name in names]
+    tokenizers = [get_tokenizer(name, args.tokenizer_file if name in ("dnabert", "bpe") else None) for name in names]
     if args.add_tokens is None:
         if args.overwrite:
             check_what_is_overwritten(Path(args.out), [] if args.demo else [*args.fasta, args.taxdump])

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 import prepare
 from taxa import RANKS, __version__, checkpoint, peft_format
-from taxa.backbones import FAMILIES, MODELS, backbone_config, get_model
+from taxa.backbones import FAMILIES, MODELS, backbone_config, find_model
 from taxa.cli import InputError, Parser, choose, fraction, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
 from taxa.dataset import PreparedDataset, micro_batches
 from taxa.distributed import barrier, copy_from_main, main_first, sum_over_ranks, world
@@ -51,7 +51,8 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     # what is trained
-    add("--model", required=True, metavar="NAME", help=f"one of {' '.join(MODELS)}")
+    add("--model", required=True, metavar="NAME", 
+        help=f"one of {' '.join(MODELS)}; or the hub id ORG/NAME of another Nucleotide Transformer v2 or DNABERT-2")
     add("--strategy", required=True, metavar="NAME", help=f"one of {' '.join(STRATEGIES)}")
     add("--protocol", choices=PROTOCOLS, default="corrected", help="published: all as the published code did it (default corrected)")
     add("--heads", choices=("train", "frozen"), help="of lora and ia3; the published code froze them (default train)")
@@ -64,7 +65,7 @@ def parse_args(argv=None):
     add("--adapters", metavar="DIR", help="lora, ia3: start from a PEFT folder (export.py --adapters, or the library's)")
     # base weights
     add("--weights", metavar="DIR", help="folder in the hub's format instead of the hub: config.json and model.safetensors or .bin")
-    add("--revision", metavar="SHA", help="of the hub's repository (default: the pinned one)")
+    add("--revision", metavar="SHA", help="of the hub's repository (default: the pinned one; of ORG/NAME: main)")
     # data
     add("--data", metavar="DIR", help=f"prepared dataset, or 'demo': simulated, made in {DEMO} when it is not there")
     add("--workers", type=non_negative_int, default=0, help="processes that load batches, per rank (default 0: in the loop)")
@@ -93,7 +94,6 @@ def parse_args(argv=None):
     add("--ranks", nargs="+", metavar="RANK", help=f"--dry-run: the ranks that --num-classes counts (default {' '.join(RANKS)})")
     args = parser.parse_args(argv)
 
-    row = get_model(args.model)
     choose("strategy", args.strategy, STRATEGIES)
     if args.num_classes and (args.data or not args.dry_run):
         parser.error("--num-classes stands in for data: it goes with --dry-run, without --data")
@@ -112,6 +112,9 @@ def parse_args(argv=None):
         parser.error("--overwrite starts anew and --resume goes on: give one of them")
     if args.max_steps and args.warmup_steps >= args.max_steps:
         parser.error(f"--warmup-steps {args.warmup_steps} leaves nothing of --max-steps {args.max_steps}")
+    row = find_model(args.model, args.weights, args.revision)
+    if args.model not in MODELS:
+        args.revision = row.revision  # the commit that "main" is now
     args.lr = args.lr or row.learning_rate
     args.batch_size = args.batch_size or row.batch_size
     return args
@@ -119,7 +122,7 @@ def parse_args(argv=None):
 
 def run_name(args, settings):
     """Default run folder: what sets this run apart from the table's defaults."""
-    parts = [args.model, args.strategy]
+    parts = [args.model.rpartition("/")[2], args.strategy]
     parts += [f"r{settings['r']}"] if args.strategy == "lora" else []
     parts += ["published"] if args.protocol == "published" else []
     parts += ["frozen-heads"] if args.heads == "frozen" else []
@@ -127,20 +130,20 @@ def run_name(args, settings):
     return Path("runs") / "-".join(parts)
 
 
-def dry_run(args, settings):
+def dry_run(args, row, settings):
     """Print one JSON line: what would train. Builds on the meta device; reads no weights and downloads nothing."""
     num_classes = dict(zip(args.ranks or RANKS, args.num_classes or (4, 57, 1884)))
     if args.data:
         num_classes = PreparedDataset(DEMO if args.data == "demo" else args.data).num_classes
     with torch.device("meta"):
-        family = FAMILIES[get_model(args.model).family]
-        classifier = TaxonClassifier(family.model(backbone_config(args.model, args.weights)), num_classes)
+        model = FAMILIES[row.family].model(backbone_config(row, args.weights))
+        classifier = TaxonClassifier(model, num_classes)
         inject(classifier, settings)
     names = trainable_names(classifier, settings)
     sizes = {name: p.numel() for name, p in classifier.named_parameters()}
     trainable, total = sum(sizes[name] for name in names), sum(sizes.values())
     published = None  # nothing of the kind was published
-    if get_model(args.model).hub and not args.weights and not (args.targets or args.feedforward_targets or args.freeze_fraction):
+    if args.model in MODELS and row.hub and not args.weights and not (args.targets or args.feedforward_targets or args.freeze_fraction):
         published = published_fraction(args.model, args.strategy, num_classes, settings.get("r"))
     print(json.dumps({
         "model": args.model, "strategy": args.strategy, "r": settings.get("r"), "heads": settings["heads"],
@@ -163,9 +166,12 @@ def environment(w):
             "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
-def open_data(w, args):
+def open_data(w, args, row):
     """The prepared dataset, with the tokens of the model's tokenizer; the demo and missing tokens are made, by rank 0."""
-    tokenizer = get_model(args.model).tokenizer
+    tokenizer = row.tokenizer
+    if tokenizer is None:
+        raise InputError(f"{args.model}: no tokenizer.json {'in ' + args.weights if args.weights else 'on the hub'}: it says which letters "
+                         "make a token")
     with main_first(w):
         if args.data == "demo":
             args.data = DEMO
@@ -174,7 +180,7 @@ def open_data(w, args):
         data = PreparedDataset(args.data)
         if w.is_main and not data.has_tokens(tokenizer):
             print(f"{args.data}: adding tokens of {tokenizer}", flush=True)
-            data.add_tokens(get_tokenizer(tokenizer), progress)
+            data.add_tokens(get_tokenizer("bpe" if row.tokenizer_file else tokenizer, row.tokenizer_file), progress)
     for name in ("train", "validation", "test"):
         if data.manifest["splits"][name] == 0:
             raise InputError(f"{args.data}: the {name} split is empty; prepare more sequences")
@@ -183,18 +189,19 @@ def open_data(w, args):
 
 def main(argv=None):
     args = parse_args(argv)
+    row = find_model(args.model, args.weights, args.revision)
     flags = {name: getattr(args, name) for name in STRATEGY_FLAGS}
     start = None
     if args.adapters:
         flags, start = peft_format.start_flags(args.adapters, args.strategy, flags)
-    settings = settings_from_flags(args.model, args.strategy, args.protocol, args.heads, **flags)
+    settings = settings_from_flags(row, args.strategy, args.protocol, args.heads, **flags)
     if args.dry_run:
-        return dry_run(args, settings)
+        return dry_run(args, row, settings)
     with world(args.device) as w:
-        return train(w, args, settings, start)
+        return train(w, args, row, settings, start)
 
 
-def train(w, args, settings, start=None):
+def train(w, args, row, settings, start=None):
     """Run the whole of it on this process; returns the test metrics. start: {name: tensor} of --adapters."""
     set_precision(args.precision, w.device)
     out = Path(args.out or run_name(args, settings))
@@ -205,14 +212,14 @@ def train(w, args, settings, start=None):
     if args.overwrite and out.exists() and any(out.iterdir()) and not (out / "args.json").is_file():
         raise InputError(f"{out} is not a run folder, so --overwrite does not replace it: give another --out")
     barrier(w)  # everyone has looked before rank 0 writes
-    data = open_data(w, args)
-    tokenizer = get_model(args.model).tokenizer
+    data = open_data(w, args, row)
+    tokenizer = row.tokenizer
     splits = {name: data.split(name, tokenizer) for name in ("train", "validation", "test")}
 
     # load -> re-initialise if asked -> inject -> freeze -> optimizer -> DDP
-    base = checkpoint.base_source(args.model, args.strategy, args.weights, args.revision)
+    base = checkpoint.base_source(row, args.strategy, args.weights, args.revision)
     with main_first(w):
-        backbone = checkpoint.load_base(args.model, base)
+        backbone = checkpoint.load_base(row, base)
     vocabulary = data.manifest["tokenizers"][tokenizer]["vocab_size"]
     if vocabulary > backbone.config.vocab_size:
         raise InputError(f"the tokenizer {tokenizer} has {vocabulary} ids, but the backbone only {backbone.config.vocab_size}")

@@ -107,7 +107,7 @@ def read(path, format=CHECKPOINT):
 
 def skeleton(content):
     """The trained classifier of a checkpoint with what the checkpoint itself holds; every other weight is on the meta device."""
-    family = FAMILIES[get_model(content["model"]).family]
+    family = FAMILIES[get_model(content["model"], content["config"]).family]
     with torch.device("meta"):
         num_classes = {rank: len(table) for rank, table in content["classes"].items()}
         classifier = TaxonClassifier(family.model(family.config(**content["config"])), num_classes)
@@ -122,7 +122,8 @@ def rebuild(content, weights=None):
     Raises InputError when the base weights cannot be found or are not, by digest, those that the run began with.
     """
     num_classes = {rank: len(table) for rank, table in content["classes"].items()}
-    family = FAMILIES[get_model(content["model"]).family]
+    row = get_model(content["model"], content["config"])
+    family = FAMILIES[row.family]
     if content["base"]["source"] == "none" or content["settings"]["strategy"] == "full":
         if weights:
             raise InputError("--weights does nothing here: this checkpoint holds every weight of its model; leave it out")
@@ -131,7 +132,7 @@ def rebuild(content, weights=None):
         backbone = reinitialize(backbone.to_empty(device="cpu"))
     else:
         base = {"source": "folder", "folder": weights} if weights else content["base"]
-        backbone = load_base(content["model"], base)
+        backbone = load_base(row, base)
         found = weights_digest(backbone)
         if found != content["base"]["digest"]:
             raise InputError(f"the base weights from {base.get('folder') or base.get('hub') or 'the seed'} are not those of the run: "

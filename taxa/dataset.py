@@ -121,8 +121,8 @@ class PreparedDataset:
     def split(self, name, tokenizer):
         """The TokenSplit of a split; InputError when its tokens are not there."""
         if not self.has_tokens(tokenizer):
-            raise InputError(f"{self.folder} has no tokens of '{tokenizer}': python prepare.py --add-tokens {tokenizer} "
-                             f"--out {self.folder}")
+            flags = "bpe --tokenizer-file TOKENIZER_JSON_OF_THE_MODEL" if tokenizer.startswith("bpe-") else tokenizer
+            raise InputError(f"{self.folder} has no tokens of '{tokenizer}': python prepare.py --add-tokens {flags} --out {self.folder}")
         return TokenSplit(self.folder, name, tokenizer, self.manifest["tokenizers"][tokenizer]["pad_token_id"], self.num_classes)
 
     def add_tokens(self, tokenizer, progress):

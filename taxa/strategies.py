@@ -31,7 +31,7 @@ STRATEGY_FLAGS = {
 def settings_from_flags(model, strategy, protocol="corrected", heads=None, **flags):
     """Check a combination of flags and fill in the defaults. Returns a plain dict, which is what the checkpoint stores.
 
-    A flag that is None was not given. Raises InputError for a combination that makes no sense.
+    model: a name in the table, or a row. A flag that is None was not given. Raises InputError for a combination that makes no sense.
     """
     module = FAMILIES[get_model(model).family].module
     settings = {"strategy": strategy, "protocol": protocol}

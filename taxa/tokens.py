@@ -12,9 +12,10 @@ import numpy as np
 
 from taxa.cli import InputError, choose
 
-TOKENIZERS = ("nt", "dnabert", "tiny-dnabert")
+TOKENIZERS = ("nt", "dnabert", "tiny-dnabert", "bpe")  # bpe: any tokenizer.json; its tokens go by the vocabulary's digest
 TINY_BPE = Path(__file__).parent / "assets" / "tiny_dnabert_tokenizer.json"
 DNABERT_HUB = ("zhihan1996/DNABERT-2-117M", "7bce263b15377fc15361f52cfab88f8b586abda0")  # DNABERT-S has the same vocabulary and merges
+DNABERT_DIGEST = "4216c74a6b68b79740eb6d4948395c1cdaaa09c9ea859c943ff62b36d14c3b81"  # of that vocabulary and its merges
 
 
 def nt_vocabulary():
@@ -128,17 +129,23 @@ class BPETokenizer:
 
 
 def get_tokenizer(name, file=None):
-    """The tokenizer of a name in TOKENIZERS. file: a tokenizer.json for dnabert instead of the hub's.
+    """The tokenizer of a name in TOKENIZERS. file: a tokenizer.json, for dnabert instead of the hub's, for bpe the one to use.
 
     Raises InputError for an unknown name, a bad file, or when the hub cannot be reached.
     """
     choose("tokenizer", name, TOKENIZERS)
-    if file is not None and name != "dnabert":
-        raise InputError(f"--tokenizer-file is for the tokenizer dnabert; {name} comes with this package")
+    if file is not None and name not in ("dnabert", "bpe"):
+        raise InputError(f"--tokenizer-file is for the tokenizers dnabert and bpe; {name} comes with this package")
     if name == "nt":
         return NTTokenizer()
     if name == "tiny-dnabert":
         return BPETokenizer(name, TINY_BPE)
+    if name == "bpe":
+        if file is None:
+            raise InputError("the tokenizer bpe needs --tokenizer-file PATH: the tokenizer.json of a model")
+        tokenizer = BPETokenizer(name, file)
+        tokenizer.name = "dnabert" if tokenizer.digest == DNABERT_DIGEST else f"bpe-{tokenizer.digest[:8]}"
+        return tokenizer
     return BPETokenizer(name, file or _hub_tokenizer_file())
 
 

@@ -2,11 +2,13 @@
 
 Facts per row: hub id, pinned revision, sizes (the hub's config.json), learning rate and batch size per device (supplement of
 Berman et al. 2025 and the configs of its published code). Adapter targets stand in the family's own file.
+Any other checkpoint of the two architectures goes by its hub id, ORG/NAME: find_model() makes its row from its config.json.
 """
 
 import contextlib
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -19,6 +21,7 @@ from taxa.backbones import dnabert2, nucleotide_transformer
 from taxa.cli import InputError, choose
 from taxa.files import UNREADABLE
 from taxa.random_init import reinitialize
+from taxa.tokens import NTTokenizer, get_tokenizer
 
 
 class Family(NamedTuple):
@@ -35,10 +38,11 @@ class Model(NamedTuple):
     hub: Optional[str]  # None: nothing is published under this name; give --weights, or start from a seeded random backbone
     revision: Optional[str]
     family: str
-    tokenizer: str  # tokens are prepared once per tokenizer and shared by all models that use it
+    tokenizer: Optional[str]  # tokens are prepared once per tokenizer and shared by all models that use it; None: none was found
     sizes: dict
     learning_rate: float
     batch_size: int  # sequences per device and step
+    tokenizer_file: Optional[str] = None  # of a model outside the table
 
 
 FAMILIES = {
@@ -69,27 +73,96 @@ MODELS = {
 }
 
 
-def get_model(name):
-    """The table's row; InputError for a name that is not in it."""
-    return MODELS[choose("model", name, MODELS)]
+def get_model(name, values=None):
+    """The row of a name in the table, or the row of ORG/NAME made from the values of its config.json; a row is returned as it is.
+
+    Learning rate and batch size of ORG/NAME are those of the family's last model in the table. Raises InputError for a name that is
+    not in the table, and for values of an architecture that is neither family's.
+    """
+    if isinstance(name, Model):
+        return name
+    if values is None or name in MODELS:
+        return MODELS[choose("model", name, MODELS)]
+    source = f"{name} config.json"
+    found = values.get("model_type") if isinstance(values, dict) else None
+    key = next((key for key, family in FAMILIES.items() if family.config.model_type == found), None)
+    if key is None:
+        raise InputError(f"{source}: model_type is {found!r}: only Nucleotide Transformer v2 ('esm') and DNABERT-2 ('bert') are built here")
+    family = FAMILIES[key]
+    _checked_config(family, values, source)
+    if family.module.SIGN not in values:
+        raise InputError(f"{source}: no {family.module.SIGN} in it: model_type is {found!r}, but {family.module.SIGN_MEANS}")
+    like = [row for row in MODELS.values() if row.hub and row.family == key][-1]
+    return Model(name, None, key, "nt" if key == "nt" else None, values, like.learning_rate, like.batch_size)
+
+
+def find_model(name, weights=None, revision=None):
+    """The row of a model as a user names it. ORG/NAME is looked up in the folder `weights`, else on the hub at `revision` (or main):
+    config.json tells the family and the sizes, tokenizer.json the tokens of a DNABERT; the row's revision is the commit found.
+
+    Fetches those small files and nothing else. Raises InputError as get_model and load_backbone do, and for a vocabulary that is not the Nucleotide Transformer's 6-mers.
+    """
+    if isinstance(name, Model) or name in MODELS:
+        return get_model(name)
+    if Path(name).is_dir():
+        raise InputError(f"--model {name} is a folder: give the model's name or hub id ORG/NAME, and the folder as --weights {name}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return get_model(name)  # says which names there are
+    if weights:
+        _read_config(weights)  # says what is wrong with the folder
+    config = _model_file(name, revision, weights, "config.json")
+    if config is None:
+        raise InputError(f"--model {name}: cannot fetch its config.json from the hub; with no network, give --weights DIR with its files")
+    revision = None if weights else config.parent.name  # the hub's cache has a folder per commit
+    row = get_model(name, _read_json(config))._replace(revision=revision)
+    if row.family == "nt":
+        vocabulary = _model_file(name, revision, weights, "vocab.txt")
+        entries = vocabulary.read_text(encoding="utf-8").split() if vocabulary else NTTokenizer().vocabulary
+        if row.sizes.get("vocab_size", 4107) != len(entries) or entries != NTTokenizer().vocabulary:
+            raise InputError(f"{name}: its vocabulary is not the Nucleotide Transformer v2's 4,107 entries, and no other is built here")
+        return row
+    file = _model_file(name, revision, weights, "tokenizer.json")
+    return row._replace(tokenizer=get_tokenizer("bpe", file).name, tokenizer_file=str(file)) if file else row
+
+
+def _model_file(hub, revision, weights, name):
+    """The path of a small file of a model outside the table, in the folder or fetched from the hub; None when there is none."""
+    if weights:
+        return Path(weights) / name if (Path(weights) / name).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        with _quiet_transformers():
+            return Path(hf_hub_download(hub, name, revision=revision))
+    except EntryNotFoundError:  # not in the repository, or not in the cache of a machine without a network
+        return None
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise InputError(f"cannot fetch {name} of {hub} from the hub ({_first_line(error)}); with no network, give --weights DIR") from None
 
 
 def backbone_config(name, weights=None):
     """The config of a model: the table's sizes, or those of DIR/config.json when weights=DIR."""
-    row = get_model(name)
+    row = find_model(name, weights)
     family = FAMILIES[row.family]
     if weights is None:
         return family.config(**row.sizes)
-    path = Path(weights) / "config.json"
+    return _checked_config(family, _read_config(weights), Path(weights) / "config.json")
+
+
+def _read_config(weights):
     if not Path(weights).is_dir():
         raise InputError(f"--weights {weights}: no such folder; give a folder with config.json and model.safetensors or pytorch_model.bin")
+    if not (Path(weights) / "config.json").is_file():
+        raise InputError(f"--weights {weights}: no config.json in it")
+    return _read_json(Path(weights) / "config.json")
+
+
+def _read_json(path):
     try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"--weights {weights}: no config.json in it") from None
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
-    return _checked_config(family, values, path)
 
 
 def _checked_config(family, values, source):
@@ -113,21 +186,21 @@ def _checked_config(family, values, source):
 def load_backbone(name, weights=None, revision=None, pretrained=True):
     """Build one backbone, float32, on the CPU (or the default device).
 
-    name: a row of MODELS. weights: a folder in the hub's format, which then decides the sizes (only the family comes from the
-    name). revision: another revision of the hub's repository than the pinned one. pretrained=False: no file of weights is read and
-    nothing is downloaded; weights ~ N(0, initializer_range) from torch's random state.
+    name: a name in MODELS, ORG/NAME, or a row. weights: a folder in the hub's format, which then decides the sizes (only the family
+    comes from the name). revision: another revision of the hub's repository than the pinned one. pretrained=False: no file of weights
+    is read and nothing is downloaded; weights ~ N(0, initializer_range) from torch's random state.
     Returns a PreTrainedModel: (input_ids (B, T), attention_mask (B, T)) -> last_hidden_state (B, T, H).
     Raises InputError for an unknown name, a missing or foreign folder, and keys that are missing or unexpected.
     """
-    row = get_model(name)
+    row = find_model(name, weights, revision)
     family = FAMILIES[row.family]
     if not pretrained:
-        config = backbone_config(name, weights)
+        config = backbone_config(row, weights)
         with torch.device("meta"):  # so that nothing but reinitialize() draws: the same seed, the same weights in any transformers
             backbone = family.model(config)
         return reinitialize(backbone.to_empty(device="cpu"), config.initializer_range)
     if weights is not None:
-        source, arguments, config = str(weights), {"local_files_only": True}, backbone_config(name, weights)
+        source, arguments, config = str(weights), {"local_files_only": True}, backbone_config(row, weights)
     elif row.hub is not None:
         source, arguments = row.hub, {"revision": revision or row.revision}
         config = _checked_config(family, _hub_config(source, **arguments), f"{source} config.json")

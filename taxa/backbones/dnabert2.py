@@ -46,6 +46,9 @@ class DNABert2Config(PretrainedConfig):
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 
+# What a config.json of this architecture has and other BERTs' do not.
+SIGN, SIGN_MEANS = "alibi_starting_size", "only DNABERT-2's has that: its positions are ALiBi, BERT's are learned"
+
 # What a config.json may ask for that is not this architecture (another activation): name -> the only value we compute.
 FIXED = {"hidden_act": "gelu"}
 

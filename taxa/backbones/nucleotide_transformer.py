@@ -39,6 +39,9 @@ class NucleotideTransformerConfig(PretrainedConfig):
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 
+# What a config.json of this architecture has and other ESM models' do not.
+SIGN, SIGN_MEANS = "add_bias_fnn", "only Nucleotide Transformer v2's has that: its feed-forward is a SwiGLU, ESM's and v1's is not"
+
 # What a config.json may ask for that is not this architecture (ESM-2, NT v1): name -> the only value we compute.
 FIXED = {
     "position_embedding_type": "rotary", "add_bias_fnn": False, "emb_layer_norm_before": False, "token_dropout": False,
