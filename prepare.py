@@ -34,7 +34,7 @@ def parse_args(argv=None):
     add("--ranks", nargs="+", metavar="RANK",
         help=f"ranks to label, one to eight of NCBI's, from coarse to fine; one head each (default {' '.join(RANKS)})")
     add("--any-length", action="store_true", help="keep sequences of every length but 0")
-    add("--test", type=fraction, metavar="F", help="share of each genus (of each class of the last rank) for the test split, above 0 (default 0.02)")
+    add("--test", type=fraction, metavar="F", help="share of each genus (class of the last rank) for the test split, above 0 (default 0.02)")
     add("--validation", type=fraction, metavar="F", help="share of each genus for the validation split, above 0 (default 0.10)")
     add("--seed", type=seed, help="of the split, and of the simulation (default 42)")
     # tokens

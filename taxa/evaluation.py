@@ -133,7 +133,8 @@ def _width(ranks):
 def _lines(title, ranks):
     width = _width(ranks)
     lines = [f"{title:<{width}}{'balanced accuracy':>18}{'accuracy':>10}{'macro F1':>10}"]
-    return lines + [f"{rank:<{width}}{m['balanced_accuracy']:>18.4f}{m['accuracy']:>10.4f}{m['macro_f1']:>10.4f}" for rank, m in ranks.items()]
+    return lines + [f"{rank:<{width}}{m['balanced_accuracy']:>18.4f}{m['accuracy']:>10.4f}{m['macro_f1']:>10.4f}"
+                    for rank, m in ranks.items()]
 
 
 def table(metrics):

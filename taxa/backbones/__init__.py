@@ -87,11 +87,11 @@ def get_model(name, values=None):
     found = values.get("model_type") if isinstance(values, dict) else None
     key = next((key for key, family in FAMILIES.items() if family.config.model_type == found), None)
     if key is None:
-        raise InputError(f"{source}: model_type is {found!r}: only Nucleotide Transformer v2 ('esm') and DNABERT-2 ('bert') are built here")
+        raise InputError(f"{source}: model_type is {found!r}: only Nucleotide Transformer v2 ('esm') and DNABERT-2 ('bert') can be built")
     family = FAMILIES[key]
     _checked_config(family, values, source)
     if family.module.SIGN not in values:
-        raise InputError(f"{source}: no {family.module.SIGN} in it: model_type is {found!r}, but {family.module.SIGN_MEANS}")
+        raise InputError(f"{source}: no {family.module.SIGN} in it: {family.module.SIGN_MEANS}")
     like = [row for row in MODELS.values() if row.hub and row.family == key][-1]
     return Model(name, None, key, "nt" if key == "nt" else None, values, like.learning_rate, like.batch_size)
 
