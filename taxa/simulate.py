@@ -1,7 +1,9 @@
-"""A small corpus in BERTax's layout, simulated: real taxa, invented genomes. For demos and tests without a download.
+"""A corpus in BERTax's layout, simulated: invented genomes. For demos, tests and timings without a download.
 
     python -m taxa.simulate --out simulated --sequences 8000
+    python -m taxa.simulate --out simulated --study                  # the study's size and shape, 7.8 GB
 
+The first
 writes Archaea_db.fa, Bacteria_db.fa, Eukaryota_db.fa, Viruses_db.fa and taxdmp_simulated.zip. A FASTA record is
 `>TAXID INDEX` and one line of 1500 upper-case letters; INDEX restarts at 0 in every file; the taxa of a file are
 interleaved at random.
@@ -29,11 +31,17 @@ non-overlapping 6-mers:
 (naive Bayes with alpha = 0.5 and a uniform prior; regression on (count - mean) / sqrt(mean + 0.01), C = 0.001, balanced
 class weights).
 
+--study is for timing: 5,181,880 sequences in the study's proportions, 1,884 genera in 57 phyla, the taxa of TREE and as many
+invented ones ("simulated genus 55") as that takes, genus sizes in proportion to 1 / (rank + 20). It is written some ten times
+as fast: a fragment is six-letter words drawn from its species' chain, each on its own, cut at a random place in the first.
+Two fragments in a hundred have a run of Ns.
+
 The bytes depend on the arguments alone, not on the machine or the versions of Python and numpy: numpy has frozen the
 streams of RandomState, and probabilities are rounded to 16-bit integers before a letter is chosen, so the last bits of
 exp do not matter.
 """
 
+import functools
 import os
 import zipfile
 from fractions import Fraction
@@ -158,6 +166,11 @@ ORDER = 1  # letters that the next one depends on
 CONTEXTS = 4 ** ORDER
 SCALE = {"root": 0.3, "superkingdom": 0.4, "phylum": 0.16, "genus": 0.14}  # standard deviation of each term's noise
 LETTERS = np.frombuffer(b"ACGT", dtype=np.uint8)
+WORDS = LETTERS[np.arange(4096)[:, None] >> np.arange(10, -1, -2) & 3].view(np.uint16)  # (4096, 3): words of six letters, two to a number
+STUDY = {"Archaea": (524_276, 8, 130), "Bacteria": (1_828_018, 22, 760), "Eukaryota": (2_601_890, 20, 820),
+         "Viruses": (227_696, 7, 174)}  # sequences (Berman et al. 2025); phyla and genera: 57 and 1,884, invented per superkingdom
+STUDY_SEQUENCES = sum(sequences for sequences, _, _ in STUDY.values())
+FIRST_INVENTED, FIRST_UNUSED = 900_000_001, 1_000_000_001  # taxids far above NCBI's
 CHUNK = 4096  # records simulated at a time, some 15 kB of memory each; the output does not depend on it
 
 
@@ -187,7 +200,7 @@ def counts(sequences):
     return [least + end - start for start, end in zip(ends, ends[1:])]
 
 
-def thresholds(seed):
+def thresholds(seed, lineages):
     """Return the chains of all species as three uint16 arrays (species * CONTEXTS,), row species * CONTEXTS + context.
 
     They are the cumulative probabilities of A, C and G in units of 1/65535: the next letter is the number of thresholds
@@ -197,7 +210,7 @@ def thresholds(seed):
     rng = np.random.RandomState([seed, 0])
     noise = {}  # taxid -> (CONTEXTS, 4)
     rows = []
-    for lineage in species():
+    for lineage in lineages:
         for rank, (taxid, _) in zip(SCALE, (ROOT, *lineage)):
             if taxid not in noise:
                 noise[taxid] = SCALE[rank] * rng.standard_normal((CONTEXTS, 4))
@@ -230,15 +243,79 @@ def fragments(chains, which, length, rng):
     return LETTERS[np.ascontiguousarray(codes.T)]
 
 
-def write_taxdump(path):
-    """Write TREE to the zip `path` in NCBI's format: nodes.dmp, names.dmp, merged.dmp and an empty delnodes.dmp."""
+def study_lineages():
+    """The lineages of --study, as species() gives them: TREE's taxa first, then invented ones, genera dealt out to the phyla in turn."""
+    lineages, taxid, phyla, genera = [], FIRST_INVENTED, 0, 0
+    for superkingdom, known in TREE.items():
+        _, n_phyla, n_genera = STUDY[superkingdom[1]]
+        tables = list(known.items())
+        for _ in range(n_phyla - len(tables)):
+            tables.append(((taxid, f"simulated phylum {phyla + 1}"), []))
+            taxid, phyla = taxid + 1, phyla + 1
+        lineages += [(superkingdom, phylum, genus, leaf) for phylum, members in tables for genus, leaf in members]
+        for i in range(n_genera - sum(len(members) for _, members in tables)):
+            genus = (taxid, f"Simulated genus {genera + 1}")
+            lineages.append((superkingdom, tables[-1 - i % n_phyla][0], genus, (taxid + 1, f"Simulated genus {genera + 1} sp.")))
+            taxid, genera = taxid + 2, genera + 1
+    return lineages
+
+
+def study_counts(sequences):
+    """Sequences of each of study_lineages(): the study's shares of the superkingdoms, Zipf-like within, at least 3 each; exact integers."""
+    sizes, end = [], 0
+    for name, (share, _, genera) in STUDY.items():
+        end += share
+        total = sequences * end // STUDY_SEQUENCES - sequences * (end - share) // STUDY_SEQUENCES
+        rest = total - 3 * genera
+        if rest < 0:
+            raise InputError(f"{sequences} sequences are too few for --study: {genera} genera of {name} have at least 3 each")
+        weights = [10**9 // (20 + i) for i in range(genera)]
+        ends = [rest * sum(weights[:i]) // sum(weights) for i in range(genera + 1)]
+        sizes += [3 + stop - start for start, stop in zip(ends, ends[1:])]
+    return sizes
+
+
+def study_words(chains):
+    """For each species its 16,384 six-letter words, (species, 16384) uint16 numbers in base 4: a word as often as its chain gives it."""
+    cumulative = np.stack([chain.reshape(-1, CONTEXTS) for chain in chains], axis=-1) / 65535  # (species, context, 3)
+    step = np.diff(cumulative, axis=-1, prepend=0, append=1)  # (species, context, next letter)
+    words = step.mean(axis=1)  # the first letter
+    for _ in range(5):
+        words = (words[:, :, None] * step[:, np.arange(words.shape[1]) % CONTEXTS]).reshape(len(step), -1)
+    ends = np.rint(np.cumsum(words, axis=1) * 16384).astype(np.int64)
+    ends[:, -1] = 16384
+    return np.stack([np.repeat(np.arange(4096, dtype=np.uint16), np.diff(row, prepend=0)) for row in ends])
+
+
+def study_fragments(words, which, length, rng):
+    """As fragments(), from study_words(): quicker, since a draw gives six letters."""
+    n = -(-length // 6) + 1
+    draws = np.frombuffer(rng.bytes(2 * n * len(which)), dtype="<u2").reshape(len(which), n)
+    numbers = words.reshape(-1).take(which.astype(np.intp)[:, None] * 16384 + (draws >> 2))  # (B, n)
+    letters = WORDS.take(numbers.reshape(-1), axis=0).view(np.uint8).reshape(len(which), 6 * n)
+    cut = rng.randint(0, 6, len(which))
+    runs = np.flatnonzero(rng.random_sample(len(which)) < 0.02)
+    begins, ends = rng.randint(0, length, (2, len(runs)))
+    for i, begin, end in zip(runs.tolist(), begins.tolist(), ends.tolist()):
+        letters[i, cut[i] + begin:cut[i] + min(end, begin + 50)] = ord("N")
+    return [row[start:start + length] for row, start in zip(letters, cut.tolist())]
+
+
+def write_taxdump(path, lineages, unused=0):
+    """Write lineages to the zip `path` in NCBI's format: nodes.dmp, names.dmp, merged.dmp and an empty delnodes.dmp.
+
+    unused: so many species more, which no sequence has (NCBI's dump has over 2.5 million nodes).
+    """
     nodes = {ROOT: (ROOT, "no rank", "root"), CELLULAR: (ROOT, "no rank", "cellular organisms")}  # parent, rank, codes
-    for superkingdom, phylum, genus, leaf in species():
+    for superkingdom, phylum, genus, leaf in lineages:
         group = superkingdom[1]
         nodes[superkingdom] = (ROOT if group == "Viruses" else CELLULAR, "superkingdom", group)
         nodes[phylum] = (superkingdom, "phylum", group)
         nodes[genus] = (phylum, "genus", group)
         nodes[leaf] = (genus, "species", group)
+    for i in range(unused):
+        superkingdom, _, genus, _ = lineages[i % len(lineages)]
+        nodes[FIRST_UNUSED + i, f"simulated species {i + 1}, unused"] = (genus, "species", superkingdom[1])
     rows = {"nodes.dmp": [], "names.dmp": [], "merged.dmp": MERGED, "delnodes.dmp": []}
     for (taxid, name), (parent, rank, group) in sorted(nodes.items()):
         division, code, mitochondrial = CODES[group]
@@ -255,11 +332,12 @@ def write_taxdump(path):
             archive.writestr(info, text)
 
 
-def simulate(out, sequences=8000, seed=0, length=1500, progress=None):
+def simulate(out, sequences=8000, seed=0, length=1500, progress=None, study=False, unused=0):
     """Write the four FASTA files and taxdmp_simulated.zip into the folder `out`, which is made if it is not there.
 
     Returns {"fasta": [4 paths], "taxdump": path}. `length` is the number of letters of a record. `progress(n)` is
-    called when n more records are written. Memory: about 100 MB, plus one byte for each sequence. Raises InputError for
+    called when n more records are written. study: the study's taxa and proportions. unused: taxa in the dump without a sequence.
+    Memory: about 100 MB (study: 200 MB), plus two bytes for each sequence. Raises InputError for
     fewer sequences than species, a length not above ORDER, or a seed outside 0 .. 2**32 - 1; OSError where it cannot
     write.
     """
@@ -267,20 +345,23 @@ def simulate(out, sequences=8000, seed=0, length=1500, progress=None):
         raise InputError(f"a length of {length} is too short: at least {ORDER + 1} letters")
     if not 0 <= seed < 2 ** 32:
         raise InputError(f"seed {seed} is outside 0 .. {2 ** 32 - 1}")
-    lineages, sizes, chains = species(), counts(sequences), thresholds(seed)
+    lineages = study_lineages() if study else species()
+    sizes = study_counts(sequences) if study else counts(sequences)
+    chains = thresholds(seed, lineages)
+    draw = functools.partial(study_fragments, study_words(chains)) if study else functools.partial(fragments, chains)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     paths = {"fasta": [out / f"{name}_db.fa" for _, name in TREE], "taxdump": out / "taxdmp_simulated.zip"}
-    write_taxdump(paths["taxdump"])
+    write_taxdump(paths["taxdump"], lineages, unused)
     for number, (superkingdom, path) in enumerate(zip(TREE, paths["fasta"]), start=1):
         rng = np.random.RandomState([seed, number])
         members = [i for i, lineage in enumerate(lineages) if lineage[0] == superkingdom]
-        order = np.repeat(np.array(members, dtype=np.uint8), [sizes[i] for i in members])  # the species of each record
+        order = np.repeat(np.array(members, dtype=np.uint16), [sizes[i] for i in members])  # the species of each record
         rng.shuffle(order)
         with replacing(path) as temporary, open(temporary, "wb") as file:
             for start in range(0, len(order), CHUNK):
                 which = order[start:start + CHUNK]
-                letters = fragments(chains, which, length, rng)
+                letters = draw(which, length, rng)
                 file.writelines(b">%d %d\n%b\n" % (lineages[i][-1][0], index, row.tobytes())
                                 for index, (i, row) in enumerate(zip(which.tolist(), letters), start=start))
                 if progress is not None:
@@ -292,21 +373,25 @@ def main(argv=None):
     parser = Parser("Simulate a small corpus in BERTax's layout: real taxa, invented genomes (how: see the module).")
     parser.add_argument("--out", required=True, metavar="DIR",
                         help="folder to write four FASTA files and the taxdump to")
-    parser.add_argument("--sequences", type=positive_int, default=8000, metavar="N",
-                        help=f"sequences of 1500 letters in all, at least {len(species())} (default 8000)")
+    parser.add_argument("--sequences", type=positive_int, metavar="N",
+                        help=f"sequences of 1500 letters in all, at least {len(species())} (default 8000; --study: {STUDY_SEQUENCES})")
+    parser.add_argument("--study", action="store_true", help="the study's proportions, 1,884 genera and 57 phyla, for timing")
+    parser.add_argument("--unused-taxa", type=non_negative_int, default=0, metavar="N",
+                        help="taxa in the dump that no sequence has (default 0; NCBI's dump has over 2.5 million)")
     parser.add_argument("--seed", type=non_negative_int, default=0, metavar="S", help="other genomes (default 0)")
     args = parser.parse_args(argv)
+    args.sequences = args.sequences or (STUDY_SEQUENCES if args.study else 8000)
     try:
         with progress_bar(None, "simulate", args.sequences, "sequences", True) as bar:
-            paths = simulate(args.out, args.sequences, args.seed, progress=bar.update)
+            paths = simulate(args.out, args.sequences, args.seed, progress=bar.update, study=args.study, unused=args.unused_taxa)
     except OSError as error:
         raise InputError(f"cannot write to --out {args.out}: {error.strerror}") from None
-    sizes = counts(args.sequences)
+    lineages, sizes = (study_lineages(), study_counts(args.sequences)) if args.study else (species(), counts(args.sequences))
     for superkingdom, path in zip(TREE, paths["fasta"]):
-        total = sum(size for size, lineage in zip(sizes, species()) if lineage[0] == superkingdom)
+        total = sum(size for size, lineage in zip(sizes, lineages) if lineage[0] == superkingdom)
         print(f"{path}: {total:,} sequences, {os.path.getsize(path) / 1e6:,.3f} MB")
-    nodes = {ROOT, CELLULAR}.union(*species())
-    print(f"{paths['taxdump']}: {len(nodes)} taxa, {os.path.getsize(paths['taxdump']) / 1e6:,.3f} MB")
+    nodes = {ROOT, CELLULAR}.union(*lineages)
+    print(f"{paths['taxdump']}: {len(nodes) + args.unused_taxa} taxa, {os.path.getsize(paths['taxdump']) / 1e6:,.3f} MB")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ NAMES = ["Archaea_db.fa", "Bacteria_db.fa", "Eukaryota_db.fa", "Viruses_db.fa"]
 SPECIES = simulate.species()
 # of simulate(sequences=200, seed=0): the four FASTA files and the dump, one after the other
 PINNED = "aa7336fc6d32b720918813a46198c696d6dbbba019c2f527d2b52c38f7d50178"
+PINNED_STUDY = "891867f6a0e3606298767b87b78a3743b5edd44d3e755a6c1a5fb17a17dbf45a"  # of simulate(12000, length=60, study=True, unused=5)
 
 
 def read_bytes(paths):
@@ -47,7 +48,7 @@ def test_tree_has_the_promised_size_and_unique_ids():
 
 
 def test_dump_reads_as_ncbi_and_every_species_reaches_the_three_ranks(tmp_path):
-    simulate.write_taxdump(tmp_path / "dump.zip")
+    simulate.write_taxdump(tmp_path / "dump.zip", SPECIES)
     dump = read_dump(tmp_path / "dump.zip")
     assert list(dump) == ["nodes.dmp", "names.dmp", "merged.dmp", "delnodes.dmp"]
     assert {len(row) for row in dump["nodes.dmp"]} == {13}
@@ -110,7 +111,7 @@ def test_bytes_are_pinned_and_depend_on_the_seed_but_not_on_the_chunk(tmp_path, 
 
 
 def test_fragments_follow_the_chain_of_their_species():
-    chains = simulate.thresholds(0)
+    chains = simulate.thresholds(0, SPECIES)
     species, length = 5, 100_000
     letters = simulate.fragments(chains, np.array([species], dtype=np.uint8), length, np.random.RandomState(0))
     codes = np.searchsorted(simulate.LETTERS, letters[0])
@@ -126,7 +127,7 @@ def test_fragments_follow_the_chain_of_their_species():
 def test_relatives_are_closer_the_lower_their_common_rank(seed):
     copies = 20
     which = np.repeat(np.arange(len(SPECIES), dtype=np.uint8), copies)
-    letters = simulate.fragments(simulate.thresholds(seed), which, 1500, np.random.RandomState(seed))
+    letters = simulate.fragments(simulate.thresholds(seed, SPECIES), which, 1500, np.random.RandomState(seed))
     codes = np.searchsorted(simulate.LETTERS, letters)
     words = 16 * codes[:, :-2] + 4 * codes[:, 1:-1] + codes[:, 2:]
     spectra = np.stack([np.bincount(rows.ravel(), minlength=64) / rows.size
@@ -142,7 +143,36 @@ def test_relatives_are_closer_the_lower_their_common_rank(seed):
     assert 2 * noise < same_phylum < 0.9 * same_superkingdom < 0.81 * apart
 
 
+def test_study_has_the_published_shape():
+    lineages, sizes = simulate.study_lineages(), simulate.study_counts(5_181_880)
+    assert [len({lineage[rank] for lineage in lineages}) for rank in range(4)] == [4, 57, 1884, 1884]
+    assert set(SPECIES) < set(lineages)
+    assert len({taxid for lineage in lineages for taxid, _ in lineage}) == 4 + 57 + 2 * 1884
+    of_superkingdom = {superkingdom[1]: sum(size for size, lineage in zip(sizes, lineages) if lineage[0] == superkingdom)
+                       for superkingdom in simulate.TREE}
+    assert of_superkingdom == {"Archaea": 524_276, "Bacteria": 1_828_018, "Eukaryota": 2_601_890, "Viruses": 227_696}
+    assert max(sizes) > 30 * min(sizes) and min(simulate.study_counts(12_000)) >= 3 and sum(simulate.study_counts(50_001)) == 50_001
+
+
+def test_study_words_are_those_of_the_chain_and_bytes_are_pinned(tmp_path):
+    lineages = simulate.study_lineages()
+    chains = simulate.thresholds(0, lineages)
+    rows = np.stack(chains, axis=1)[5 * 4:5 * 4 + 4] / 65535
+    step = np.diff(rows, axis=1, prepend=0, append=1)
+    expected = [step.mean(axis=0)[word >> 10] * np.prod([step[word >> place + 2 & 3, word >> place & 3] for place in (8, 6, 4, 2, 0)])
+                for word in range(4096)]
+    words = simulate.study_words(chains)
+    assert words.shape == (1884, 16384)
+    assert np.abs(np.bincount(words[5], minlength=4096) / 16384 - expected).max() <= 1 / 16384
+    paths = simulate.simulate(tmp_path, 12_000, length=60, study=True, unused=5)
+    assert hashlib.sha256(read_bytes(paths)).hexdigest() == PINNED_STUDY
+    assert len(read_dump(paths["taxdump"])["nodes.dmp"]) == 2 + 4 + 57 + 2 * 1884 + 5
+    records = [line for path in paths["fasta"] for line in path.read_text().splitlines()]
+    assert {len(line) for line in records[1::2]} == {60} and 0.005 < np.mean(["N" in line for line in records[1::2]]) < 0.03
+
+
 @pytest.mark.parametrize("bad, words", [
+    ({"sequences": 7_000, "study": True}, "7000 sequences are too few for --study"),
     ({"sequences": len(SPECIES) - 1}, "fewer than the 54 species"),
     ({"length": simulate.ORDER}, "too short"),
     ({"seed": -1}, "outside 0"),
