@@ -13,12 +13,13 @@ import numpy as np
 from taxa import RANKS, simulate
 from taxa.cli import InputError, Parser, fraction, positive_int, run, seed
 from taxa.dataset import RECORD, PreparedDataset, TokenWriter, write_manifest
-from taxa.fasta import index_fasta, normalize, read_sequences
-from taxa.files import new_folder, sha256
+from taxa.fasta import batches, index_fasta, normalize, read_sequences
+from taxa.files import new_folder, save_array, sha256
 from taxa.progress import progress
 from taxa.splits import SPLITS, split_by_genus
 from taxa.taxonomy import SUPERKINGDOMS, check_ranks, label_taxids
-from taxa.tokens import TOKENIZERS, NTTokenizer, get_tokenizer
+from taxa.tokens import TOKENIZERS, get_tokenizer, nt_tokenizer
+from taxa.workers import available_cores, in_order
 
 
 def parse_args(argv=None):
@@ -44,6 +45,8 @@ def parse_args(argv=None):
     add("--tokenizer-file", metavar="FILE", help="tokenizer.json, for dnabert (default: DNABERT-2's, from the hub) or for bpe")
     # output
     add("--out", required=True, metavar="DIR", help="the folder to write")
+    add("--workers", type=positive_int, default=available_cores(), metavar="N",
+        help="processes; what is written does not depend on it (default: the CPU cores, here %(default)s)")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     args = parser.parse_args(argv)
     if (args.add_tokens is not None) + args.demo + (args.fasta is not None) != 1:
@@ -80,20 +83,22 @@ def main(argv=None):
     if args.add_tokens is None:
         if args.overwrite:
             check_what_is_overwritten(Path(args.out), [] if args.demo else [*args.fasta, args.taxdump])
-        with new_folder(args.out, args.overwrite) as out, tempfile.TemporaryDirectory(dir=out.parent, prefix=".scratch-") as scratch:
+        with new_folder(args.out, args.overwrite) as out, in_order(args.workers) as mapped:
             if args.demo:
                 paths = simulate.simulate(out / "source", args.demo_sequences, args.seed, args.length)
                 args.fasta, args.taxdump = paths["fasta"], paths["taxdump"]
-            manifest = prepare(args, out, Path(scratch))
+            with tempfile.TemporaryDirectory(dir=out, prefix=".scratch-") as scratch:
+                manifest = prepare(args, out, Path(scratch), mapped)
             for tokenizer in tokenizers:
-                PreparedDataset(out).add_tokens(tokenizer, progress)
+                PreparedDataset(out).add_tokens(tokenizer, progress, mapped)
         report(manifest, args.out)
         return
     data = PreparedDataset(args.out)
     for tokenizer in tokenizers:
         if data.has_tokens(tokenizer.name) and not args.overwrite:
             raise InputError(f"{args.out} has tokens of {tokenizer.name} already; --overwrite makes them again")
-        data.add_tokens(tokenizer, progress)
+        with in_order(args.workers) as mapped:
+            data.add_tokens(tokenizer, progress, mapped)
         print(f"{args.out}: added tokens of {tokenizer.name}")
 
 
@@ -106,14 +111,17 @@ def check_what_is_overwritten(out, inputs):
             raise InputError(f"{path} lies in --out {out}, which --overwrite would replace: give another --out")
 
 
-def prepare(args, out, scratch):
-    """Write labels, records, nt tokens and the manifest of `args` into the empty folder `out`. Returns the manifest."""
+def prepare(args, out, scratch, mapped):
+    """Write labels, records, nt tokens and the manifest of `args` into the empty folder `out`. Returns the manifest.
+
+    mapped: what maps a function over jobs (taxa.workers).
+    """
     sources = [Path(path) for path in args.fasta]
     if len({source.name for source in sources}) < len(sources):
         raise InputError("--fasta: two files have the same name; the manifest tells them apart by it")
 
     # index: where each record is, its taxid and length
-    indexes = [index_fasta(source, scratch) for source in progress(sources, "index", unit="file")]
+    indexes = [index_fasta(source, scratch, mapped) for source in progress(sources, "index", unit="file")]
     source = np.repeat(np.arange(len(indexes)), [len(index.taxid) for index in indexes])  # (N,)
     record = np.concatenate([np.arange(len(index.taxid)) for index in indexes])
     taxid = np.concatenate([index.taxid for index in indexes])
@@ -148,28 +156,19 @@ def prepare(args, out, scratch):
         (out / name).mkdir()
         rows = split == number
         records = np.rec.fromarrays((source[kept[rows]], record[kept[rows]], taxid[kept[rows]]), dtype=RECORD)
-        np.save(out / name / "labels.npy", y[rows])
-        np.save(out / name / "records.npy", records)
+        save_array(out / name / "labels.npy", y[rows])
+        save_array(out / name / "records.npy", records)
 
     # tokens: one pass over the letters, in input order within each split
-    tokenizer, other_letters, split_of = NTTokenizer(), {}, np.full(len(taxid), 255, dtype=np.uint8)
-    split_of[kept] = split
-    writers = [TokenWriter(out, name, tokenizer.name) for name in SPLITS]
+    other_letters = np.zeros(len(sources), dtype=np.int64)
+    writers = [TokenWriter(out, name, nt_tokenizer().name) for name in SPLITS]
     with writers[0], writers[1], writers[2], progress(None, "nt tokens", len(kept), "sequences", True) as bar:
-        for number, index in enumerate(indexes):
-            first = int(np.searchsorted(source, number))
-            mine = kept[source[kept] == number] - first
-            other_letters[sources[number].name] = 0
-            for records, letters in read_sequences(index, mine):
-                lengths = index.length[records]
-                letters, changed = normalize(letters, lengths, lambda i: f"{sources[number]}: record {records[i] + 1} "
-                                                                         f"'>{index.taxid[records[i]]}'")
-                other_letters[sources[number].name] += changed
-                ids, counts = tokenizer.encode(letters, lengths)
-                part = split_of[first + records]
-                for i, writer in enumerate(writers):
-                    writer.append(ids[np.repeat(part == i, counts)], counts[part == i])
-                bar.update(len(records))
+        for number, changed, of_splits in mapped(encode_batch, batches_to_encode(sources, indexes, source[kept], record[kept], split)):
+            other_letters[number] += changed
+            for writer, (ids, counts) in zip(writers, of_splits):
+                writer.append(ids, counts)
+                bar.update(len(counts))
+    digests = dict(zip([*sources, args.taxdump], mapped(sha256, [*sources, args.taxdump])))
 
     manifest = {
         "sequences": len(kept),
@@ -177,13 +176,31 @@ def prepare(args, out, scratch):
         "superkingdoms": {row["name"]: int((y[:, 0] == i).sum()) for i, row in enumerate(classes.get("superkingdom", []))},
         "settings": {"length": None if args.any_length else args.length, "test": args.test, "validation": args.validation,
                      "seed": args.seed},
-        "sources": [{"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), "sequences": len(index.taxid),
-                     "letters_changed_to_N": other_letters[path.name]} for path, index in zip(sources, indexes)],
-        "taxdump": {"file": Path(args.taxdump).name, "date": dump_date, "sha256": sha256(args.taxdump)},
+        "sources": [{"file": path.name, "bytes": path.stat().st_size, "sha256": digests[path], "sequences": len(index.taxid),
+                     "letters_changed_to_N": int(changed)} for path, index, changed in zip(sources, indexes, other_letters)],
+        "taxdump": {"file": Path(args.taxdump).name, "date": dump_date, "sha256": digests[args.taxdump]},
         "dropped": dropped,
         "classes": classes,
     }
-    return write_manifest(out, manifest, tokenizer)
+    return write_manifest(out, manifest, nt_tokenizer())
+
+
+def batches_to_encode(sources, indexes, source, record, split):
+    """Yield the jobs of encode_batch, for what is kept in input order: source, record, split (N,)."""
+    for number, index in enumerate(indexes):
+        rows = slice(*np.searchsorted(source, (number, number + 1)))
+        records, splits, index = record[rows], split[rows], index.take(record[rows])
+        for some in batches(index):
+            yield number, sources[number], index.take(some), records[some], splits[some]
+
+
+def encode_batch(job):
+    """(number of the file, letters changed to N, [(nt ids joined, ids per sequence) of each split]) of a batch of records."""
+    number, path, index, records, splits = job
+    letters, changed = normalize(read_sequences(index), index.length, lambda i: f"{path}: record {records[i] + 1} '>{index.taxid[i]}'")
+    ids, counts = nt_tokenizer().encode(letters, index.length)
+    mine = [splits == part for part in range(len(SPLITS))]
+    return number, changed, [(ids[np.repeat(rows, counts)], counts[rows]) for rows in mine]
 
 
 def drop_report(sources, source, taxid, reason, reasons):

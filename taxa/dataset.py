@@ -12,6 +12,7 @@ Shapes: N sequences of a split, B of a batch, T tokens of the longest sequence i
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -20,9 +21,9 @@ import numpy as np
 import torch
 
 from taxa.cli import InputError
-from taxa.files import replacing, sha256, write_json
+from taxa.files import replacing, save_array, sha256, write_json
 from taxa.splits import SPLITS
-from taxa.tokens import NTTokenizer
+from taxa.tokens import nt_tokenizer
 
 FORMAT, VERSION = "taxa dataset", 1
 RECORD = np.dtype([("source", "<u2"), ("record", "<u4"), ("taxid", "<u4")])
@@ -52,8 +53,7 @@ class TokenWriter:
     def __exit__(self, kind, value, traceback):
         if kind is None:
             offsets = np.concatenate(([0], np.cumsum(np.concatenate(self._lengths or [np.empty(0, np.int64)]))))
-            with open(self._offsets_path, "wb") as file:
-                np.save(file, offsets.astype("<i8"))
+            save_array(self._offsets_path, offsets.astype("<i8"))
         return self._stack.__exit__(kind, value, traceback)
 
 
@@ -125,19 +125,30 @@ class PreparedDataset:
             raise InputError(f"{self.folder} has no tokens of '{tokenizer}': python prepare.py --add-tokens {flags} --out {self.folder}")
         return TokenSplit(self.folder, name, tokenizer, self.manifest["tokenizers"][tokenizer]["pad_token_id"], self.num_classes)
 
-    def add_tokens(self, tokenizer, progress):
-        """Write the tokens of another tokenizer, made from the letters that the nt tokens spell. progress: wraps an iterable."""
-        nt = NTTokenizer()
+    def add_tokens(self, tokenizer, progress, in_order=map):
+        """Write the tokens of another tokenizer, made from the letters that the nt tokens spell.
+
+        progress: wraps an iterable. in_order: what maps a function over parts of the data (taxa.workers).
+        """
         with contextlib.ExitStack() as stack:
             for split in SPLITS:
-                source = self.split(split, nt.name)
+                offsets = np.load(self.folder / split / "nt.npy", mmap_mode="r")
                 writer = stack.enter_context(TokenWriter(self.folder, split, tokenizer.name))
-                for start in progress(range(0, len(source), 1024), f"{tokenizer.name} tokens, {split}"):
-                    letters = [nt.decode(source.tokens(i)) for i in range(start, min(start + 1024, len(source)))]
-                    writer.append(*tokenizer.encode(b"".join(letters), [len(text) for text in letters]))
+                starts = progress(range(0, len(offsets) - 1, 1024), f"{tokenizer.name} tokens, {split}")
+                jobs = ((self.folder / split / "nt.bin", offsets[start:start + 1025]) for start in starts)
+                for ids, counts in in_order(functools.partial(_encode_spelled, tokenizer), jobs):
+                    writer.append(ids, counts)
         self.manifest["tokenizers"][tokenizer.name] = _describe(tokenizer)
         self.manifest["files"].update(file_digests(self.folder, token_files(tokenizer.name)))
         write_json(self.folder / "manifest.json", self.manifest)
+
+
+def _encode_spelled(tokenizer, job):
+    """Encode the sequences that nt tokens spell; a job: their file, and where they start in it and the last one ends, (n + 1,)."""
+    path, offsets = job
+    ids = np.fromfile(path, dtype="<u2", count=int(offsets[-1] - offsets[0]), offset=2 * int(offsets[0]))
+    nt = nt_tokenizer()
+    return tokenizer.encode(nt.decode(ids), np.add.reduceat(nt.letters(ids), offsets[:-1] - offsets[0]))
 
 
 class TokenSplit(torch.utils.data.Dataset):

@@ -27,49 +27,115 @@ class Index(NamedTuple):
     offset: np.ndarray  # (N,) int64, byte of the first letter
     size: np.ndarray  # (N,) int64, bytes from the first letter to the last, line ends between them included
 
+    def take(self, records):
+        """The index of some records only: a slice, or record numbers."""
+        return Index(self.path, *(column[records] for column in self[1:]))
+
+
+RANGE = 1 << 26  # bytes of a file that one job indexes
+
 
 class _IndexFile(pyfaidx.Faidx):
-    """pyfaidx's index file without its dictionary of names."""
+    """pyfaidx's index file of the records that start in bytes start .. stop of a FASTA file, without its dictionary of names."""
+
+    def __init__(self, path, index_path, start, stop):
+        self.first, self.stop = start, stop
+        super().__init__(path, indexname=index_path, rebuild=True)
+
+    def build_index(self):
+        self.file.seek(max(self.first - 1, 0))
+        if self.first:
+            self.file.readline()  # the rest of a line, or the line end just before
+            line = self.file.readline()
+            while line and not line.startswith(b">"):
+                line = self.file.readline()
+            self.first = self.file.tell() - len(line)
+        self.file = _Lines(self.file, self.first, self.stop)
+        if self.first < self.stop:
+            super().build_index()
 
     def read_fai(self):
         pass
 
 
-def index_fasta(path, scratch):
+class _Lines:
+    """A binary file as pyfaidx iterates over it, that ends before the first record that starts at byte `stop` or later."""
+
+    def __init__(self, file, first, stop):
+        self.file, self.first, self.stop = file, first, stop
+
+    def __iter__(self):
+        self.file.seek(self.first)
+        at = self.first
+        for line in self.file:
+            if at >= self.stop and line.startswith(b">"):
+                return
+            at += len(line)
+            yield line
+
+    def tell(self):
+        return 0
+
+    def seek(self, offset):
+        pass
+
+    def close(self):
+        self.file.close()
+
+
+def index_fasta(path, scratch, in_order=map):
     """Index one FASTA file, plain or gzip (bgzip is gzip too), leaving all it writes in the folder `scratch`.
 
-    Raises InputError, naming the file and the record, for a missing or empty file, text that is not FASTA, lines of unequal length
-    within a record, and a header whose first word is not a taxid.
+    in_order: what maps a function over the ranges of the file (taxa.workers). Raises InputError, naming the file and the record, for a
+    missing or empty file, text that is not FASTA, lines of unequal length within a record, and a header whose first word is not a taxid.
     """
     source, scratch = Path(path), Path(scratch)
     if not source.is_file():
         raise InputError(f"{source}: no such file")
     plain = _unpacked(source, scratch)
-    if plain.stat().st_size == 0:
+    size = plain.stat().st_size
+    if size == 0:
         raise InputError(f"{source}: the file is empty")
-    index_path = scratch / f"{source.name}.fai"
-    index_path.unlink(missing_ok=True)
     try:
-        _IndexFile(plain, indexname=index_path, rebuild=True).close()
+        parts = list(in_order(_index_range, [(source, plain, scratch, start, min(start + RANGE, size)) for start in range(0, size, RANGE)]))
+    except InputError:  # a range cannot tell the number of a line or record, and may hold nothing but comments: the whole file can
+        parts = [_index_range((source, plain, scratch, 0, size))]
+    return Index(plain, *(np.concatenate(columns) for columns in zip(*parts)))
+
+
+def _index_range(job):
+    """(taxid, length, offset, size) of the records that start in a range of bytes, as in Index."""
+    source, plain, scratch, start, stop = job
+    index_path = scratch / f"{source.name}.{start}.fai"
+    index_path.unlink(missing_ok=True)
+    columns = [array.array("q") for _ in range(5)]
+    try:
+        indexed = _IndexFile(plain, index_path, start, stop)
+        indexed.close()
+        if indexed.first >= stop:
+            return [np.empty(0, dtype=np.int64)] * 4
+        with open(index_path) as file:
+            for record, line in enumerate(file, start=1):
+                name, *numbers = line.split("\t")
+                if not (name.isascii() and name.isdecimal()) or int(name) == 0 or len(name) > 10:
+                    raise InputError(f"{source}: record {record} '>{name}': the first word of a header must be an NCBI taxid, as in "
+                                     "'>9606 0'")
+                for column, value in zip(columns, (name, *numbers)):
+                    column.append(int(value))
     except (pyfaidx.FastaIndexingError, pyfaidx.UnsupportedCompressionFormat, ImportError, RuntimeError, UnicodeDecodeError) as error:
         # ImportError: a name that ends in .gz over text that is not gzip makes pyfaidx ask for Biopython
         raise InputError(f"{source}: not a FASTA file: {str(error).replace(str(plain), source.name)}") from None
-    columns = [array.array("q") for _ in range(5)]
-    with open(index_path) as file:
-        for record, line in enumerate(file, start=1):
-            name, *numbers = line.split("\t")
-            if not (name.isascii() and name.isdecimal()) or int(name) == 0 or len(name) > 10:
-                raise InputError(f"{source}: record {record} '>{name}': the first word of a header must be an NCBI taxid, as in "
-                                 "'>9606 0'")
-            for column, value in zip(columns, (name, *numbers)):
-                column.append(int(value))
+    except OSError as error:
+        raise (error if error.errno else error.__context__) from None  # pyfaidx hides a full disk behind an error without a number
+    finally:
+        index_path.unlink(missing_ok=True)
     taxid, length, offset, line_letters, line_bytes = (np.frombuffer(column, dtype=np.int64) for column in columns)
     blank_first = (length > 0) & (line_bytes < line_letters)  # pyfaidx takes line lengths from a blank line after a CRLF header
     if blank_first.any():
         record = int(np.argmax(blank_first))
         raise InputError(f"{source}: record {record + 1} '>{taxid[record]}': a blank line, or lines of unequal length")
     ends = np.maximum(length - 1, 0) // np.maximum(line_letters, 1) * (line_bytes - line_letters)
-    return Index(plain, taxid, length, offset, length + ends)
+    return taxid, length, offset + indexed.first, length + ends
 
 
 def _unpacked(source, scratch):
@@ -86,35 +152,33 @@ def _unpacked(source, scratch):
     return plain
 
 
-def read_sequences(index, records, batch=4096, span=1 << 26):
-    """Yield (some of `records`, their letters joined as bytes), as written in the file but without line ends.
+def batches(index, batch=2048, span=1 << 24):
+    """Yield slices of the records of `index` that are read at a time: at most `batch`, and no more than lie within `span` bytes of the file
+    (a record that is longer goes alone)."""
+    ends_at, start = index.offset + index.size, 0
+    while start < len(ends_at):
+        within = np.searchsorted(ends_at, index.offset[start] + span, side="right")
+        stop = min(start + batch, max(start + 1, int(within)))
+        yield slice(start, stop)
+        start = stop
 
-    At a time at most `batch` records, and no more of them than lie within `span` bytes of the file (one that is longer goes alone).
 
-    records: increasing record numbers. Opens its own handle, so that forked processes never share one.
+def read_sequences(index):
+    """The letters of all records of `index` (one of the batches, say) joined, bytes, as written in the file but without line ends.
+
+    Opens its own handle: one that forked processes share gives wrong letters without an error.
     """
+    base = index.offset[0]
     with open(index.path, "rb") as file:
-        ends_at = index.offset[records] + index.size[records]
-        start = 0
-        while start < len(records):
-            within = np.searchsorted(ends_at, index.offset[records[start]] + span, side="right")
-            stop = min(start + batch, max(start + 1, int(within)))
-            some = records[start:stop]
-            start = stop
-            first, last = some[0], some[-1]
-            base = index.offset[first]
-            file.seek(base)
-            block = file.read(index.offset[last] + index.size[last] - base)
-            begins = (index.offset[some] - base).tolist()
-            ends = (index.offset[some] - base + index.size[some]).tolist()
-            letters = b"".join([block[begin:end] for begin, end in zip(begins, ends)])
-            if (index.size[some] != index.length[some]).any():
-                letters = letters.translate(None, b"\r\n")
-            yield some, letters
+        file.seek(base)
+        block = file.read(index.offset[-1] + index.size[-1] - base)
+    begins = (index.offset - base).tolist()
+    ends = (index.offset - base + index.size).tolist()
+    letters = b"".join([block[begin:end] for begin, end in zip(begins, ends)])
+    return letters.translate(None, b"\r\n") if (index.size != index.length).any() else letters
 
 
 _TO_ACGTN = bytes(ord(chr(i).upper()) if chr(i) in "ACGTNacgtn" else ord("N") for i in range(256))
-_OTHER = np.array([chr(i) not in "ACGTNacgtn" for i in range(256)])
 _PROTEIN = np.array([chr(i).upper() in "EFIJLOPQZ" for i in range(256)])  # in no nucleotide code, IUPAC's included
 PROTEIN_SHARE = 0.01
 
@@ -128,12 +192,12 @@ def normalize(letters, lengths, where):
     raw = np.frombuffer(letters, dtype=np.uint8)
     if len(raw) != sum(lengths):
         raise InputError(f"{where(0)}: the file changed while it was read, or its lines are of unequal length")
-    counts = np.bincount(raw, minlength=256)
-    if counts[_PROTEIN].any():
+    others = letters.translate(None, b"ACGTNacgtn")
+    if _PROTEIN[np.frombuffer(others, dtype=np.uint8)].any():
         starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
         share = np.add.reduceat(_PROTEIN[raw], starts, dtype=np.int64) / np.asarray(lengths)
         if (share > PROTEIN_SHARE).any():
             i = int(np.argmax(share > PROTEIN_SHARE))
             found = "".join(sorted({chr(letter).upper() for letter in raw[starts[i]:starts[i] + lengths[i]] if _PROTEIN[letter]}))
             raise InputError(f"{where(i)}: letters {found} are in no DNA alphabet: is this protein?")
-    return letters.translate(_TO_ACGTN), int(counts[_OTHER].sum())
+    return letters.translate(_TO_ACGTN), len(others)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import struct
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 
 from taxa.cli import InputError
@@ -69,6 +71,13 @@ def write_json(path, value):
     """Write one JSON document, indented, under a temporary name and then renamed."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_array(path, array):
+    """np.save to a path; a full disk is the OSError that it is (np.save raises one without an error number)."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    Path(path).write_bytes(buffer.getbuffer())
 
 
 def sha256(path):

@@ -3,6 +3,7 @@
 nt: Nucleotide Transformer's 6-mers, in numpy. dnabert, tiny-dnabert: byte-pair encoding, by the `tokenizers` library.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -42,42 +43,50 @@ class NTTokenizer:
         self._code = np.zeros(256, dtype=np.uint8)
         for code, letter in enumerate("ATCGN"):
             self._code[ord(letter)] = code
-        self._powers = 4 ** np.arange(5, -1, -1, dtype=np.uint16)  # first letter slowest
-        self._spelling = [entry.encode() if not entry.startswith("<") else b"" for entry in self.vocabulary]
+        self._spelling = np.zeros((self.vocab_size, 6), dtype=np.uint8)  # letters, then zeros; special tokens spell nothing
+        for i, entry in enumerate(self.vocabulary[self.first_kmer:], start=self.first_kmer):
+            self._spelling[i, :len(entry)] = np.frombuffer(entry.encode(), dtype=np.uint8)
+        self._spelled = (self._spelling > 0).sum(axis=1)  # letters per token
 
     def encode(self, letters, lengths):
         """letters: bytes in ACGTN, sequences of `lengths` joined. Returns (ids joined, uint16; ids per sequence, int64)."""
-        codes = self._code[np.frombuffer(letters, dtype=np.uint8)]
+        codes = self._code[np.frombuffer(letters, dtype=np.uint8)].astype(np.uint16)
         lengths = np.asarray(lengths, dtype=np.int64)
-        if len(lengths) and (lengths == lengths[0]).all() and not (codes == 4).any():
-            ids = self._encode_clean(codes.reshape(len(lengths), -1))  # the common case: no N, one length
-            return ids.reshape(-1), np.full(len(lengths), ids.shape[1], dtype=np.int64)
-        pieces = [self._encode_one(sequence) for sequence in np.split(codes, np.cumsum(lengths)[:-1])] if len(lengths) else []
-        counts = np.array([len(piece) for piece in pieces], dtype=np.int64)
-        return np.concatenate(pieces or [np.empty(0, np.uint16)]), counts
-
-    def _encode_clean(self, codes):
-        """codes (n, L), no N -> ids (n, 1 + L // 6 + L % 6): 6-mers while six letters are left, then single letters."""
-        n, L = codes.shape
-        whole = L - L % 6
-        kmers = codes[:, :whole].reshape(n, L // 6, 6) @ self._powers
-        cls = np.full((n, 1), self.cls_token_id, dtype=np.uint16)
-        return np.concatenate((cls, kmers + np.uint16(self.first_kmer), codes[:, whole:] + np.uint16(self.first_letter)), axis=1)
-
-    def _encode_one(self, codes):
-        """codes (L,) with N anywhere -> ids: the stretches between Ns each on their own, every N a token."""
-        pieces = [np.array([self.cls_token_id], dtype=np.uint16)]
-        start = 0
-        for stop in [*np.flatnonzero(codes == 4), len(codes)]:
-            pieces.append(self._encode_clean(codes[None, start:stop])[0, 1:])
-            if stop < len(codes):
-                pieces.append(np.array([self.first_letter + 4], dtype=np.uint16))
-            start = stop + 1
-        return np.concatenate(pieces)
+        twos = codes[:-1] * 4 + codes[1:]
+        fours = twos[:-2] * 16 + twos[2:]
+        sixes = fours[:-2] * 16 + twos[4:]  # the 6-mer from each letter on, first letter slowest; wrong where there is an N
+        ends, n_at = np.cumsum(lengths), np.flatnonzero(codes == 4)
+        # stretches without an N: their starts and ends, both in order
+        start = np.sort(np.concatenate((ends - lengths, n_at + 1)))
+        length = np.sort(np.concatenate((ends, n_at))) - start
+        kmer_at = np.repeat(start, length // 6) + 6 * _count_up(length // 6)
+        letter_at = np.repeat(start + length // 6 * 6, length % 6) + _count_up(length % 6)
+        value, is_token = codes + np.uint16(self.first_letter), np.zeros(len(codes), dtype=bool)
+        value[kmer_at] = sixes[kmer_at] + np.uint16(self.first_kmer)
+        is_token[kmer_at] = is_token[letter_at] = is_token[n_at] = True
+        at = np.flatnonzero(is_token)
+        counts = 1 + np.searchsorted(at, ends) - np.searchsorted(at, ends - lengths)
+        ids = np.full(len(at) + len(lengths), self.cls_token_id, dtype=np.uint16)
+        not_cls = np.ones(len(ids), dtype=bool)
+        not_cls[np.cumsum(counts) - counts] = False
+        ids[not_cls] = value[at]
+        return ids, counts
 
     def decode(self, ids):
         """ids (n,) -> the letters they spell, bytes. Exact: 6-mers and letters spell the sequence, special tokens spell nothing."""
-        return b"".join([self._spelling[i] for i in ids.tolist()])
+        return self._spelling[ids].tobytes().translate(None, b"\0")
+
+    def letters(self, ids):
+        """ids (n,) -> how many letters each spells, (n,) int64."""
+        return self._spelled[ids]
+
+
+nt_tokenizer = functools.cache(NTTokenizer)  # one in each process
+
+
+def _count_up(counts):
+    """0, 1, .. counts[0] - 1, 0, 1, .. counts[1] - 1, and so on."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 class BPETokenizer:
@@ -122,7 +131,7 @@ class BPETokenizer:
     def encode(self, letters, lengths):
         """letters: bytes in ACGTN, sequences of `lengths` joined. Returns (ids joined, uint16; ids per sequence, int64)."""
         text, ends = letters.decode("ascii"), np.cumsum(lengths)
-        encodings = self._tokenizer.encode_batch([text[end - length:end] for end, length in zip(ends.tolist(), lengths)])
+        encodings = self._tokenizer.encode_batch_fast([text[end - length:end] for end, length in zip(ends.tolist(), lengths)])
         counts = np.array([len(encoding.ids) for encoding in encodings], dtype=np.int64)
         ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
         return np.fromiter(ids, dtype=np.uint16, count=int(counts.sum())), counts

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from taxa.cli import InputError
-from taxa.fasta import index_fasta, normalize, read_sequences
+from taxa.fasta import batches, index_fasta, normalize, read_sequences
 
 
 def naive_records(data):
@@ -47,14 +47,20 @@ def index_bytes(folder, data, name="x.fa"):
 
 
 def cut(index, records, letters):
-    """[(taxid, letters)] of one batch of read_sequences."""
+    """[(taxid, letters)] of one batch."""
     ends = np.cumsum(index.length[records]).tolist()
     return [(int(index.taxid[i]), letters[end - index.length[i]:end]) for i, end in zip(records, ends)]
 
 
-def read_records(index, records=None, batch=4096):
+def read_batches(index, records=None, batch=4096):
+    """[(record numbers, their letters joined)] of all records, or of some."""
     records = np.arange(len(index.taxid)) if records is None else records
-    return [pair for some, letters in read_sequences(index, records, batch) for pair in cut(index, some, letters)]
+    chosen = index.take(records)
+    return [(records[some], read_sequences(chosen.take(some))) for some in batches(chosen, batch)]
+
+
+def read_records(index, records=None, batch=4096):
+    return [pair for some, letters in read_batches(index, records, batch) for pair in cut(index, some, letters)]
 
 
 LAYOUTS = {
@@ -131,7 +137,7 @@ def test_batches_and_subsets_of_many_records(tmp_path):
     data = fasta(rng.randint(0, 30, 9000).tolist(), width=10)
     expected = naive_records(data)
     index = index_bytes(tmp_path, data)
-    sizes = [len(some) for some, _ in read_sequences(index, np.arange(9000))]
+    sizes = [len(some) for some, _ in read_batches(index)]
     assert sizes == [4096, 4096, 808]
     assert read_records(index) == expected
     for share in (0.001, 0.1, 0.9):
@@ -241,8 +247,7 @@ def reads_right_or_refuses(folder, data, name="x.fa"):
     """True where the file is refused; asserts that it is read as the naive parser reads it where it is not."""
     try:
         index = index_bytes(folder, data, name)
-        batches = read_sequences(index, np.arange(len(index.taxid)))
-        letters = [normalize(letters, index.length[some], lambda i: folder / name)[0] for some, letters in batches]
+        letters = [normalize(letters, index.length[some], lambda i: folder / name)[0] for some, letters in read_batches(index)]
     except InputError as error:
         assert str(error).startswith(str(folder / name)) and "\n" not in str(error)
         return True

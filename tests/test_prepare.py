@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import prepare
-from taxa import RANKS, simulate
+from taxa import RANKS, fasta, simulate
 from taxa.cli import InputError
 from taxa.dataset import PreparedDataset
 from taxa.files import sha256
@@ -188,8 +188,10 @@ def test_two_runs_give_identical_bytes_wherever_the_input_lies(simulated, prepar
     expected = tree(prepared)
     assert sorted(expected) == sorted(["manifest.json", *SPLITS, *(f"{split}/{name}" for split in SPLITS for name in (
         "labels.npy", "records.npy", "nt.npy", "nt.bin"))])
-    run_main(*simulated_arguments(simulated), "--out", tmp_path / "again")
-    assert tree(tmp_path / "again") == expected
+    monkeypatch.setattr(fasta, "RANGE", 50_000)  # else these files are too small to be shared out
+    for workers in (1, 3):
+        run_main(*simulated_arguments(simulated), "--out", tmp_path / "again", "--workers", workers, "--overwrite")
+        assert tree(tmp_path / "again") == expected
     for path in simulated.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.chdir(tmp_path)
@@ -236,8 +238,8 @@ def test_layout_of_the_fasta_does_not_change_the_digest(simulated, prepared, tmp
 
 
 def test_demo_is_the_simulated_corpus_prepared(tmp_path):
-    for name in ("a", "b"):
-        run_main("--demo", "--demo-sequences", 120, "--seed", 3, "--out", tmp_path / name)
+    for name, workers in (("a", 1), ("b", 2)):
+        run_main("--demo", "--demo-sequences", 120, "--seed", 3, "--out", tmp_path / name, "--workers", workers)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     simulate.simulate(tmp_path / "source", 120, seed=3)
     assert tree(tmp_path / "a" / "source") == tree(tmp_path / "source")
@@ -318,7 +320,7 @@ def test_more_files_than_a_byte_can_count(tmp_path):
 def test_tokens_made_at_once_and_added_later_are_the_same(simulated, prepared, tmp_path):
     run_main(*simulated_arguments(simulated), "--out", tmp_path / "once", "--tokenizers", "nt", "tiny-dnabert")
     run_main(*simulated_arguments(simulated), "--out", tmp_path / "later")
-    run_main("--add-tokens", "tiny-dnabert", "--out", tmp_path / "later")
+    run_main("--add-tokens", "tiny-dnabert", "--out", tmp_path / "later", "--workers", 3)
     assert tree(tmp_path / "once") == tree(tmp_path / "later")
     data = PreparedDataset(tmp_path / "once")
     assert data.digest == PreparedDataset(prepared).digest
@@ -509,8 +511,8 @@ def real(tmp_path_factory):
         pytest.skip("no ../shared/realdata: the real corpus is not here")
     folder = tmp_path_factory.mktemp("real")
     fastas = simulated_arguments(source)[1:5]
-    for kind, dump in (("zip", "taxdmp_2024-12-01.zip"), ("tar", "taxdump.tar.gz")):
-        run_main("--fasta", *fastas, "--taxdump", source / dump, "--out", folder / kind)
+    for kind, dump, workers in (("zip", "taxdmp_2024-12-01.zip", 1), ("tar", "taxdump.tar.gz", 2)):
+        run_main("--fasta", *fastas, "--taxdump", source / dump, "--out", folder / kind, "--workers", workers)
     return {kind: folder / kind for kind in ("zip", "tar")}
 
 
