@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 import prepare
 from taxa import RANKS, __version__, checkpoint, peft_format
+from taxa.augment import AugmentedSplit
 from taxa.backbones import FAMILIES, MODELS, backbone_config, find_model
 from taxa.cli import InputError, Parser, choose, fraction, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
 from taxa.dataset import PreparedDataset, micro_batches
@@ -68,6 +69,8 @@ def parse_args(argv=None):
     add("--revision", metavar="SHA", help="of the hub's repository (default: the pinned one; of ORG/NAME: main)")
     # data
     add("--data", metavar="DIR", help=f"prepared dataset, or 'demo': simulated, made in {DEMO} when it is not there")
+    add("--augment", action="store_true",
+        help="read every training sequence from a random strand and in a random frame, anew in every epoch (default: as it is)")
     add("--workers", type=non_negative_int, default=0, help="processes that load batches, per rank (default 0: in the loop)")
     # optimisation
     add("--epochs", type=positive_int, default=5, help="at most this many (default 5)")
@@ -126,6 +129,7 @@ def run_name(args, settings):
     parts += [f"r{settings['r']}"] if args.strategy == "lora" else []
     parts += ["published"] if args.protocol == "published" else []
     parts += ["frozen-heads"] if args.heads == "frozen" else []
+    parts += ["augment"] if args.augment else []
     parts += [f"seed{args.seed}"] if args.seed != 42 else []
     return Path("runs") / "-".join(parts)
 
@@ -166,6 +170,11 @@ def environment(w):
             "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
+def row_tokenizer(row):
+    """The tokenizer of a model: one of the package's, or the tokenizer.json that came with its weights."""
+    return get_tokenizer("bpe" if row.tokenizer_file else row.tokenizer, row.tokenizer_file)
+
+
 def open_data(w, args, row):
     """The prepared dataset, with the tokens of the model's tokenizer; the demo and missing tokens are made, by rank 0."""
     tokenizer = row.tokenizer
@@ -180,7 +189,7 @@ def open_data(w, args, row):
         data = PreparedDataset(args.data)
         if w.is_main and not data.has_tokens(tokenizer):
             print(f"{args.data}: adding tokens of {tokenizer}", flush=True)
-            data.add_tokens(get_tokenizer("bpe" if row.tokenizer_file else tokenizer, row.tokenizer_file), progress)
+            data.add_tokens(row_tokenizer(row), progress)
     for name in ("train", "validation", "test"):
         if data.manifest["splits"][name] == 0:
             raise InputError(f"{args.data}: the {name} split is empty; prepare more sequences")
@@ -215,6 +224,7 @@ def train(w, args, row, settings, start=None):
     data = open_data(w, args, row)
     tokenizer = row.tokenizer
     splits = {name: data.split(name, tokenizer) for name in ("train", "validation", "test")}
+    retokenize = row_tokenizer(row) if args.augment else None
 
     # load -> re-initialise if asked -> inject -> freeze -> optimizer -> DDP
     base = checkpoint.base_source(row, args.strategy, args.weights, args.revision)
@@ -288,7 +298,8 @@ def train(w, args, row, settings, start=None):
         torch.manual_seed((args.seed * 1_000_003 + epoch) * 1_009 + w.rank)  # dropout: another stream per epoch and process
         plan = micro_batches(len(splits["train"]), args.seed, epoch, args.batch_size, args.accumulate, w.rank, w.size)
         plan = plan[: total_steps - step]
-        loader = iter(DataLoader(splits["train"], batch_size=None, sampler=[rows for micros, _ in plan for rows, _ in micros],
+        source = AugmentedSplit(data.split("train", "nt"), retokenize, args.seed, epoch) if args.augment else splits["train"]
+        loader = iter(DataLoader(source, batch_size=None, sampler=[rows for micros, _ in plan for rows, _ in micros],
                                  num_workers=args.workers, pin_memory=w.device.type == "cuda"))
         since, loss_sum, seen = time.perf_counter(), torch.zeros((), dtype=torch.float64, device=w.device), 0
         for micros, count in progress(plan, f"epoch {epoch + 1}/{args.epochs}", unit="seq", unit_scale=per_step):

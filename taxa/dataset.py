@@ -186,15 +186,19 @@ class TokenSplit(torch.utils.data.Dataset):
 
     def __getitem__(self, indices):
         """A list of B numbers -> {"input_ids" (B, T) int64, "attention_mask" (B, T) int64, "labels" (B, R) int64}, padded right."""
-        rows = [self.tokens(i) for i in indices]
-        T = max(len(row) for row in rows)
-        input_ids = np.full((len(rows), T), self.pad_token_id, dtype=np.int64)
-        attention_mask = np.zeros((len(rows), T), dtype=np.int64)
-        for b, row in enumerate(rows):
-            input_ids[b, :len(row)] = row
-            attention_mask[b, :len(row)] = 1
-        return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask),
-                "labels": torch.from_numpy(self.labels[indices].astype(np.int64))}
+        return padded_batch([self.tokens(i) for i in indices], self.pad_token_id, self.labels[indices])
+
+
+def padded_batch(rows, pad_token_id, labels):
+    """B sequences of ids (T_i,) and labels (B, R) -> a batch as TokenSplit gives it, padded right to the longest."""
+    T = max(len(row) for row in rows)
+    input_ids = np.full((len(rows), T), pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros((len(rows), T), dtype=np.int64)
+    for b, row in enumerate(rows):
+        input_ids[b, :len(row)] = row
+        attention_mask[b, :len(row)] = 1
+    return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask),
+            "labels": torch.from_numpy(labels.astype(np.int64))}
 
 
 def micro_batches(N, seed, epoch, batch_size, accumulate, rank, size):

@@ -1,0 +1,55 @@
+"""Augmentation: the views against letters handled by hand, and the order of views as a function of seed and epoch alone."""
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from taxa import checkpoint
+from taxa.augment import FRAMES, VIEWS, AugmentedSplit, view
+from taxa.dataset import PreparedDataset
+from taxa.tokens import NTTokenizer, get_tokenizer
+
+
+def test_the_views_of_a_sequence_by_hand():
+    letters = b"AACGTNCCA"
+    assert [view(letters, v) for v in (0, 1, 5)] == [b"AACGTNCCA", b"ACGTNCCA", b"NCCA"]
+    assert [view(letters, v) for v in (6, 7, 11)] == [b"TGGNACGTT", b"GGNACGTT", b"CGTT"]
+    assert len({view(b"ACCGGGTTTTACGATC", v) for v in range(VIEWS)}) == VIEWS
+
+
+@pytest.mark.parametrize("name", ["nt", "tiny-dnabert"])
+def test_a_batch_holds_the_tokens_of_a_view_of_each_sequence_and_its_labels(name, demo):
+    data, nt, tokenizer = PreparedDataset(demo), NTTokenizer(), get_tokenizer(name)
+    split = data.split("train", "nt")
+    augmented = AugmentedSplit(split, tokenizer, seed=1, epoch=0)
+    rows = [5, 3, 250, 3]
+    batch = augmented[rows]
+    assert torch.equal(batch["labels"], split[rows]["labels"]) and len(augmented) == len(split)
+    for b, i in enumerate(rows):
+        ids = batch["input_ids"][b][batch["attention_mask"][b] == 1].numpy()
+        letters = nt.decode(split.tokens(i))
+        pairs = dict(zip("ACGTN", "TGCAN"))
+        strand = letters.decode() if augmented.views[i] < FRAMES else "".join(pairs[c] for c in reversed(letters.decode()))
+        expected, _ = tokenizer.encode(strand[augmented.views[i] % FRAMES:].encode(), [len(strand) - augmented.views[i] % FRAMES])
+        assert ids.tolist() == expected.tolist()
+        assert (batch["input_ids"][b][batch["attention_mask"][b] == 0] == tokenizer.pad_token_id).all()
+
+
+def test_seed_and_epoch_decide_the_views(demo):
+    split, nt = PreparedDataset(demo).split("train", "nt"), NTTokenizer()
+    first, again, later, other = (AugmentedSplit(split, nt, *key).views for key in ((1, 0), (1, 0), (1, 1), (2, 0)))
+    assert (first == again).all() and (first != later).any() and (first != other).any()
+    assert set(first) == set(range(VIEWS))
+
+
+def test_a_run_trains_on_views_and_is_tested_on_the_sequences(demo, weights, tmp_path):
+    def state(name, *flags):
+        metrics = train.main(["--model", "tiny-nt", "--strategy", "full", "--data", str(demo), "--weights", str(weights["tiny-nt"]),
+                              "--batch-size", "8", "--max-steps", "3", "--out", str(tmp_path / name), *flags])
+        return checkpoint.read(tmp_path / name / "ckpt.pt")["state"]["heads.genus.weight"], metrics
+
+    plain, augmented, workers = state("plain"), state("augmented", "--augment"), state("workers", "--augment", "--workers", "2")
+    assert not torch.equal(plain[0], augmented[0])
+    assert torch.equal(augmented[0], workers[0]) and augmented[1] == workers[1]
+    assert np.isfinite(augmented[1]["loss"]) and augmented[1]["sequences"] == plain[1]["sequences"]
