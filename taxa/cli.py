@@ -95,6 +95,9 @@ def run(main):
     except InputError as error:
         print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read our standard output has enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would complain
+        sys.exit(141)
     except OSError as error:
         if error.errno not in OF_THE_DISK:
             raise

@@ -191,14 +191,18 @@ class TokenSplit(torch.utils.data.Dataset):
 
 def padded_batch(rows, pad_token_id, labels):
     """B sequences of ids (T_i,) and labels (B, R) -> a batch as TokenSplit gives it, padded right to the longest."""
+    return {**padded(rows, pad_token_id), "labels": torch.from_numpy(labels.astype(np.int64))}
+
+
+def padded(rows, pad_token_id):
+    """B rows of ids, each (T_i,) -> {"input_ids" (B, T) int64, "attention_mask" (B, T) int64}, padded right."""
     T = max(len(row) for row in rows)
     input_ids = np.full((len(rows), T), pad_token_id, dtype=np.int64)
     attention_mask = np.zeros((len(rows), T), dtype=np.int64)
     for b, row in enumerate(rows):
         input_ids[b, :len(row)] = row
         attention_mask[b, :len(row)] = 1
-    return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask),
-            "labels": torch.from_numpy(labels.astype(np.int64))}
+    return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
 
 
 def micro_batches(N, seed, epoch, batch_size, accumulate, rank, size):

@@ -31,7 +31,14 @@ class TaxonClassifier(nn.Module):
 
     def forward(self, input_ids, attention_mask):
         """input_ids (B, T), attention_mask (B, T) -> {rank: logits (B, C)}."""
-        pooled = masked_mean(self.backbone(input_ids, attention_mask), attention_mask)
+        return self.classify(self.pool(input_ids, attention_mask))
+
+    def pool(self, input_ids, attention_mask):
+        """input_ids (B, T), attention_mask (B, T) -> (B, H): one vector per sequence."""
+        return masked_mean(self.backbone(input_ids, attention_mask), attention_mask)
+
+    def classify(self, pooled):
+        """pooled (B, H) -> {rank: logits (B, C)}."""
         return {rank: head(pooled) for rank, head in self.heads.items()}
 
 

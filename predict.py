@@ -1,0 +1,223 @@
+"""A checkpoint and reads of any length -> the taxa of every read: one line per read, in the order of the input.
+
+  python predict.py runs/demo/ckpt.pt data/demo/source/Viruses_db.fa --out lineages.tsv
+  zcat reads.fq.gz | python predict.py ckpt.pt - --format kraken --min-probability 0.5 > reads.kraken
+  torchrun --nproc_per_node 4 predict.py ckpt.pt reads_1.fa.gz reads_2.fa.gz --out lineages.tsv
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from taxa import checkpoint
+from taxa.cli import InputError, Parser, fraction, positive_int, run
+from taxa.decode import JointDecoder, log_probabilities
+from taxa.distributed import sum_over_ranks, world
+from taxa.files import replacing, sha256
+from taxa.precision import PRECISIONS, autocast, set_precision
+from taxa.progress import progress
+from taxa.reads import check_files, read_ahead, records, slices
+from taxa.tokens import get_tokenizer
+from taxa.writers import FORMATS, LineWriter, VectorWriter
+
+BATCHES_PER_SLICE = 8  # windows are sorted by length within so many batches; so much is also read ahead, twice
+
+MANUAL = """
+Input. FASTA (sequences over any number of lines) or FASTQ (four lines a record), told by the first letter; plain, gzip or bgzip. Letters
+  outside ACGTN become N, as in prepare.py. A read of up to --window letters is one sequence for the network. A longer one is cut into
+  windows every --window letters, the last moved back to end with the read, and the logits of its windows are averaged. The network sees a
+  read as it is written, never its reverse complement. A read without letters is unclassified.
+
+Decoding. Each rank's head gives its own probabilities; its best classes are the columns RANK_taxid, RANK_name and RANK_probability. The
+  lineage is decoded jointly: of the lineages seen in training, the one whose classes have the highest sum of log-probabilities; its
+  probability is the softmax over these sums. Both are given that the read comes from one of the classes trained on: a network says a
+  genus of anything, foreign DNA too. --temperature FILE takes what evaluate.py --temperature fitted.
+
+--min-probability P. A class with less is written as taxid 0, "unclassified"; a lineage is cut back to the deepest rank at which the
+  lineages that share it have P together.
+
+--format tsv     a header line, then id, length, three columns per rank (with --top-k K also RANK_taxid_2 ... and so on), lineage_taxids,
+                 lineage and lineage_probability: names and taxids joined by ";" from the root down.
+--format jsonl   one JSON object per line: id, length, windows, ranks: {RANK: [{taxid, name, probability}, ...]}, lineage: {taxids, names,
+                 probability}. Classes below --min-probability are left out.
+--format kraken  Kraken's per-read lines: C or U, id, taxid of the deepest rank of the lineage, length, and taxid:windows where Kraken
+                 has taxid:k-mers.
+The id is the first word of the header, or all of it with --whole-header (tabs become spaces, but not in jsonl).
+
+Files appear when they are complete, and replace older ones; standard output is written as reads are done. Memory does not grow with the
+number of reads. The same reads give the same bytes with any number of processes. Exit status: 0, or 2 after wrong input (one line says
+which).
+"""
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__, epilog=MANUAL)
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", help="ckpt.pt of a run folder")
+    add("reads", metavar="READS", nargs="+", help="FASTA or FASTQ files, plain or gzip, or - for standard input")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", metavar="FILE", default="-", help="where the predictions go (default -: standard output)")
+    add("--format", choices=FORMATS, default="tsv", help="default tsv; see below")
+    add("--top-k", type=positive_int, metavar="K", default=1, help="classes per rank, likeliest first (default 1; not in kraken)")
+    add("--min-probability", type=fraction, metavar="P", default=0.0, help="below it a rank is unclassified (0 to 1, default 0)")
+    add("--whole-header", action="store_true", help="the id is the whole header line (default: its first word)")
+    add("--embeddings", metavar="FILE.npy", help="write also the pooled vectors (reads, hidden size), in input order; a read of several "
+        "windows has their mean, one without letters NaN")
+    add("--dtype", choices=("float32", "float16"), default="float32", help="of --embeddings (default float32)")
+    add = parser.add_argument_group("model").add_argument
+    add("--weights", metavar="DIR", help="folder with the base weights (default: where the run took them from)")
+    add("--tokenizer-file", metavar="PATH", help="tokenizer.json of DNABERT (default: the hub's)")
+    add("--temperature", metavar="FILE", help="temperature.json of this checkpoint (default: probabilities as the heads give them)")
+    add("--window", type=positive_int, metavar="BP", default=1500, help="letters that the network sees at a time (default 1500)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--batch-size", type=positive_int, metavar="B", help="windows per batch (default: the run's)")
+    add("--precision", choices=PRECISIONS, help="of matrix products (default: the run's)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
+    args = parser.parse_args(argv)
+    if args.top_k > 1 and args.format == "kraken":
+        parser.error("--top-k: a line of --format kraken has one taxid; use tsv or jsonl")
+    if args.out == args.embeddings:
+        parser.error("--out and --embeddings name the same file")
+    return args
+
+
+def check_output(path, inputs):
+    """Raise InputError for an output in a folder that is not there, for a folder, and for one of the inputs."""
+    if not Path(path).parent.is_dir():
+        raise InputError(f"{path}: there is no folder {Path(path).parent}; make it first")
+    if Path(path).is_dir():
+        raise InputError(f"{path}: a folder; give a file")
+    if any(os.path.exists(source) and os.path.exists(path) and os.path.samefile(path, source) for source in inputs):
+        raise InputError(f"{path} is also an input: give another file")
+
+
+def read_temperature(path, checkpoint_path, ranks):
+    """{rank: temperature} of a temperature.json. Raises InputError when it is none, or one of another checkpoint."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        temperature = {rank: float(content["temperature"][rank]) for rank in ranks}
+        fitted_for = content["checkpoint"]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; evaluate.py {checkpoint_path} --temperature writes it") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a temperature.json of evaluate.py ({type(error).__name__}: {error})") from None
+    if fitted_for != sha256(checkpoint_path):
+        raise InputError(f"{path} was fitted for another checkpoint: make it with evaluate.py {checkpoint_path} --temperature")
+    return temperature
+
+
+class Forward:
+    """Slices of windows -> decoded reads. Holds the sum of the windows of a read that goes on in the next slice."""
+
+    def __init__(self, w, model, decoder, precision, temperature, top_k, keep_pooled):
+        self.w, self.model, self.decoder, self.precision, self.temperature = w, model, decoder, precision, temperature
+        self.widths = {rank: head.out_features for rank, head in model.heads.items()}
+        self.top_k, self.keep_pooled = top_k, keep_pooled
+        self.carry = None  # (1, C of all ranks + H)
+
+    @torch.no_grad()
+    def __call__(self, piece):
+        """A Slice -> (reads whose windows are all seen, {name: tensor of as many rows} on the CPU, an event to wait for or None)."""
+        w, W = self.w, len(piece.owner)
+        hidden = next(iter(self.model.heads.values())).in_features if self.keep_pooled else 0
+        outputs = torch.zeros(W, sum(self.widths.values()) + hidden, device=w.device)  # logits of all ranks, then the pooled vector
+        for start, stop, batch in piece.batches:
+            batch = {name: tensor.to(w.device, non_blocking=True) for name, tensor in batch.items()}
+            with autocast(w.device, self.precision):
+                pooled = self.model.pool(**batch)
+                logits = self.model.classify(pooled)
+            outputs[start:stop] = torch.cat([*(z.float() for z in logits.values()), *([pooled] if hidden else [])], dim=1)
+        if w.size > 1:  # every row is non-zero on one process only: the sum is exact
+            outputs = sum_over_ranks(w, outputs).to(w.device)
+        sums = torch.zeros(len(piece.reads), outputs.shape[1], dtype=torch.float64, device=w.device)
+        sums.index_add_(0, torch.from_numpy(piece.owner).to(w.device), outputs.double())
+        if self.carry is not None:
+            sums[:1] += self.carry
+        done = len(piece.reads) if piece.complete else len(piece.reads) - 1
+        self.carry = None if piece.complete else sums[-1:]
+        counts = torch.tensor([read.windows for read in piece.reads[:done]], device=w.device)[:, None]
+        found = self._decode((sums[:done] / counts).float())
+        found = {name: tensor.to("cpu", non_blocking=True) for name, tensor in found.items()}
+        event = None
+        if w.device.type == "cuda":  # the copies go on while the next slice is computed
+            event = torch.cuda.Event()
+            event.record()
+        return piece.reads[:done], found, event
+
+    def _decode(self, means):
+        *logits, pooled = means.split([*self.widths.values(), means.shape[1] - sum(self.widths.values())], dim=1)
+        log_probs = log_probabilities(dict(zip(self.widths, logits)), self.temperature)
+        best = self.decoder.best(log_probs)
+        found = {"lineage": best.lineage, "lineage_probability": best.probability, "pooled": pooled}
+        for rank, log_p in log_probs.items():
+            top = log_p.topk(min(self.top_k, log_p.shape[1]), dim=1)
+            found |= {f"{rank}_class": top.indices, f"{rank}_probability": top.values.exp()}
+        return found
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    check_files(args.reads)
+    for path in (args.out if args.out != "-" else None, args.embeddings):
+        if path:
+            check_output(path, [*args.reads, args.checkpoint])
+    content = checkpoint.read(args.checkpoint)
+    temperature = read_temperature(args.temperature, args.checkpoint, content["classes"]) if args.temperature else None
+    tokenizer = get_tokenizer(content["tokenizer"]["name"], args.tokenizer_file)
+    if tokenizer.digest != content["tokenizer"]["digest"]:
+        raise InputError(f"--tokenizer-file: its vocabulary is not the one that {args.checkpoint} was trained with")
+    with world(args.device) as w:
+        if w.size > 1 and not all(Path(path).is_file() for path in args.reads):
+            raise InputError("several processes each read the input: give files, not standard input or a pipe")
+        precision = args.precision or content["precision"]
+        set_precision(precision, w.device)
+        model = checkpoint.rebuild(content, args.weights).to(w.device)
+        forward = Forward(w, model, JointDecoder(content["lineages"], w.device), precision, temperature, args.top_k, bool(args.embeddings))
+        stream = itertools.chain.from_iterable(records(path) for path in args.reads)
+        pieces = slices(stream, tokenizer, args.window, args.batch_size or content["batch_size"], BATCHES_PER_SLICE, w.rank, w.size)
+        return predict(w, args, forward, LineWriter(args, content["classes"], content["lineages"]), read_ahead(pieces))
+
+
+def predict(w, args, forward, writer, pieces):
+    """Run the slices through the network and write what comes out; returns {"reads", "windows", "seconds"}."""
+    started, reads_done, windows_done = time.perf_counter(), 0, 0
+    with contextlib.ExitStack() as stack:
+        out = vectors = None
+        if w.is_main:
+            out = sys.stdout if args.out == "-" else stack.enter_context(
+                open(stack.enter_context(replacing(args.out)), "w", encoding="utf-8"))
+            out.write(writer.header())
+            if args.embeddings:
+                H = forward.model.backbone.config.hidden_size
+                path = stack.enter_context(replacing(args.embeddings))
+                vectors = stack.enter_context(contextlib.closing(VectorWriter(path, H, args.dtype)))
+        bar = stack.enter_context(progress(None, "predict", unit="read", unit_scale=True))
+        pending = None
+        for piece in itertools.chain(pieces, [None]):
+            computed = forward(piece) if piece else None  # on a GPU, this one is computed while the one before is written
+            if pending:
+                reads, found, event = pending
+                if event:
+                    event.synchronize()
+                if w.is_main:
+                    out.write(writer.lines(reads, found))
+                    out.flush()
+                    if vectors:
+                        vectors.append(found["pooled"])
+                reads_done, windows_done = reads_done + len(reads), windows_done + sum(read.windows for read in reads)
+                bar.update(len(reads))
+            pending = computed
+    seconds = time.perf_counter() - started
+    if w.is_main:
+        print(f"{reads_done:,} reads, {windows_done:,} windows in {seconds:.1f} s: {reads_done / seconds:,.1f} reads/s", file=sys.stderr)
+    return {"reads": reads_done, "windows": windows_done, "seconds": seconds}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,83 @@
+"""What predict.py writes: a line per read, in one of three formats, and vectors as .npy. Nothing is held back: both are streams."""
+
+import json
+
+import numpy as np
+
+FORMATS = ("tsv", "jsonl", "kraken")
+
+
+class LineWriter:
+    """Lines of one format. classes: {rank: [{"taxid", "name"}, ...]}; lineages: (L, R) class numbers."""
+
+    def __init__(self, args, classes, lineages):
+        """args: of predict.py: format, top_k, min_probability, whole_header."""
+        self.args, self.classes, self.lineages = args, classes, lineages
+        self.line = {"tsv": self.tsv, "jsonl": self.jsonl, "kraken": self.kraken}[args.format]
+
+    def header(self):
+        """What stands above the first read."""
+        if self.args.format != "tsv":
+            return ""
+        columns = ["id", "length"]
+        for rank, table in self.classes.items():
+            for k in range(min(self.args.top_k, len(table))):
+                columns += [f"{rank}_{what}{f'_{k + 1}' if k else ''}" for what in ("taxid", "name", "probability")]
+        return "\t".join([*columns, "lineage_taxids", "lineage", "lineage_probability"]) + "\n"
+
+    def lines(self, reads, found):
+        """The text of some reads."""
+        found = {name: tensor.tolist() for name, tensor in found.items() if name != "pooled"}
+        text = []
+        for i, read in enumerate(reads):
+            tops = {rank: list(zip(found[f"{rank}_class"][i], found[f"{rank}_probability"][i])) for rank in self.classes}
+            shared, least = found["lineage_probability"][i], self.args.min_probability
+            if read.length == 0:
+                tops, shared, least = {rank: [(0, 0.0)] * len(top) for rank, top in tops.items()}, [0.0] * len(shared), 1.0
+            depth = sum(p >= least for p in shared)  # falls from the root down
+            lineage = [table[c] for table, c in zip(self.classes.values(), self.lineages[found["lineage"][i]])][:depth]
+            identifier = read.header if self.args.whole_header else (read.header.split(None, 1) or [""])[0]
+            text.append(self.line(identifier, read, tops, least, lineage, shared[max(depth - 1, 0)]))
+        return "".join(text)
+
+    def tsv(self, identifier, read, tops, least, lineage, probability):
+        cells = [identifier.replace("\t", " "), str(read.length)]
+        for rank, top in tops.items():
+            for c, p in top:
+                row = self.classes[rank][c] if p >= least else {"taxid": 0, "name": "unclassified"}
+                cells += [str(row["taxid"]), row["name"], f"{p:.6f}"]
+        cells += [";".join(str(row["taxid"]) for row in lineage) or "0", ";".join(row["name"] for row in lineage) or "unclassified"]
+        return "\t".join([*cells, f"{probability:.6f}"]) + "\n"
+
+    def jsonl(self, identifier, read, tops, least, lineage, probability):
+        ranks = {rank: [{**self.classes[rank][c], "probability": round(p, 6)} for c, p in top if p >= least] for rank, top in tops.items()}
+        lineage = {"taxids": [row["taxid"] for row in lineage], "names": [row["name"] for row in lineage],
+                   "probability": round(probability, 6)}
+        return json.dumps({"id": identifier, "length": read.length, "windows": read.windows, "ranks": ranks, "lineage": lineage}) + "\n"
+
+    def kraken(self, identifier, read, tops, least, lineage, probability):
+        taxid = lineage[-1]["taxid"] if lineage else 0
+        identifier = identifier.replace("\t", " ")
+        return f"{'C' if lineage else 'U'}\t{identifier}\t{taxid}\t{read.length}\t{taxid}:{read.windows}\n"
+
+
+class VectorWriter:
+    """A .npy file of float vectors (N, H), written as they come; the header is completed at the end, when N is known."""
+
+    HEADER = 128  # bytes, which leaves room for any N
+
+    def __init__(self, path, H, dtype):
+        self.file, self.H, self.dtype, self.N = open(path, "wb"), H, np.dtype(dtype).newbyteorder("<"), 0
+        self.file.write(bytes(self.HEADER))
+
+    def append(self, vectors):
+        """vectors: (n, H)."""
+        self.file.write(vectors.numpy().astype(self.dtype).tobytes())
+        self.N += len(vectors)
+
+    def close(self):
+        """Write the header of the .npy format, version 1.0."""
+        text = f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': ({self.N}, {self.H}), }}"
+        self.file.seek(0)
+        self.file.write(b"\x93NUMPY\x01\x00" + (self.HEADER - 10).to_bytes(2, "little") + text.ljust(self.HEADER - 11).encode() + b"\n")
+        self.file.close()
