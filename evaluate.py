@@ -12,7 +12,7 @@ from taxa.cli import InputError, Parser, non_negative_int, positive_int, run
 from taxa.dataset import PreparedDataset
 from taxa.distributed import world
 from taxa.evaluation import details, run_split, split_temperature, summarize, table, write_tables
-from taxa.files import sha256, write_json
+from taxa.files import write_json
 from taxa.precision import PRECISIONS, set_precision
 from taxa.splits import SPLITS
 
@@ -73,7 +73,7 @@ def main(argv=None):
                 print(f"note: {data.folder} is not the dataset of the run: its {args.split} split may hold sequences trained on")
             write_tables(out, metrics, outcome, data.classes)
             if temperature:
-                write_json(out / "temperature.json", {"temperature": temperature, "checkpoint": sha256(args.checkpoint),
+                write_json(out / "temperature.json", {"temperature": temperature, "state_digest": checkpoint.state_digest(content["state"]),
                                                       "split": "validation", "sequences": used, "dataset_digest": data.digest})
     return metrics
 

@@ -19,11 +19,11 @@ from taxa import checkpoint
 from taxa.cli import InputError, Parser, fraction, positive_int, run
 from taxa.decode import JointDecoder, log_probabilities
 from taxa.distributed import sum_over_ranks, world
-from taxa.files import replacing, sha256
+from taxa.files import replacing
 from taxa.precision import PRECISIONS, autocast, set_precision
 from taxa.progress import progress
 from taxa.reads import check_files, read_ahead, records, slices
-from taxa.tokens import get_tokenizer
+from taxa.tokens import TOKENIZERS, get_tokenizer
 from taxa.writers import FORMATS, LineWriter, VectorWriter
 
 BATCHES_PER_SLICE = 8  # windows are sorted by length within so many batches; so much is also read ahead, twice
@@ -59,7 +59,7 @@ which).
 def parse_args(argv=None):
     parser = Parser(__doc__, epilog=MANUAL)
     add = parser.add_argument
-    add("checkpoint", metavar="CKPT", help="ckpt.pt of a run folder")
+    add("checkpoint", metavar="CKPT", help="ckpt.pt of a run folder, or a folder of export.py --adapters")
     add("reads", metavar="READS", nargs="+", help="FASTA or FASTQ files, plain or gzip, or - for standard input")
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="FILE", default="-", help="where the predictions go (default -: standard output)")
@@ -72,7 +72,7 @@ def parse_args(argv=None):
     add("--dtype", choices=("float32", "float16"), default="float32", help="of --embeddings (default float32)")
     add = parser.add_argument_group("model").add_argument
     add("--weights", metavar="DIR", help="folder with the base weights (default: where the run took them from)")
-    add("--tokenizer-file", metavar="PATH", help="tokenizer.json of DNABERT (default: the hub's)")
+    add("--tokenizer-file", metavar="PATH", help="tokenizer.json of the model (default for DNABERT: the hub's)")
     add("--temperature", metavar="FILE", help="temperature.json of this checkpoint (default: probabilities as the heads give them)")
     add("--window", type=positive_int, metavar="BP", default=1500, help="letters that the network sees at a time (default 1500)")
     add = parser.add_argument_group("machine").add_argument
@@ -97,17 +97,17 @@ def check_output(path, inputs):
         raise InputError(f"{path} is also an input: give another file")
 
 
-def read_temperature(path, checkpoint_path, ranks):
-    """{rank: temperature} of a temperature.json. Raises InputError when it is none, or one of another checkpoint."""
+def read_temperature(path, checkpoint_path, trained):
+    """{rank: temperature} of a temperature.json. trained: the checkpoint's content. Raises InputError when it is none, or one of another checkpoint."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        temperature = {rank: float(content["temperature"][rank]) for rank in ranks}
-        fitted_for = content["checkpoint"]
+        temperature = {rank: float(content["temperature"][rank]) for rank in trained["classes"]}
+        fitted_for = content["state_digest"]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; evaluate.py {checkpoint_path} --temperature writes it") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a temperature.json of evaluate.py ({type(error).__name__}: {error})") from None
-    if fitted_for != sha256(checkpoint_path):
+    if fitted_for != checkpoint.state_digest(trained["state"]):
         raise InputError(f"{path} was fitted for another checkpoint: make it with evaluate.py {checkpoint_path} --temperature")
     return temperature
 
@@ -168,10 +168,11 @@ def main(argv=None):
         if path:
             check_output(path, [*args.reads, args.checkpoint])
     content = checkpoint.read(args.checkpoint)
-    temperature = read_temperature(args.temperature, args.checkpoint, content["classes"]) if args.temperature else None
-    tokenizer = get_tokenizer(content["tokenizer"]["name"], args.tokenizer_file)
+    temperature = read_temperature(args.temperature, args.checkpoint, content) if args.temperature else None
+    name = content["tokenizer"]["name"]
+    tokenizer = get_tokenizer(name if name in TOKENIZERS else "bpe", args.tokenizer_file)
     if tokenizer.digest != content["tokenizer"]["digest"]:
-        raise InputError(f"--tokenizer-file: its vocabulary is not the one that {args.checkpoint} was trained with")
+        raise InputError(f"the vocabulary of the tokenizer {name} is not the one that {args.checkpoint} was trained with; --tokenizer-file PATH gives another")
     with world(args.device) as w:
         if w.size > 1 and not all(Path(path).is_file() for path in args.reads):
             raise InputError("several processes each read the input: give files, not standard input or a pipe")

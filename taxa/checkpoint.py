@@ -48,8 +48,13 @@ def load_base(model, base):
 
 def weights_digest(backbone):
     """Hex SHA-256 over names, shapes and float32 bytes of all parameters, in the order of the names."""
+    return state_digest(backbone.state_dict())
+
+
+def state_digest(state):
+    """The same of {name: tensor}, as a checkpoint's "state" holds what training changed."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(backbone.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()
