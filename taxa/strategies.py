@@ -51,8 +51,7 @@ def settings_from_flags(model, strategy, protocol="corrected", heads=None, **fla
     if strategy == "lora":
         settings["targets"] = list(settings["targets"] or module.LORA_TARGETS)
     if strategy == "ia3":
-        outputs, inputs = ((module.IA3_OUTPUTS_PUBLISHED, module.IA3_INPUTS_PUBLISHED) if published
-                           else (module.IA3_OUTPUTS, module.IA3_INPUTS))
+        outputs, inputs = module.IA3[protocol]
         given = settings["targets"] is not None or settings["feedforward_targets"] is not None
         settings["targets"] = list(settings["targets"] or (() if given else outputs))
         settings["feedforward_targets"] = list(settings["feedforward_targets"] or (() if given else inputs))

@@ -50,11 +50,13 @@ def check_folder(name, folder, probes):
 def test_published_weights(name):
     row = MODELS[name]
     files = ["config.json", "vocab.txt", "tokenizer.json", WEIGHT_FILES.get(name, "model.safetensors")]
+    problem = None
     try:
         folder = snapshot_download(row.hub, revision=row.revision, allow_patterns=files)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        pytest.fail(f"{row.hub} at {row.revision} was not downloaded, so nothing was checked: {type(error).__name__}; is there a network?",
-                    pytrace=False)
+        problem = type(error).__name__
+    if problem:
+        pytest.fail(f"{row.hub} at {row.revision} was not downloaded, so nothing was checked ({problem}): is there a network?", pytrace=False)
     check_folder(name, folder, PROBES[name])
     assert checkpoint.weights_digest(load_backbone(name)) == checkpoint.weights_digest(load_backbone(name, folder)), "by its name alone"
 
@@ -81,7 +83,8 @@ def local(request, tmp_path):
         save_file(tensors, folder / "model.safetensors")
     else:
         shutil.copyfile(SHARED / "hub" / "dnaberts" / "tokenizer.json", folder / "tokenizer.json")  # DNABERT-2's vocabulary is the same
-        torch.save({key.removeprefix("bert.") if name == "dnaberts" else key: t for key, t in tensors.items()}, folder / "pytorch_model.bin")
+        renamed = {key.removeprefix("bert.") if name == "dnaberts" else key: tensor for key, tensor in tensors.items()}
+        torch.save(renamed, folder / "pytorch_model.bin")
     naive = naive_nt if name == "nt50m" else naive_dnabert
     weights = {key.split(".", 1)[1]: tensor.double().numpy() for key, tensor in tensors.items() if key.split(".")[0] in ("esm", "bert")}
     probes = []

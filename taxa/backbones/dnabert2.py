@@ -23,6 +23,7 @@ IA3_INPUTS = ("mlp.wo",)
 # (IA)3 as the published code places it: the whole fused output, queries included.
 IA3_OUTPUTS_PUBLISHED = ("attention.self.Wqkv",)
 IA3_INPUTS_PUBLISHED = ("attention.output.dense",)
+IA3 = {"corrected": (IA3_OUTPUTS, IA3_INPUTS), "published": (IA3_OUTPUTS_PUBLISHED, IA3_INPUTS_PUBLISHED)}  # --protocol
 
 
 class DNABert2Config(PretrainedConfig):

@@ -19,6 +19,7 @@ IA3_INPUTS = ("layer.*.output.dense",)
 # (IA)3 as the published code places it.
 IA3_OUTPUTS_PUBLISHED = ("attention.self.query", "attention.self.value")
 IA3_INPUTS_PUBLISHED = ("attention.output.dense",)
+IA3 = {"corrected": (IA3_OUTPUTS, IA3_INPUTS), "published": (IA3_OUTPUTS_PUBLISHED, IA3_INPUTS_PUBLISHED)}  # --protocol
 
 
 class NucleotideTransformerConfig(PretrainedConfig):
