@@ -8,6 +8,7 @@
 the perplexity on the validation split, beside that of the token frequencies alone (the unigram) at the same positions.
 """
 
+import argparse
 import contextlib
 import json
 import math
@@ -25,7 +26,7 @@ from taxa.cli import InputError, Parser, fraction, non_negative_float, non_negat
 from taxa.dataset import micro_batches
 from taxa.distributed import barrier, main_first, sum_over_ranks, world
 from taxa.files import write_json
-from taxa.mlm import MaskedLM, generator_for, load_head, mask_tokens, save_hub_folder, unigram_losses
+from taxa.mlm import MASKING, MaskedLM, generator_for, load_head, mask_tokens, save_hub_folder, unigram_losses
 from taxa.optim import adamw, cosine_rate
 from taxa.precision import PRECISIONS, autocast, set_precision
 from taxa.progress import print_line, progress
@@ -44,6 +45,8 @@ def parse_args(argv=None):
     add("--model", required=True, metavar="NAME", help=f"one of {' '.join(MODELS)}; it starts from random weights")
     add("--weights", metavar="DIR", help="go on from this folder in the hub's format instead, its language-model head included where it has one")
     add("--mask-fraction", type=fraction, default=0.15, metavar="F", help="of the tokens (default 0.15)")
+    add("--tied", action=argparse.BooleanOptionalAction, help="the decoder's weight is the embedding table (default: as published, NT no, "
+        "DNABERT yes)")
     # data
     add("--data", required=True, metavar="DIR", help="prepared dataset, or demo")
     add("--workers", type=non_negative_int, default=0, help="processes that load batches, per rank (default 0: in the loop)")
@@ -73,6 +76,7 @@ def parse_args(argv=None):
         parser.error("--mask-fraction 0 hides nothing: there is nothing to predict")
     if args.overwrite and args.resume:
         parser.error("--overwrite starts anew and --resume goes on: give one of them")
+    args.tied = MASKING[row.family].tied if args.tied is None else args.tied
     args.lr = args.lr or row.learning_rate
     args.batch_size = args.batch_size or row.batch_size
     return args
@@ -131,7 +135,7 @@ def pretrain(w, args):
     vocabulary = data.manifest["tokenizers"][row.tokenizer]["vocab_size"]
     if vocabulary > backbone.config.vocab_size:
         raise InputError(f"the tokenizer {row.tokenizer} has {vocabulary} ids, but the backbone only {backbone.config.vocab_size}")
-    model = MaskedLM(row.family, backbone)
+    model = MaskedLM(row.family, backbone, args.tied)
     head = "from its folder" if args.weights and load_head(model, args.weights) else "random"
     model.to(w.device)
     parameters = list(model.parameters())

@@ -27,9 +27,9 @@ from taxa.random_init import reinitialize
 
 
 class NTHead(nn.Module):
-    """`lm_head`: decoder(LayerNorm(gelu(dense x))) + bias."""
+    """`lm_head`: decoder(LayerNorm(gelu(dense x))) + bias. tied: the decoder's weight is the embedding table itself."""
 
-    def __init__(self, config, embeddings):
+    def __init__(self, config, embeddings, tied):
         super().__init__()
         H, V = config.hidden_size, config.vocab_size
         self.dense = nn.Linear(H, H)
@@ -37,6 +37,8 @@ class NTHead(nn.Module):
         self.decoder = nn.Linear(H, V, bias=False)
         for part in self.children():
             reinitialize(part, config.initializer_range)
+        if tied:
+            self.decoder.weight = embeddings.weight
         self.bias = nn.Parameter(torch.zeros(V))
 
     def forward(self, x):
@@ -44,15 +46,16 @@ class NTHead(nn.Module):
 
 
 class DNABertHead(nn.Module):
-    """`cls`: predictions.decoder(LayerNorm(gelu(dense x))), the decoder's weight being the embedding table itself."""
+    """`cls`: predictions.decoder(LayerNorm(gelu(dense x))). tied: the decoder's weight is the embedding table itself."""
 
-    def __init__(self, config, embeddings):
+    def __init__(self, config, embeddings, tied):
         super().__init__()
         H = config.hidden_size
         transform = nn.ModuleDict({"dense": nn.Linear(H, H), "LayerNorm": nn.LayerNorm(H, eps=config.layer_norm_eps)})
         decoder = nn.Linear(H, config.vocab_size)
         self.predictions = reinitialize(nn.ModuleDict({"transform": transform, "decoder": decoder}), config.initializer_range)
-        self.predictions.decoder.weight = embeddings.weight
+        if tied:
+            self.predictions.decoder.weight = embeddings.weight
 
     def forward(self, x):
         transform = self.predictions.transform
@@ -67,7 +70,7 @@ class Masking(NamedTuple):
     architecture: str
     mask_token_id: int
     first_ordinary: int
-    tied: bool
+    tied: bool  # as published
 
 
 MASKING = {
@@ -79,11 +82,11 @@ MASKING = {
 class MaskedLM(nn.Module):
     """A backbone and its head, under the names of the hub's checkpoints: esm.* and lm_head.*, or bert.* and cls.predictions.*"""
 
-    def __init__(self, family, backbone):
+    def __init__(self, family, backbone, tied):
         super().__init__()
-        self.family, self.masking, self.config = family, MASKING[family], backbone.config
+        self.family, self.masking, self.config, self.tied = family, MASKING[family], backbone.config, tied
         self.add_module(backbone.base_model_prefix, backbone)
-        self.add_module(self.masking.head_name, self.masking.head(backbone.config, backbone.get_input_embeddings()))
+        self.add_module(self.masking.head_name, self.masking.head(backbone.config, backbone.get_input_embeddings(), tied))
 
     @property
     def backbone(self):
@@ -140,9 +143,9 @@ def save_hub_folder(model, folder, dtype=torch.float32):
     write_json(Path(folder) / "config.json", {
         "model_type": config.model_type, "architectures": [masking.architecture], **FAMILIES[model.family].module.FIXED,
         **{name: getattr(config, name) for name in sizes}, "mask_token_id": masking.mask_token_id,
-        "tie_word_embeddings": masking.tied, "torch_dtype": str(dtype).removeprefix("torch.")})
+        "tie_word_embeddings": model.tied, "torch_dtype": str(dtype).removeprefix("torch.")})
     state = {name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in model.state_dict().items()
-             if not (masking.tied and name.endswith("decoder.weight"))}
+             if not (model.tied and name.endswith("decoder.weight"))}
     with replacing(Path(folder) / "model.safetensors") as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
 
@@ -159,7 +162,7 @@ def load_head(model, folder):
         state = {name.removeprefix(prefix): tensor.float() for name, tensor in state.items() if name.startswith(prefix)}
         if not any(name.endswith("dense.weight") for name in state):
             return False
-        if model.masking.tied:
+        if model.tied:
             state["predictions.decoder.weight"] = model.backbone.get_input_embeddings().weight.detach()
         model.head.load_state_dict(state)
     except UNREADABLE as error:
