@@ -1,0 +1,242 @@
+"""Masked-token pretraining: what is masked, the loss, the heads against transformers', the folder it writes, resuming, two processes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import pretrain
+import train
+from taxa.backbones import MODELS, load_backbone
+from taxa.cli import InputError
+from taxa.dataset import PreparedDataset, micro_batches
+from taxa.mlm import MASKING, MaskedLM, generator_for, load_head, mask_tokens, save_hub_folder, unigram_losses
+from taxa.optim import adamw, cosine_rate
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["tiny-nt", "tiny-dnabert"]
+# the hub's names of everything but the layers, written by hand
+KEYS = {
+    "tiny-nt": {"esm.embeddings.word_embeddings.weight", "esm.encoder.emb_layer_norm_after.weight", "esm.encoder.emb_layer_norm_after.bias",
+                "lm_head.bias", "lm_head.dense.weight", "lm_head.dense.bias", "lm_head.layer_norm.weight", "lm_head.layer_norm.bias",
+                "lm_head.decoder.weight"},
+    "tiny-dnabert": {"bert.embeddings.word_embeddings.weight", "bert.embeddings.token_type_embeddings.weight",
+                     "bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias", "cls.predictions.transform.dense.weight",
+                     "cls.predictions.transform.dense.bias", "cls.predictions.transform.LayerNorm.weight",
+                     "cls.predictions.transform.LayerNorm.bias", "cls.predictions.decoder.bias"},
+}
+
+
+def make(name, weights, tied=None):
+    torch.manual_seed(3)
+    family = MODELS[name].family
+    model = MaskedLM(family, load_backbone(name, weights[name]), MASKING[family].tied if tied is None else tied)
+    for parameter in model.parameters():  # so that a bias that is left out shows
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def command(name, data, weights, out, *more):
+    return ["--model", name, "--data", str(data), "--weights", str(weights[name]), "--out", str(out), "--batch-size", "8", "--lr", "0.01",
+            "--warmup-steps", "1", "--device", "cpu", *more]
+
+
+@pytest.mark.parametrize("name, special, vocab", [("tiny-nt", {0, 1, 2, 3, 4, 5}, 4107), ("tiny-dnabert", {0, 1, 2, 3, 4}, 1024)])
+def test_the_proportions_and_that_special_tokens_are_never_chosen(name, special, vocab):
+    masking = MASKING[MODELS[name].family]
+    ids = torch.randint(0, vocab, (400, 500), generator=torch.Generator().manual_seed(0))
+    ids[:, :50] = torch.randint(0, len(special), (400, 50), generator=torch.Generator().manual_seed(1))
+    hidden, chosen = mask_tokens(ids, masking, vocab, 0.15, generator_for(7, 1))
+    ordinary = ~torch.isin(ids, torch.tensor(sorted(special)))
+    assert not chosen[~ordinary].any() and torch.equal(hidden[~chosen], ids[~chosen])
+    n, m = int(ordinary.sum()), int(chosen.sum())
+    assert abs(m / n - 0.15) < 5 * math.sqrt(0.15 * 0.85 / n)
+    masked = int((hidden[chosen] == masking.mask_token_id).sum())
+    same = int((hidden[chosen] == ids[chosen]).sum())
+    assert abs(masked / m - 0.8) < 5 * math.sqrt(0.16 / m)
+    assert abs(same / m - 0.1) < 5 * math.sqrt(0.09 / m) + 1 / vocab
+    randoms = hidden[chosen & (hidden != ids) & (hidden != masking.mask_token_id)]
+    assert abs(len(randoms) / m - 0.1) < 5 * math.sqrt(0.09 / m) + 1 / vocab
+    assert len(special) <= randoms.min() < vocab / 20 and vocab * 0.95 < randoms.max() < vocab  # all over the ordinary ids
+    again, other = (mask_tokens(ids, masking, vocab, 0.15, generator_for(7, step))[0] for step in (1, 2))
+    assert torch.equal(again, hidden) and not torch.equal(other, hidden)
+
+
+def test_the_mask_tokens_are_the_tokenizers_own():
+    from taxa.tokens import TINY_BPE, nt_vocabulary
+
+    assert nt_vocabulary()[2] == "<mask>" and [w for w in nt_vocabulary() if w[0] == "<"] == nt_vocabulary()[:6]
+    assert {w: i for w, i in json.loads(TINY_BPE.read_text())["model"]["vocab"].items() if w[0] == "["} == {
+        "[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "[PAD]": 3, "[MASK]": 4}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_head_is_that_of_transformers(name, weights):
+    from transformers import BertConfig, EsmConfig
+    from transformers.models.bert.modeling_bert import BertOnlyMLMHead
+    from transformers.models.esm.modeling_esm import EsmLMHead
+
+    model = make(name, weights, tied=False)
+    sizes = {"hidden_size": model.config.hidden_size, "vocab_size": model.config.vocab_size, "layer_norm_eps": model.config.layer_norm_eps}
+    theirs = EsmLMHead(EsmConfig(**sizes)) if name == "tiny-nt" else BertOnlyMLMHead(BertConfig(**sizes, hidden_act="gelu"))
+    missing, unexpected = theirs.load_state_dict(model.head.state_dict(), strict=False)
+    assert not unexpected and set(missing) <= {"predictions.bias"}  # BERT's is the decoder's own, registered twice
+    if missing:
+        theirs.predictions.bias.data = model.head.predictions.decoder.bias.data
+    x = torch.randn(5, model.config.hidden_size)
+    torch.testing.assert_close(model.head(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_logits_are_those_of_the_chosen_positions_and_the_loss_is_the_naive_one(name, weights, demo):
+    model = make(name, weights)
+    batch = PreparedDataset(demo).split("train", MODELS[name].tokenizer)[[0, 1, 2]]
+    hidden_ids, chosen = mask_tokens(batch["input_ids"], model.masking, model.config.vocab_size, 0.15, generator_for(1))
+    with torch.no_grad():
+        logits = model(hidden_ids, batch["attention_mask"], chosen)
+        everywhere = model.head(model.backbone(hidden_ids, batch["attention_mask"]))
+    losses, row = [], 0
+    for b in range(3):
+        for t in range(hidden_ids.shape[1]):
+            if chosen[b, t]:
+                z = everywhere[b, t].double()
+                torch.testing.assert_close(logits[row].double(), z)
+                losses.append(float(torch.logsumexp(z, 0) - z[batch["input_ids"][b, t]]))
+                row += 1
+    assert row == len(logits)
+    ours = torch.nn.functional.cross_entropy(logits, batch["input_ids"][chosen])
+    assert float(ours) == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_folder_holds_the_hubs_names_and_gives_the_same_hidden_states(name, weights, tmp_path):
+    model = make(name, weights)
+    save_hub_folder(model, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    layers = {key for key in state if ".encoder.layer." in key}
+    assert set(state) - layers == KEYS[name]
+    assert layers == {key for key in model.state_dict() if ".encoder.layer." in key}
+    loaded = load_backbone(name, tmp_path).eval()
+    ids, mask = torch.randint(6, 1000, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    assert torch.equal(loaded(ids, mask), model.backbone(ids, mask))
+    again = MaskedLM(model.family, loaded, model.tied)
+    assert load_head(again, tmp_path) and all(torch.equal(p, model.state_dict()[key]) for key, p in again.state_dict().items())
+
+
+def test_a_tied_folder_is_smaller_and_half_precision_loads_as_float32(weights, tmp_path):
+    model = make("tiny-nt", weights, tied=True)
+    save_hub_folder(model, tmp_path, torch.float16)
+    state = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.decoder.weight" not in state and {p.dtype for p in state.values()} == {torch.float16}
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is True
+    loaded = load_backbone("tiny-nt", tmp_path)
+    assert all(p.dtype == torch.float32 and torch.equal(p, model.backbone.state_dict()[key].half().float())
+               for key, p in loaded.state_dict().items())
+
+
+def test_a_folder_without_a_head_and_one_that_does_not_fit(weights, tmp_path):
+    model = make("tiny-nt", weights)
+    assert not load_head(model, weights["tiny-nt"])  # only lm_head.bias, as a test's folder may have
+    save_hub_folder(model, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(state | {"lm_head.dense.weight": torch.zeros(3, 3)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="language-model head"):
+        load_head(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_unigram_counts(name, demo):
+    split, masking = PreparedDataset(demo).split("train", MODELS[name].tokenizer), MASKING[MODELS[name].family]
+    vocab = {"tiny-nt": 4107, "tiny-dnabert": 1024}[name]
+    counts = [1] * vocab
+    for i in range(len(split)):
+        for token in split.tokens(i).tolist():
+            counts[token] += 1
+    total = sum(counts[masking.first_ordinary:])
+    losses = unigram_losses(split, masking, vocab).tolist()
+    assert losses[masking.first_ordinary:] == pytest.approx([-math.log(c / total) for c in counts[masking.first_ordinary:]])
+    assert losses[:masking.first_ordinary] == [math.inf] * masking.first_ordinary
+
+
+def replica(name, data, weights, steps, processes, lr=0.01):
+    """The loop as one plain process that plays all of them: the same masks, one loss over all positions of a step."""
+    torch.manual_seed(42)
+    family = MODELS[name].family
+    model = MaskedLM(family, load_backbone(name, weights[name]), MASKING[family].tied).train()
+    optimizer = adamw(model.parameters(), lr, 0.01)
+    split = PreparedDataset(data).split("train", MODELS[name].tokenizer)
+    plans = [micro_batches(len(split), 42, 0, 8, 1, rank, processes) for rank in range(processes)]
+    for step in range(steps):
+        losses = []
+        for rank, plan in enumerate(plans):
+            batch = split[plan[step][0][0][0]]
+            ids, chosen = mask_tokens(batch["input_ids"], model.masking, model.config.vocab_size, 0.15, generator_for(42, 0, step, rank))
+            logits = model(ids, batch["attention_mask"], chosen)
+            losses.append(torch.nn.functional.cross_entropy(logits, batch["input_ids"][chosen], reduction="none"))
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_rate(step, steps, lr, 1)
+        optimizer.zero_grad()
+        torch.cat(losses).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return {key: p.detach() for key, p in model.state_dict().items()}
+
+
+def test_two_processes_are_one_loss_over_all_masked_positions(demo, weights, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "pretrain.py"),
+                           *command("tiny-nt", demo, weights, tmp_path / "two", "--max-steps", "3")], capture_output=True, text=True,
+                          timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    expected = replica("tiny-nt", demo, weights, 3, 2)
+    for key, tensor in load_file(tmp_path / "two" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_it_learns_goes_on_after_an_interruption_and_train_loads_it(name, demo, weights, tmp_path, monkeypatch, capsys):
+    more = ("--epochs", "2", "--batch-size", "32", "--save-every", "5", "--log-every", "1")
+    whole = pretrain.main(command(name, demo, weights, tmp_path / "whole", *more))
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert log[0]["validation_loss"] > whole["loss"] + 0.1 and "perplexity" in log[0] and "unigram_perplexity" in log[-1]
+    assert whole["perplexity"] == pytest.approx(math.exp(whole["loss"]))
+
+    calls = []
+
+    def interrupted(step, *arguments):
+        calls.append(step)
+        if len(calls) == 18:
+            raise KeyboardInterrupt
+        return cosine_rate(step, *arguments)
+
+    monkeypatch.setattr(pretrain, "cosine_rate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(command(name, demo, weights, tmp_path / "cut", *more))
+    monkeypatch.undo()
+    again = pretrain.main(command(name, demo, weights, tmp_path / "cut", *more, "--resume"))
+    assert again == whole
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+    train.main(["--model", name, "--strategy", "lora", "--data", str(demo), "--weights", str(tmp_path / "whole"), "--max-steps", "1",
+                "--out", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["base"]["source"] == "folder"
+    measured = pretrain.main(["--model", name, "--data", str(demo), "--weights", str(tmp_path / "whole"), "--epochs", "0", "--batch-size",
+                              "32", "--out", str(tmp_path / "measured")])
+    assert measured["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("flags, what", [
+    (["--mask-fraction", "0"], "hides nothing"), (["--model", "tiny-mt"], "did you mean tiny-nt"),
+    (["--warmup-steps", "100", "--max-steps", "9"], "leaves nothing"), (["--overwrite", "--resume"], "give one of them"),
+    (["--data", "nowhere"], "no such folder"), (["--resume"], "nothing to resume"),
+])
+def test_wrong_input_is_one_line(flags, what, demo, weights, tmp_path, capsys):
+    with pytest.raises(InputError, match=what):
+        pretrain.main(command("tiny-nt", demo, weights, tmp_path / "run", *flags))
+    assert not (tmp_path / "run").exists()
