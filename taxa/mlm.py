@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from taxa.backbones import FAMILIES
@@ -147,7 +147,7 @@ def save_hub_folder(model, folder, dtype=torch.float32):
     state = {name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in model.state_dict().items()
              if not (model.tied and name.endswith("decoder.weight"))}
     with replacing(Path(folder) / "model.safetensors") as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
+        temporary.write_bytes(save(state, metadata={"format": "pt"}))  # save_file would make it readable by its owner alone
 
 
 def load_head(model, folder):

@@ -201,17 +201,17 @@ def test_two_processes_are_one_loss_over_all_masked_positions(demo, weights, tmp
 
 @pytest.mark.parametrize("name", TINY)
 def test_it_learns_goes_on_after_an_interruption_and_train_loads_it(name, demo, weights, tmp_path, monkeypatch, capsys):
-    more = ("--epochs", "2", "--batch-size", "32", "--save-every", "5", "--log-every", "1")
+    more = ("--max-steps", "13", "--batch-size", "32", "--save-every", "5")  # 11 steps are an epoch
     whole = pretrain.main(command(name, demo, weights, tmp_path / "whole", *more))
     log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
-    assert log[0]["validation_loss"] > whole["loss"] + 0.1 and "perplexity" in log[0] and "unigram_perplexity" in log[-1]
+    assert log[0]["validation_loss"] > whole["loss"] + 0.05 and "perplexity" in log[0] and "unigram_perplexity" in log[-1]
     assert whole["perplexity"] == pytest.approx(math.exp(whole["loss"]))
 
     calls = []
 
     def interrupted(step, *arguments):
         calls.append(step)
-        if len(calls) == 18:
+        if len(calls) == 13:
             raise KeyboardInterrupt
         return cosine_rate(step, *arguments)
 
@@ -221,6 +221,7 @@ def test_it_learns_goes_on_after_an_interruption_and_train_loads_it(name, demo, 
     monkeypatch.undo()
     again = pretrain.main(command(name, demo, weights, tmp_path / "cut", *more, "--resume"))
     assert again == whole
+    assert len(calls) == 13  # steps 0 to 12, the last of them not taken
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
     train.main(["--model", name, "--strategy", "lora", "--data", str(demo), "--weights", str(tmp_path / "whole"), "--max-steps", "1",
