@@ -124,8 +124,8 @@ def pretrain(w, args):
     if args.weights and out.exists() and out.resolve() == Path(args.weights).resolve():
         raise InputError("--out is the folder of --weights: give another --out")
     barrier(w)  # everyone has looked before rank 0 writes
-    data = open_data(w, args)
     row = get_model(args.model)
+    data = open_data(w, args, row)
     splits = {name: data.split(name, row.tokenizer) for name in ("train", "validation")}
 
     # load or draw -> add the head -> optimizer -> DDP
