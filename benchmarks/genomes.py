@@ -15,15 +15,18 @@ relatives are alike. A masked 6-mer (two codons) is predictable from the rest of
 by phase and by strand. There are no repeats, no homology and no genes in common: no biology follows from it.
 """
 
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from taxa.cli import InputError, Parser, positive_int, run, seed
-from taxa.files import replacing
-from taxa.progress import progress
-from taxa.simulate import LETTERS, SHARE, fragments
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from taxa.cli import InputError, Parser, positive_int, run, seed  # noqa: E402
+from taxa.files import replacing  # noqa: E402
+from taxa.progress import progress  # noqa: E402
+from taxa.simulate import LETTERS, SHARE, fragments  # noqa: E402
 
 LENGTH, CHUNK = 1500, 2048
 SUPERKINGDOMS = {2157: "Archaea", 2: "Bacteria", 2759: "Eukaryota", 10239: "Viruses"}

@@ -1,0 +1,186 @@
+"""The paper in miniature: prepare, pretrain what is not shipped, then every strategy on several seeds, each run one train.py command line.
+
+  python benchmarks/paper_mini.py                  # make paper-mini: two backbones, all strategies, heads trained and frozen
+  python benchmarks/paper_mini.py --quick          # make paper-mini QUICK=1: the same on fewer sequences and seeds
+  python benchmarks/paper_mini.py --grid heads --real REALDATA     # what training the heads is worth: few and many genera, and real DNA
+  python benchmarks/paper_mini.py --list           # only print the commands
+
+A run that is finished (metrics.json) is skipped, one that was cut short goes on from its last epoch or starts again. Runs go --jobs at a time
+with one thread each. All runs on a data set pass the same number of sequences, whatever their strategy: they are compared at equal
+sequences, not at equal seconds. At the end: a table of mean and standard deviation over the seeds, and report.py where there is one.
+"""
+
+import concurrent.futures
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from taxa.cli import InputError, Parser, positive_int, run  # noqa: E402
+
+# data set -> (genera, sequences, seed) of benchmarks/genomes.py; the pretraining genomes have seed 1, so no genus is the same
+GENOMES = {"few": (40, 4000, 11), "many": (320, 4800, 12)}
+SPLIT = ["--test", "0.2", "--validation", "0.05"]
+REAL_SPLIT, REAL_STEPS = ["--test", "0.05", "--validation", "0.01"], 200  # real DNA: as many training sequences as the others have, of 19,000
+BATCH = 16
+RATES = {"full": 1e-3, "random": 3e-3, "freeze75": 3e-3, "lora": 3e-3, "ia3": 1e-2}  # how they were chosen: docs/RESULTS.md
+TRAINED = [("full", []), ("random", []), ("freeze75", []), *(("lora", ["--r", r]) for r in ("1", "4", "20")), ("ia3", [])]
+FROZEN = [(strategy, [*flags, "--heads", "frozen"]) for strategy, flags in TRAINED if strategy in ("lora", "ia3")]
+PRETRAINING = (4000, 1)  # genera and seed of the genomes that tiny-dnabert is pretrained on
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--grid", choices=("paper", "heads"), default="paper", help="paper: two backbones on few genera; heads: tiny-nt on few and many")
+    add("--quick", action="store_true", help="fewer sequences and seeds")
+    add("--seeds", type=positive_int, metavar="N", help="runs per cell (default 3; quick: 2)")
+    add("--real", metavar="DIR", help="--grid heads: also on real FASTA files, DIR/*_db.fa with DIR/taxdmp*.zip")
+    add("--jobs", type=positive_int, default=os.cpu_count(), help="runs at a time, one thread each (default: one per core)")
+    add("--data", default="data/paper-mini", metavar="DIR", help="prepared data goes here (default data/paper-mini)")
+    add("--out", default="runs/paper-mini", metavar="DIR", help="run folders go here (default runs/paper-mini)")
+    add("--list", action="store_true", help="print the commands of the runs, and stop")
+    args = parser.parse_args(argv)
+    if args.real and args.grid != "heads":
+        parser.error("--real goes with --grid heads")
+    args.seeds = args.seeds or (2 if args.quick else 3)
+    return args
+
+
+def python(*arguments):
+    """Run a script of the project with one thread; returns its output. Raises InputError with the script's last line when it fails."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    if done.returncode:
+        raise InputError(f"{shlex.join(map(str, arguments))} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return done.stdout
+
+
+def prepare_genomes(folder, genera, sequences, seed, *more):
+    """Simulate and prepare a data set, unless it is there."""
+    if (folder / "manifest.json").is_file():
+        return
+    fasta = folder.with_name(folder.name + "-fasta")
+    python("benchmarks/genomes.py", "--genera", genera, "--sequences", sequences, "--seed", seed, "--out", fasta)
+    print(python("prepare.py", "--fasta", *sorted(fasta.glob("*_db.fa")), "--taxdump", fasta / "taxdmp_simulated.zip", "--out", folder, *more), end="")
+
+
+def prepare_all(args):
+    """The prepared data sets, {name: folder}, and the weights of tiny-dnabert."""
+    root = Path(args.data).resolve()
+    both = ["--tokenizers", "nt", "tiny-dnabert"]
+    names = ["few"] if args.grid == "paper" else ["few", "many"]
+    scale = 3 if args.quick else 1
+    data = {name: root / (name + "-quick" * args.quick) for name in names}
+    for name, folder in data.items():
+        genera, sequences, seed = GENOMES[name]
+        prepare_genomes(folder, genera, sequences // scale, seed, *SPLIT, *both)
+    if args.real:
+        data["real"] = root / "real"
+        if not (data["real"] / "manifest.json").is_file():
+            dump = sorted(Path(args.real).glob("taxdmp*.zip"))
+            if not dump:
+                raise InputError(f"--real {args.real}: no taxdmp*.zip in it")
+            print(python("prepare.py", "--fasta", *sorted(Path(args.real).resolve().glob("*_db.fa")), "--taxdump", dump[0].resolve(),
+                         "--out", data["real"], *REAL_SPLIT), end="")
+    return data
+
+
+def pretrain_tiny_dnabert(args):
+    """Nothing ships for tiny-dnabert: pretrain it here, minutes."""
+    out = Path(args.out).resolve() / f"pretrain-tiny-dnabert{'-quick' * args.quick}"
+    if not (out / "metrics.json").is_file():
+        sequences = 2000 if args.quick else 12000
+        folder = Path(args.data).resolve() / f"pretraining{'-quick' * args.quick}"
+        genera, seed = PRETRAINING
+        prepare_genomes(folder, genera // 10 if args.quick else genera, sequences, seed, "--test", "0.01", "--validation", "0.01",
+                        "--tokenizers", "nt", "tiny-dnabert")
+        started = time.time()
+        print(python("pretrain.py", "--model", "tiny-dnabert", "--data", folder, "--epochs", "1", "--batch-size", BATCH, "--lr", "2e-3",
+                     "--out", out, "--resume" if (out / "last.pt").is_file() else "--overwrite").splitlines()[-1],
+              f"({time.time() - started:.0f} s)", flush=True)
+    return out
+
+
+def commands(args, data, weights):
+    """[(name of the run folder, arguments of train.py)], seed by seed, so that a table of part of the runs is balanced."""
+    models = ("tiny-nt", "tiny-dnabert") if args.grid == "paper" else ("tiny-nt",)
+    cells = TRAINED + FROZEN if args.grid == "paper" else [cell for cell in TRAINED if cell[0] != "random"] + FROZEN
+    runs = []
+    for seed in range(1, args.seeds + 1):
+        for name, folder in data.items():
+            for model in models:
+                if model == "tiny-dnabert" and seed > 1:  # twice as slow: one seed
+                    continue
+                for strategy, flags in cells:
+                    parts = [folder.name, model, strategy, *[f"r{flags[1]}"] * (strategy == "lora"), *["frozen-heads"] * ("frozen" in flags)]
+                    out = Path(args.out).resolve() / "-".join([*parts, f"seed{seed}"])
+                    arguments = ["--model", model, "--strategy", strategy, *flags, "--data", folder, "--batch-size", BATCH,
+                                 "--lr", f"{RATES[strategy]:g}", "--epochs", 1, "--seed", seed, "--out", out]
+                    arguments += ["--max-steps", REAL_STEPS] if name == "real" else []
+                    arguments += ["--weights", weights] if model == "tiny-dnabert" and strategy != "random" else []
+                    runs.append((out, [str(argument) for argument in arguments]))
+    return runs
+
+
+def one_run(out, arguments):
+    """Run train.py unless it is finished. Returns seconds, or None for a run that was there."""
+    if (out / "metrics.json").is_file():
+        return None
+    started = time.time()
+    python("train.py", *arguments, *(["--overwrite"] if out.is_dir() else []))
+    return time.time() - started
+
+
+def table(runs):
+    """Markdown: a line per data set, model and strategy; mean and standard deviation of the balanced accuracy over the seeds."""
+    cells = {}
+    for out, _ in runs:
+        metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        cells.setdefault(out.name.rsplit("-seed", 1)[0], []).append([m["balanced_accuracy"] for m in metrics["ranks"].values()])
+        ranks = list(metrics["ranks"])
+    lines = [f"| run | seeds | {' | '.join(ranks)} |", "|---|---|" + "---|" * len(ranks)]
+    for name, values in cells.items():
+        means = [f"{statistics.mean(column):.3f}" + (f" ± {statistics.stdev(column):.3f}" if len(values) > 1 else "") for column in zip(*values)]
+        lines.append(f"| {name} | {len(values)} | {' | '.join(means)} |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    started = time.time()
+    if args.list:
+        names = [*(["few"] if args.grid == "paper" else ["few", "many"]), *["real"] * bool(args.real)]
+        root = Path(args.data)
+        data = {name: root / (name + "-quick" * (args.quick and name != "real")) for name in names}
+        for _, arguments in commands(args, data, "WEIGHTS"):
+            print("python train.py " + shlex.join(arguments))
+        return
+    data = prepare_all(args)
+    weights = pretrain_tiny_dnabert(args) if args.grid == "paper" else None
+    runs = commands(args, data, weights)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        futures = {pool.submit(one_run, *each): each for each in runs}
+        for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
+            out, arguments = futures[future]
+            if future.exception():
+                pool.shutdown(cancel_futures=True)
+            seconds = future.result()
+            if seconds is not None:
+                print(f"{number}/{len(runs)} {seconds:.0f} s: python train.py {shlex.join(arguments)}", flush=True)
+    (Path(args.out) / f"{args.grid}{'-quick' * args.quick}.md").write_text(table(runs) + "\n", encoding="utf-8")
+    print(table(runs))
+    print(f"{len(runs)} runs in {args.out}; {(time.time() - started) / 60:.1f} minutes")
+    if (ROOT / "report.py").is_file():
+        print(python("report.py", *[out for out, _ in runs], "--out", Path(args.out).resolve() / "report"), end="")
+
+
+if __name__ == "__main__":
+    run(main)
