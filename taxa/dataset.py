@@ -128,7 +128,8 @@ class PreparedDataset:
     def add_tokens(self, tokenizer, progress, in_order=map):
         """Write the tokens of another tokenizer, made from the letters that the nt tokens spell.
 
-        progress: wraps an iterable. in_order: what maps a function over parts of the data (taxa.workers).
+        progress: wraps an iterable. in_order: what maps a function over parts of the data (taxa.workers). Killed at any moment, the folder
+        has its old tokens of that name, or none, or the new ones: never a mixture.
         """
         with contextlib.ExitStack() as stack:
             for split in SPLITS:
@@ -138,6 +139,8 @@ class PreparedDataset:
                 jobs = ((self.folder / split / "nt.bin", offsets[start:start + 1025]) for start in starts)
                 for ids, counts in in_order(functools.partial(_encode_spelled, tokenizer), jobs):
                     writer.append(ids, counts)
+            if self.manifest["tokenizers"].pop(tokenizer.name, None):  # the old files go one by one now
+                write_json(self.folder / "manifest.json", self.manifest)
         self.manifest["tokenizers"][tokenizer.name] = _describe(tokenizer)
         self.manifest["files"].update(file_digests(self.folder, token_files(tokenizer.name)))
         write_json(self.folder / "manifest.json", self.manifest)

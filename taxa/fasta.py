@@ -138,11 +138,16 @@ def _index_range(job):
     return taxid, length, offset + indexed.first, length + ends
 
 
+def is_gzip(path):
+    """Whether a file is gzip, by its first two bytes."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
 def _unpacked(source, scratch):
-    """`source` itself, or, where it is gzip by its first two bytes, a plain copy in `scratch`: gzip cannot be read at random."""
-    with open(source, "rb") as file:
-        if file.read(2) != b"\x1f\x8b":
-            return source
+    """`source` itself, or, where it is gzip, a plain copy in `scratch`: gzip cannot be read at random."""
+    if not is_gzip(source):
+        return source
     plain = scratch / (source.name + ".unpacked")
     try:
         with gzip.open(source, "rb") as packed, open(plain, "wb") as file:

@@ -1,6 +1,8 @@
 """Files that are either whole or absent."""
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -37,9 +39,11 @@ def replacing(path):
 def new_folder(path, overwrite=False):
     """Yield a temporary folder beside `path`; renamed to `path` when the block ends well, removed with all in it when it does not.
 
-    Raises InputError when `path` exists and is not an empty folder, unless overwrite=True, which replaces it at the very end.
+    What a killed run left beside `path` is removed first; if it was killed between moving the old folder away and the new one in, the old
+    one comes back. Raises InputError when `path` exists and is not an empty folder, unless overwrite=True, which replaces it at the very end.
     """
     path = Path(path).resolve()
+    remove_leftovers(path)
     if path.exists() and not path.is_dir() and overwrite:
         raise InputError(f"{path} is not a folder: give another --out")
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
@@ -50,15 +54,42 @@ def new_folder(path, overwrite=False):
     except OSError as error:
         raise InputError(f"cannot write beside {path}: {error.strerror}") from None
     try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        old = temporary.with_suffix(".old")
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
+        with locked(temporary):
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            old = temporary.with_suffix(".old")
+            with locked(path) if path.exists() else contextlib.nullcontext():
+                if path.exists():
+                    os.replace(path, old)
+                os.replace(temporary, path)
+                shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a lock on a folder, which ends with the process however that ends. Raises InputError when another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process is writing it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(path):
+    """Remove the temporary folders of killed runs beside `path`: those that no process has locked."""
+    for leftover in sorted(path.parent.glob(f".{glob.escape(path.name)}.*")):
+        if leftover.suffix in (".tmp", ".old") and leftover.is_dir():
+            with contextlib.suppress(InputError), locked(leftover):
+                if leftover.suffix == ".old" and not path.exists():
+                    os.replace(leftover, path)
+                else:
+                    shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _umask():

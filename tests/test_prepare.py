@@ -4,11 +4,16 @@ import gzip
 import io
 import json
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +22,7 @@ import prepare
 from taxa import RANKS, fasta, simulate
 from taxa.cli import InputError
 from taxa.dataset import PreparedDataset
-from taxa.files import sha256
+from taxa.files import new_folder, sha256
 from taxa.splits import SPLITS, split_by_genus
 from taxa.tokens import NTTokenizer, TINY_BPE, get_tokenizer
 
@@ -557,3 +562,113 @@ def test_real_corpus_is_the_same_from_either_archive(real):
     assert one == other
     assert manifests[0].pop("taxdump") != manifests[1].pop("taxdump")
     assert manifests[0] == manifests[1]
+
+
+# runs that are killed, and full disks
+
+def start(tmp_path, *arguments, **options):
+    """prepare.py as a process of its own."""
+    return subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), *map(str, arguments)], cwd=tmp_path, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for(folder, pattern, process):
+    """Until a file of that pattern is there."""
+    for _ in range(60_000):
+        if any(folder.glob(pattern)):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """({command, the folder it makes}) of 12,000 sequences, so that there is time to kill it."""
+    folder = tmp_path_factory.mktemp("larger")
+    simulate.simulate(folder, 12_000, length=150, study=True)
+    arguments = [*simulated_arguments(folder), "--length", 150]
+    run_main(*arguments, "--out", folder / "whole", "--tokenizers", "tiny-dnabert")
+    return arguments, folder / "whole"
+
+
+@pytest.mark.parametrize("when, how", [(".out.*.tmp/train/.nt.bin*", signal.SIGKILL),
+                                       (".out.*.tmp/train/.nt.bin*", signal.SIGTERM), (".out.*.tmp/train/.tiny*.bin*", signal.SIGKILL)])
+def test_a_killed_run_keeps_the_old_folder_and_the_next_starts_clean(larger, tmp_path, when, how):
+    arguments, whole = larger
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text("old")
+    before = tree(tmp_path)
+    arguments = [*arguments, "--out", tmp_path / "out", "--overwrite", "--tokenizers", "tiny-dnabert", "--workers", 2]
+    killed = start(tmp_path, *arguments)
+    wait_for(tmp_path, when, killed)
+    killed.send_signal(how)
+    errors = killed.communicate()[1]
+    after = tree(tmp_path)
+    assert {name: after.get(name) for name in before} == before
+    if how == signal.SIGTERM:
+        assert after == before and killed.returncode == 130 and errors == "prepare.py: interrupted\n"
+    run_main(*arguments)
+    assert tree(tmp_path / "out") == tree(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_while_tokens_are_added(larger, tmp_path):
+    _, whole = larger
+    shutil.copytree(whole, tmp_path / "out")
+    before = tree(tmp_path)
+    arguments = ["--add-tokens", "tiny-dnabert", "--out", tmp_path / "out", "--overwrite"]
+    killed = start(tmp_path, *arguments)
+    wait_for(tmp_path, "out/train/.tiny-dnabert.bin.*", killed)
+    with pytest.raises(InputError, match="out: another process is writing it"):
+        run_main(*arguments)
+    killed.kill()
+    killed.communicate()
+    assert {name: content for name, content in tree(tmp_path).items() if name in before} == before
+    run_main(*arguments)
+    assert tree(tmp_path) == before
+
+
+def test_killed_between_the_old_folder_and_the_new_the_old_one_comes_back(small, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text("old")
+    before = tree(tmp_path)
+    (tmp_path / "out").rename(tmp_path / ".out.abc.old")
+    (tmp_path / ".out.abc.tmp" / "train").mkdir(parents=True)
+    with pytest.raises(InputError, match="out exists"):
+        run_main(*small_arguments(small, "--out", tmp_path / "out"))
+    assert tree(tmp_path) == before
+
+
+def test_a_running_preparation_is_left_alone(small, tmp_path):
+    with new_folder(tmp_path / "out") as running:
+        (running / "x").write_text("x")
+        run_main(*small_arguments(small, "--out", tmp_path / "out"))
+        assert (running / "x").read_text() == "x"
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("limit, adding", [(20_000, False), (400_000, False), (400_000, True)])  # in the index, in nt tokens, in others
+def test_a_full_disk_ends_in_one_line_and_keeps_what_was_there(larger, tmp_path, limit, adding):
+    arguments, whole = larger
+    shutil.copytree(whole, tmp_path / "out")
+    before = tree(tmp_path)
+    arguments = ["--add-tokens", "tiny-dnabert"] if adding else [*arguments, "--workers", 2]
+
+    def small_disk():  # no file may grow beyond it: to the program, a disk that is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = start(tmp_path, *arguments, "--out", tmp_path / "out", "--overwrite", preexec_fn=small_disk)
+    _, errors = done.communicate()
+    assert done.returncode == 2 and errors.startswith("prepare.py: error: ") and errors.count("\n") == 1, errors
+    assert tree(tmp_path) == before
+
+
+def test_disk_need_is_said_and_compared(small, tmp_path, monkeypatch, capsys):
+    run_main(*small_arguments(small, "--out", tmp_path / "out"))
+    assert capsys.readouterr().out.startswith("needs about 0.00 GB of disk, ")
+    before = tree(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=300))
+    for arguments in (small_arguments(small, "--out", tmp_path / "new"), ["--add-tokens", "tiny-dnabert", "--out", tmp_path / "out"]):
+        with pytest.raises(InputError, match="--out needs about 0.00 GB, and 0.00 GB are free"):
+            run_main(*arguments)
+        assert tree(tmp_path) == before

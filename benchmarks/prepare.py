@@ -1,0 +1,103 @@
+"""Time and memory of preparing a corpus of the study's shape.
+
+  python benchmarks/prepare.py --sequences 50000 500000 --scratch /tmp/corpora
+  python benchmarks/prepare.py --sequences 5181880 --scratch /tmp/corpora --workers 2
+  python benchmarks/prepare.py --sequences 500000 --scratch /tmp/corpora --tokens dnabert --tokenizer-file ../shared/hub/dnaberts/tokenizer.json
+
+Simulates each corpus with `python -m taxa.simulate --study` in --scratch unless it is there, runs prepare.py on it and prints a JSON line: wall
+time (s), sequences/s, CPU time (s, all processes), and the peak of the memory of all its processes together, sampled ten times a second: "pss"
+counts a page that processes share once, "rss" once for each. Linux only: it reads /proc.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from taxa.cli import InputError, Parser, positive_int, run  # noqa: E402
+from taxa.workers import available_cores  # noqa: E402
+
+NCBI_TAXA = 2_600_000  # about what NCBI's dump has
+
+
+def tree(pid):
+    """`pid` and all its descendants, as /proc has them now."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rsplit(")", 1)[1].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # ended meanwhile
+    family, size = {pid}, 0
+    while len(family) > size:
+        size = len(family)
+        family |= {child for child, parent in parents.items() if parent in family}
+    return family
+
+
+def memory(pids):
+    """{"pss": kB, "rss": kB} of several processes together."""
+    total = {"pss": 0, "rss": 0}
+    for pid in pids:
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        for line in lines:
+            name = line.split(":")[0].lower()
+            if name in total:
+                total[name] += int(line.split()[1])
+    return total
+
+
+def measure(command):
+    """Run a command; {"seconds", "cpu_seconds", "peak_pss_gb", "peak_rss_gb", "samples"}. Its output goes to ours."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT)
+    peak, samples = {"pss": 0, "rss": 0}, 0
+    while process.poll() is None:
+        now = memory(tree(process.pid))
+        peak, samples = {name: max(peak[name], now[name]) for name in peak}, samples + 1
+        time.sleep(0.1)
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        raise InputError(f"{' '.join(command)} failed")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "peak_pss_gb": round(peak["pss"] / 1e6, 3),
+            "peak_rss_gb": round(peak["rss"] / 1e6, 3), "samples": samples}
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--sequences", type=positive_int, nargs="+", default=[50_000, 500_000], help="sizes (default 50000 500000)")
+    parser.add_argument("--scratch", required=True, metavar="DIR", help="corpora and prepared folders: 2.1 kB a sequence, and 0.4 GB a size")
+    parser.add_argument("--workers", type=positive_int, default=available_cores(), help="processes (default: the CPU cores)")
+    parser.add_argument("--tokens", default="nt", help="nt: the whole preparation; another name: those tokens, added to it (default nt)")
+    parser.add_argument("--tokenizer-file", metavar="FILE", help="tokenizer.json for dnabert")
+    args = parser.parse_args(argv)
+    for sequences in args.sequences:
+        corpus, out = Path(args.scratch) / f"study{sequences}", Path(args.scratch) / f"prepared{sequences}"
+        if not (corpus / "Viruses_db.fa").is_file():
+            subprocess.run([sys.executable, "-m", "taxa.simulate", "--study", "--sequences", str(sequences), "--unused-taxa", str(NCBI_TAXA),
+                            "--out", str(corpus)], cwd=ROOT, check=True)
+        command = [sys.executable, "prepare.py", "--out", str(out), "--overwrite", "--workers", str(args.workers)]
+        if args.tokens == "nt":
+            command += ["--fasta", *map(str, sorted(corpus.glob("*_db.fa"))), "--taxdump", str(corpus / "taxdmp_simulated.zip")]
+        else:
+            command += ["--add-tokens", args.tokens] + (["--tokenizer-file", str(Path(args.tokenizer_file).resolve())]
+                                                        if args.tokenizer_file else [])
+        row = measure(command)
+        print(json.dumps({"sequences": sequences, "tokens": args.tokens, "workers": args.workers, "cores": os.cpu_count(),
+                          "sequences_per_second": round(sequences / row["seconds"]), **row}), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
