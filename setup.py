@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["taxa", "taxa.backbones"],
+    packages=["taxa", "taxa.backbones", "taxa.inspect"],
     package_data={"taxa": ["assets/*.json"]},
     install_requires=[
         "torch>=2.6",

@@ -24,22 +24,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import prepare
-from taxa import RANKS, __version__, checkpoint, peft_format
+from taxa import __version__, checkpoint, peft_format
 from taxa.augment import AugmentedSplit
 from taxa.backbones import FAMILIES, MODELS, backbone_config, find_model
-from taxa.cli import InputError, Parser, choose, fraction, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
+from taxa.cli import InputError, Parser, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
 from taxa.dataset import PreparedDataset, micro_batches
 from taxa.distributed import barrier, copy_from_main, main_first, sum_over_ranks, world
 from taxa.evaluation import run_split, summarize, table, write_tables
 from taxa.files import write_json
+from taxa.flags import add_classes, add_model, add_strategy, check_strategy, classes_of
 from taxa.model import TaxonClassifier, sequence_losses
 from taxa.optim import adamw, cosine_rate
 from taxa.precision import PRECISIONS, autocast, set_precision
 from taxa.progress import print_line, progress
 from taxa.random_init import reinitialize
-from taxa.strategies import (PROTOCOLS, STRATEGIES, STRATEGY_FLAGS, inject, published_fraction, settings_from_flags, train_only,
+from taxa.strategies import (STRATEGY_FLAGS, inject, published_fraction, settings_from_flags, train_only,
                              trainable_names)
-from taxa.taxonomy import check_ranks
 from taxa.tokens import get_tokenizer
 
 DEMO = "data/demo"
@@ -51,28 +51,15 @@ RESUME_IGNORES = ("resume", "overwrite", "out", "workers", "log_every", "device"
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    # what is trained
-    add("--model", required=True, metavar="NAME", 
-        help=f"one of {' '.join(MODELS)}; or the hub id ORG/NAME of another Nucleotide Transformer v2 or DNABERT-2")
-    add("--strategy", required=True, metavar="NAME", help=f"one of {' '.join(STRATEGIES)}")
-    add("--protocol", choices=PROTOCOLS, default="corrected", help="published: all as the published code did it (default corrected)")
-    add("--heads", choices=("train", "frozen"), help="of lora and ia3; the published code froze them (default train)")
-    add("--r", "--lora-r", type=positive_int, help="lora: rank (default 4)")
-    add("--lora-alpha", type=positive_float, help="lora: scaling is alpha / r (default 32)")
-    add("--lora-dropout", type=fraction, help="lora: dropout on the adapter's input (default 0.1)")
-    add("--targets", nargs="+", metavar="NAME", help="lora: Linears to adapt; ia3: Linears whose output is scaled (default: the family's)")
-    add("--feedforward-targets", nargs="+", metavar="NAME", help="ia3: Linears whose input is scaled (default: the family's)")
-    add("--freeze-fraction", type=fraction, help="freeze75: freeze at least this share of the parameters (default 0.75)")
+    add_model(parser)
+    add = add_strategy(parser)
     add("--adapters", metavar="DIR", help="lora, ia3: start from a PEFT folder (export.py --adapters, or the library's)")
-    # base weights
-    add("--weights", metavar="DIR", help="folder in the hub's format instead of the hub: config.json and model.safetensors or .bin")
-    add("--revision", metavar="SHA", help="of the hub's repository (default: the pinned one; of ORG/NAME: main)")
-    # data
+    add = parser.group("data")
     add("--data", metavar="DIR", help=f"prepared dataset, or 'demo': simulated, made in {DEMO} when it is not there")
     add("--augment", action="store_true",
         help="read every training sequence from a random strand and in a random frame, anew in every epoch (default: as it is)")
     add("--workers", type=non_negative_int, default=0, help="processes that load batches, per rank (default 0: in the loop)")
-    # optimisation
+    add = parser.group("optimisation")
     add("--epochs", type=positive_int, default=5, help="at most this many (default 5)")
     add("--max-steps", type=positive_int, metavar="N", help="stop after this many optimizer steps")
     add("--batch-size", type=positive_int, metavar="B", help="sequences per process and micro-batch (default: the published one)")
@@ -84,33 +71,24 @@ def parse_args(argv=None):
     add("--patience", type=positive_int, default=3, metavar="EPOCHS",
         help="stop after this many without a better validation loss (default 3)")
     add("--seed", type=seed, default=42, help="of heads, adapters, order and dropout (default 42)")
-    # machine
+    add = parser.group("machine")
     add("--precision", choices=PRECISIONS, default="fp32", help="of matrix products (default fp32, as published)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
-    # output
+    add = parser.group("output")
     add("--out", metavar="DIR", help="run folder (default runs/MODEL-STRATEGY...)")
     add("--overwrite", action="store_true", help="replace a run folder that exists")
     add("--resume", action="store_true", help="go on from the last finished epoch of --out")
     add("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between log lines (default 20)")
     add("--dry-run", action="store_true", help="print as one JSON line what would train, and stop")
-    add("--num-classes", type=positive_int, nargs="+", metavar="N", help="--dry-run: classes per rank (default 4 57 1884)")
-    add("--ranks", nargs="+", metavar="RANK", help=f"--dry-run: the ranks that --num-classes counts (default {' '.join(RANKS)})")
+    add_classes(parser, "--dry-run: ")
     args = parser.parse_args(argv)
 
-    choose("strategy", args.strategy, STRATEGIES)
+    check_strategy(args)
     if args.num_classes and (args.data or not args.dry_run):
         parser.error("--num-classes stands in for data: it goes with --dry-run, without --data")
-    if args.ranks and not args.num_classes:
-        parser.error("--ranks names what --num-classes counts: with --data the prepared folder has them")
-    ranks = check_ranks(args.ranks or RANKS, known=None)
-    if len(args.num_classes or RANKS) != len(ranks):
-        parser.error(f"--num-classes has {len(args.num_classes)} numbers for {len(ranks)} ranks ({' '.join(ranks)}): --ranks names others")
+    classes_of(args)
     if not args.data and not args.dry_run:
         parser.error("--data is missing: a folder made by prepare.py, or demo")
-    if args.strategy == "random" and args.revision:
-        parser.error("--revision names pretrained weights; --strategy random uses none")
-    if args.weights and args.revision:
-        parser.error("--revision is of the hub's repository; --weights DIR does not come from there")
     if args.overwrite and args.resume:
         parser.error("--overwrite starts anew and --resume goes on: give one of them")
     if args.max_steps and args.warmup_steps >= args.max_steps:
@@ -136,9 +114,7 @@ def run_name(args, settings):
 
 def dry_run(args, row, settings):
     """Print one JSON line: what would train. Builds on the meta device; reads no weights and downloads nothing."""
-    num_classes = dict(zip(args.ranks or RANKS, args.num_classes or (4, 57, 1884)))
-    if args.data:
-        num_classes = PreparedDataset(DEMO if args.data == "demo" else args.data).num_classes
+    num_classes = PreparedDataset(DEMO if args.data == "demo" else args.data).num_classes if args.data else classes_of(args)
     with torch.device("meta"):
         model = FAMILIES[row.family].model(backbone_config(row, args.weights))
         classifier = TaxonClassifier(model, num_classes)
@@ -147,7 +123,7 @@ def dry_run(args, row, settings):
     sizes = {name: p.numel() for name, p in classifier.named_parameters()}
     trainable, total = sum(sizes[name] for name in names), sum(sizes.values())
     published = None  # nothing of the kind was published
-    if args.model in MODELS and row.hub and not args.weights and not (args.targets or args.feedforward_targets or args.freeze_fraction):
+    if row in MODELS.values() and row.hub and not args.weights and not (args.targets or args.feedforward_targets or args.freeze_fraction):
         published = published_fraction(args.model, args.strategy, num_classes, settings.get("r"))
     print(json.dumps({
         "model": args.model, "strategy": args.strategy, "r": settings.get("r"), "heads": settings["heads"],

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import itertools
 import os
 import sys
 
@@ -22,6 +23,24 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
 
+    def group(self, title):
+        """Begin a group of flags in --help; returns what adds a flag to it."""
+        return self.add_argument_group(title).add_argument
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse, but a flag that does not exist is said first, with the nearest that does."""
+        args = sys.argv[1:] if args is None else list(args)
+        for word in itertools.takewhile(lambda word: word != "--", args):
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and flag not in self._option_string_actions:
+                self.error(f"there is no flag {flag}{nearest(flag, self._option_string_actions)}")
+        return super().parse_args(args, namespace)
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            choices = " ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"'{value}' is not one of {choices}{nearest(value, action.choices)}")
+
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")
 
@@ -30,9 +49,13 @@ def choose(kind, name, choices):
     """Return `name` if it is one of `choices`, else raise InputError with the nearest valid name."""
     if name in choices:
         return name
-    near = difflib.get_close_matches(name, choices, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise InputError(f"unknown {kind} '{name}': choose from {' '.join(choices)}{hint}")
+    raise InputError(f"unknown {kind} '{name}': choose from {' '.join(choices)}{nearest(name, choices)}")
+
+
+def nearest(name, choices):
+    """"; did you mean X?" of the choice most like `name`, or nothing."""
+    near = difflib.get_close_matches(str(name), list(map(str, choices)), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def positive_int(text):

@@ -1,0 +1,96 @@
+"""Floating-point operations of a classifier, part by part, from shapes and from what trains. Nothing runs.
+
+One multiply-add is 2 operations, and only matrix products count (embeddings, norms, activations, softmax, biases and (IA)3's scaling are
+left out: under 1% at these sizes). A Linear of N weights takes, for one token,
+
+    2N   forward
+    2N   gradient of its input     where something before it trains, or (IA)3 scales its input
+    2N   gradient of its weight    where the weight trains
+
+so 6N in full fine-tuning, 4N where the weight is frozen and something before it trains, 2N where nothing before it does. LoRA adds the
+same for A (r * in) and B (out * r); B's input always needs its gradient. Attention over T tokens multiplies queries by keys and
+probabilities by values, 2TH each; backward, 2TH for each of queries, keys, values and probabilities that needs a gradient.
+
+Shapes: T tokens of a sequence, H hidden_size, C classes of a rank.
+"""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from taxa.ia3 import IA3Linear
+from taxa.lora import LoRALinear
+
+# What runs in a layer, in order; "attention.self" is the attention itself, what begins so are its projections, side by side.
+ORDER = {
+    "nt": ("attention.LayerNorm", "attention.self.query", "attention.self.key", "attention.self.value", "attention.self",
+           "attention.output.dense", "LayerNorm", "intermediate.dense", "output.dense"),
+    "dnabert": ("attention.self.Wqkv", "attention.self", "attention.output.dense", "attention.output.LayerNorm", "mlp.gated_layers",
+                "mlp.wo", "mlp.layernorm"),
+}
+
+
+class Part(NamedTuple):
+    """One module that holds parameters, or the attention of a layer (which holds none)."""
+
+    name: str
+    module: nn.Module
+    parameters: int
+    trainable: int
+    forward: int  # operations for one sequence of T tokens
+    step: int  # forward and backward
+
+
+def parts(classifier, family, names, T):
+    """[Part] of a TaxonClassifier in the order in which they run. family: nt or dnabert; names: what trains; T: tokens."""
+    modules, trains = dict(classifier.named_modules()), set(names)
+    layers = sorted((name for name in modules if name.startswith("backbone.encoder.layer.") and name.count(".") == 3),
+                    key=lambda name: int(name.rpartition(".")[2]))
+    inside = [f"{layer}.{name}" for layer in layers for name in ORDER[family]]
+    holders = [name for name, module in modules.items() if next(module.parameters(recurse=False), None) is not None]
+    before = [name for name in holders if name.startswith("backbone.embeddings.")]
+    after = [name for name in holders if name not in inside and name not in before]
+    if missing := [name for name in after if name.startswith(tuple(layers))]:
+        raise ValueError(f"not in ORDER: {missing}")
+
+    found, upstream, projections = [], False, {}  # upstream: does something that has run train?
+    for name in (*before, *inside, *after):
+        module = modules[name]
+        sizes = {f"{name}.{key}": p.numel() for key, p in module.named_parameters(recurse=False)}
+        mine = sum(size for key, size in sizes.items() if key in trains)
+        if name.endswith("attention.self"):
+            upstream = upstream or any(projections.values())
+            forward, backward = _attention(classifier.backbone.config.hidden_size, T, projections)
+            projections = {}
+        elif isinstance(module, nn.Linear):
+            forward, backward = _linear(name, module, trains, upstream)
+            once = name.startswith("heads.")  # on the mean of a sequence, not on every token
+            forward, backward = (n if once else n * T for n in (forward, backward))
+        else:
+            forward = backward = 0
+        if ".attention.self." in name:
+            projections[name.rpartition(".")[2]] = upstream or mine > 0
+        elif not name.startswith("heads."):
+            upstream = upstream or mine > 0
+        found.append(Part(name, module, sum(sizes.values()), mine, forward, forward + backward))
+    return found
+
+
+def _linear(name, module, trains, upstream):
+    """(forward, backward) for one token."""
+    N = module.in_features * module.out_features
+    scales_input = isinstance(module, IA3Linear) and module.feedforward and f"{name}.ia3_l" in trains
+    forward, backward = 2 * N, 2 * N * (upstream or scales_input) + 2 * N * (f"{name}.weight" in trains)
+    if isinstance(module, LoRALinear):
+        A, B = module.lora_A.numel(), module.lora_B.numel()
+        a_trains, b_trains = f"{name}.lora_A" in trains, f"{name}.lora_B" in trains
+        forward += 2 * A + 2 * B
+        backward += 2 * A * (upstream + a_trains) + 2 * B * ((upstream or a_trains) + b_trains)
+    return forward, backward
+
+
+def _attention(H, T, projections):
+    """(forward, backward) for a sequence of T tokens. projections: {name of a Linear: does its output need a gradient?}."""
+    of = lambda name: projections.get(name, projections.get("Wqkv"))
+    q, k, v = of("query"), of("key"), of("value")
+    return 4 * T * T * H, 2 * T * T * H * (q + k + v + (q or k))

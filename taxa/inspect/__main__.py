@@ -1,0 +1,121 @@
+"""A model as a tree on one screen: what is frozen, what trains, which Linear carries what, parameters and operations per token.
+
+  python -m taxa.inspect --model nt50m --strategy lora --r 4
+  python -m taxa.inspect --model dnabert2 --strategy ia3 --protocol published --num-classes 4 31 75
+
+Builds on the meta device: nothing is computed, and nothing is downloaded for a model of the table. Layers that are alike are folded.
+
+(A folder without __init__.py and not a file inspect.py, which would stand in the place of the standard library's module of that name for
+every Python started in this folder.)
+"""
+
+import itertools
+
+import torch
+from torch import nn
+
+from taxa.backbones import FAMILIES, backbone_config, find_model
+from taxa.cli import Parser, positive_int, run
+from taxa.flags import add_classes, add_model, add_strategy, check_strategy, classes_of, strategy_settings
+from taxa.flops import parts
+from taxa.ia3 import THIRDS, IA3Linear
+from taxa.lora import LoRALinear
+from taxa.model import TaxonClassifier
+from taxa.strategies import inject, trainable_names
+
+TOKENS = {"nt": 251, "dnabert": 312}  # of 1500 bp: exact without N; about, for bacterial DNA
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add_model(parser)
+    add_strategy(parser)
+    add_classes(parser)
+    add = parser.group("operations")
+    add("--tokens", type=positive_int, metavar="T", help="tokens of a sequence (default: of 1500 bp, 251 for nt, 312 for dnabert)")
+    args = parser.parse_args(argv)
+    check_strategy(args)
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    row = find_model(args.model, args.weights, args.revision)
+    settings, num_classes = strategy_settings(args, row), classes_of(args)
+    with torch.device("meta"):
+        classifier = TaxonClassifier(FAMILIES[row.family].model(backbone_config(row, args.weights)), num_classes)
+        inject(classifier, settings)
+    T = args.tokens or TOKENS[row.family]
+    print(tree(args.model, parts(classifier, row.family, trainable_names(classifier, settings), T), settings, T))
+
+
+def tree(model, found, settings, T):
+    """The table as text. found: taxa.flops.parts() for sequences of T tokens."""
+    what = f"{model}, {settings['strategy']}" + (f" r = {settings['r']}, lora_alpha = {settings['lora_alpha']:g}" if "r" in settings else "")
+    protocol = ", protocol published" if settings["protocol"] == "published" else ""
+    heads = "train" if settings["heads"] == "train" else "frozen"
+    lines = [f"{what}{protocol}, heads {heads}; {T} tokens a sequence", "",
+             f"{'':<86}{'MFLOP per token':>18}",
+             f"{'part':<33}{'in x out':<12}{'carries':<18}{'parameters':>11}{'train':>12}{'forward':>9}{'step':>9}"]
+    for layers, members in blocks(found):
+        indent = ""
+        if layers:
+            indent, name = "  ", f"encoder.layer.{layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else "")
+            lines.append(_line(name, "", f"{len(layers)} layers, one:" if len(layers) > 1 else "", [sum(part[i] for part in members) * len(layers) for i in range(2, 6)], T))
+        for part in members:
+            name = part.name.removeprefix("backbone.").removeprefix(f"encoder.layer.{layers[0]}." if layers else "")
+            lines.append(_line(indent + name, shape(part.module, T), carries(part.module), part[2:], T))
+    totals = [sum(part[i] for part in found) for i in range(2, 6)]
+    lines.append(_line("total", "", "", totals, T))
+    parameters, trainable, forward, step = totals
+    return "\n".join([*lines, "", f"{trainable:,} of {parameters:,} parameters train ({trainable / parameters:.2%}).",
+                      f"A training step takes {step / forward:.2f} times the operations of its forward.",
+                      "Operations: matrix products only, a multiply-add is 2. A Linear of N weights: 2N forward, 2N more for",
+                      "its input's gradient where something before it trains, 2N more where its weight trains."])
+
+
+def blocks(found):
+    """Yield (layer numbers, the parts of one of them); (None, [part]) for what is in no layer. Neighbours that are alike go together."""
+    def layer(part):
+        return int(part.name.split(".")[3]) if part.name.startswith("backbone.encoder.layer.") else None
+
+    def signature(members):
+        return [(part.name.split(".")[4:], shape(part.module, 1), carries(part.module), *part[2:]) for part in members]
+
+    groups = [(number, list(members)) for number, members in itertools.groupby(found, key=layer)]
+    for _, alike in itertools.groupby(groups, key=lambda group: None if group[0] is None else str(signature(group[1]))):
+        alike = list(alike)
+        if alike[0][0] is None:
+            yield from ((None, members) for _, members in alike)
+        else:
+            yield [number for number, _ in alike], alike[0][1]
+
+
+def shape(module, T):
+    if isinstance(module, nn.Linear):
+        return f"{module.in_features}x{module.out_features}" + (" +b" if module.bias is not None else "")
+    if isinstance(module, nn.Embedding):
+        return f"{module.num_embeddings}x{module.embedding_dim}"
+    return f"{module.normalized_shape[0]}" if isinstance(module, nn.LayerNorm) else f"{T}x{T}"
+
+
+def carries(module):
+    if isinstance(module, LoRALinear):
+        return f"LoRA r = {module.r}"
+    if isinstance(module, IA3Linear):
+        if module.feedforward or module.rows == (0, module.out_features):
+            return f"(IA)3 on {'input' if module.feedforward else 'output'}"
+        first, last = (row * 3 // module.out_features for row in module.rows)
+        return f"(IA)3 {','.join(THIRDS[first:last])}"
+    return ""
+
+
+def _line(name, shape, carries, numbers, T):
+    parameters, trainable, forward, step = numbers
+    train = "" if not parameters else "frozen" if not trainable else f"{trainable:,}"
+    flops = "".join(f"{n / T / 1e6:>9.3f}" if n else " " * 9 for n in (forward, step))
+    return f"{name:<33}{shape:<12}{carries:<18}{f'{parameters:,}' if parameters else '':>11}{train:>12}{flops}".rstrip()
+
+
+if __name__ == "__main__":
+    run(main)
