@@ -98,7 +98,10 @@ def check_output(path, inputs):
 
 
 def read_temperature(path, checkpoint_path, trained):
-    """{rank: temperature} of a temperature.json. trained: the checkpoint's content. Raises InputError when it is none, or one of another checkpoint."""
+    """{rank: temperature} of a temperature.json. trained: the content of the checkpoint.
+
+    Raises InputError when it is none, or one of another checkpoint.
+    """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         temperature = {rank: float(content["temperature"][rank]) for rank in trained["classes"]}
@@ -172,7 +175,8 @@ def main(argv=None):
     name = content["tokenizer"]["name"]
     tokenizer = get_tokenizer(name if name in TOKENIZERS else "bpe", args.tokenizer_file)
     if tokenizer.digest != content["tokenizer"]["digest"]:
-        raise InputError(f"the vocabulary of the tokenizer {name} is not the one that {args.checkpoint} was trained with; --tokenizer-file PATH gives another")
+        raise InputError(f"the vocabulary of the tokenizer {name} is not the one that {args.checkpoint} was trained with; "
+                         "--tokenizer-file PATH gives another")
     with world(args.device) as w:
         if w.size > 1 and not all(Path(path).is_file() for path in args.reads):
             raise InputError("several processes each read the input: give files, not standard input or a pipe")

@@ -168,7 +168,8 @@ def run_script(*arguments, launcher=(), stdin=b"", cwd):
 
 
 def test_standard_input_and_output(mixed, checkpoints, tmp_path):
-    done = run_script(checkpoints["tiny-nt"], "-", "--batch-size", "2", stdin=gzip.compress((mixed / "reads.fa").read_bytes()), cwd=tmp_path)
+    packed = gzip.compress((mixed / "reads.fa").read_bytes())
+    done = run_script(checkpoints["tiny-nt"], "-", "--batch-size", "2", stdin=packed, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout == (mixed / "all.tsv").read_bytes()
     assert done.stderr.startswith(b"14 reads, 36 windows in ") and not list(tmp_path.iterdir())
 
