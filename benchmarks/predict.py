@@ -4,13 +4,13 @@
   python benchmarks/predict.py --megabytes 50 500                         peak memory of predict.py for so many MB of reads
 
 Weights are random, with 4, 57 and 1884 classes. Speed: both ways in turn, --rounds times, after one round of each that does not count;
-predict.py's share includes reading, tokenizing, decoding and writing, not loading. Memory: one process each, with a network of one tiny
+predict.py's share includes reading, tokenizing, decoding and writing, not loading; ratios are (lowest, median, highest) of the
+rounds. On a machine that others use too, the ratio of CPU times says more than that of wall times. Memory: one process each, with a network of one tiny
 layer, so that it ends; the kernel's peak resident set of each.
 """
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -71,21 +71,20 @@ def speed(args, scratch):
 
     @torch.no_grad()
     def bare():
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         for batch in batches:
             model(**batch)
-        return time.perf_counter() - started
+        return time.perf_counter() - started, time.process_time() - used
 
     def whole():
-        return predict.main([str(scratch / "ckpt.pt"), str(scratch / "reads.fa"), "--out", str(scratch / "out.tsv"),
-                             "--device", "cpu"])["seconds"]
+        done = predict.main([str(scratch / "ckpt.pt"), str(scratch / "reads.fa"), "--out", str(scratch / "out.tsv"), "--device", "cpu"])
+        return done["seconds"], done["cpu_seconds"]
 
-    rounds = [(bare(), whole()) for _ in range(args.rounds + 1)][1:]
-    ratios = [whole / bare for bare, whole in rounds]
+    rounds = np.array([(bare(), whole()) for _ in range(args.rounds + 1)][1:])  # (rounds, bare or whole, wall or CPU seconds)
+    wall, cpu = ([round(float(q), 3) for q in np.quantile(rounds[:, 1, i] / rounds[:, 0, i], (0, 0.5, 1))] for i in (0, 1))
+    rates = (args.reads / np.median(rounds[:, :, 0], axis=0)).round(2).tolist()
     return {"model": args.model, "reads": args.reads, "batch_size": args.batch_size, "threads": torch.get_num_threads(),
-            "bare_reads_per_s": round(args.reads / statistics.median(bare for bare, _ in rounds), 2),
-            "predict_reads_per_s": round(args.reads / statistics.median(whole for _, whole in rounds), 2),
-            "time_over_bare": [round(value, 3) for value in (min(ratios), statistics.median(ratios), max(ratios))]}
+            "bare_reads_per_s": rates[0], "predict_reads_per_s": rates[1], "time_over_bare": wall, "cpu_time_over_bare": cpu}
 
 
 def memory(args, scratch):
