@@ -4,9 +4,9 @@
   python benchmarks/predict.py --megabytes 50 500                         peak memory of predict.py for so many MB of reads
 
 Weights are random, with 4, 57 and 1884 classes. Speed: both ways in turn, --rounds times, after one round of each that does not count;
-predict.py's share includes reading, tokenizing, decoding and writing, not loading; ratios are (lowest, median, highest) of the
-rounds. On a machine that others use too, the ratio of CPU times says more than that of wall times. Memory: one process each, with a network of one tiny
-layer, so that it ends; the kernel's peak resident set of each.
+predict.py's share includes reading, tokenizing, decoding and writing, not loading; ratios are (lowest, median, highest) of the rounds. On
+a machine that others use too, the ratio of CPU times says more than that of wall times. Memory: one process each, with a network of one
+tiny layer, so that it ends; the kernel's peak resident set of each.
 """
 
 import json
