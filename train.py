@@ -123,7 +123,8 @@ def dry_run(args, row, settings):
     sizes = {name: p.numel() for name, p in classifier.named_parameters()}
     trainable, total = sum(sizes[name] for name in names), sum(sizes.values())
     published = None  # nothing of the kind was published
-    if row in MODELS.values() and row.hub and not args.weights and not (args.targets or args.feedforward_targets or args.freeze_fraction or args.adapters):
+    changed = args.weights or args.adapters or args.targets or args.feedforward_targets or args.freeze_fraction
+    if row in MODELS.values() and row.hub and not changed:
         published = published_fraction(args.model, args.strategy, num_classes, settings.get("r"))
     print(json.dumps({
         "model": args.model, "strategy": args.strategy, "r": settings.get("r"), "heads": settings["heads"],
