@@ -5,7 +5,11 @@
   python prepare.py --add-tokens tiny-dnabert --out data/demo   # tokens for another family of models, from what is prepared
 """
 
+import argparse
+import functools
+import hashlib
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -19,7 +23,7 @@ from taxa.dataset import RECORD, PreparedDataset, TokenWriter, write_manifest
 from taxa.fasta import batches, index_fasta, is_gzip, normalize, read_sequences
 from taxa.files import locked, new_folder, save_array, sha256
 from taxa.progress import progress
-from taxa.splits import SPLITS, split_by_genus
+from taxa.splits import SPLITS, copies, find_ids, read_ids, split_by_genus, write_ids
 from taxa.taxonomy import SUPERKINGDOMS, check_ranks, label_taxids
 from taxa.tokens import TOKENIZERS, get_tokenizer, nt_tokenizer
 from taxa.workers import available_cores, in_order
@@ -44,6 +48,11 @@ def parse_args(argv=None):
     add("--any-length", action="store_true", help="keep sequences of every length but 0")
     add("--test", type=fraction, metavar="F", help="share of each genus (class of the last rank) for the test split, above 0 (default 0.02)")
     add("--validation", type=fraction, metavar="F", help="share of each genus for the validation split, above 0 (default 0.10)")
+    add("--test-ids", metavar="FILE",
+        help="the test split is exactly these: test_ids.txt of a folder prepared before (default: chosen by --seed)")
+    add("--group", type=pattern, metavar="REGEX",
+        help="sequences of a genus whose headers agree in what REGEX finds are all in one split, e.g. '^[0-9]+' for the taxid (default: "
+             "each sequence on its own)")
     add("--seed", type=seed, help="of the split, and of the simulation (default 42)")
     # tokens
     add("--tokenizers", nargs="+", metavar="NAME",
@@ -60,10 +69,11 @@ def parse_args(argv=None):
         parser.error("give either --fasta and --taxdump, or --demo, or --add-tokens")
     if (args.fasta is None) != (args.taxdump is None):
         parser.error("--fasta and --taxdump go together")
-    useless = ["fasta", "taxdump", "length", "any_length", "test", "validation", "seed", "tokenizers",
-               "ranks"] if args.add_tokens else []
+    useless = ["fasta", "taxdump", "length", "any_length", "test", "validation", "test_ids", "group", "seed",
+               "tokenizers", "ranks"] if args.add_tokens else []
     useless += [] if args.demo else ["demo_sequences"]
     useless += ["length"] if args.any_length else []
+    useless += ["test", "group"] if args.test_ids else []
     for flag in useless:
         if getattr(args, flag) not in (None, False):
             parser.error(f"--{flag.replace('_', '-')} does nothing here: leave it out")
@@ -81,6 +91,14 @@ def parse_args(argv=None):
     if args.test + args.validation >= 1:
         parser.error(f"--test {args.test} and --validation {args.validation} leave nothing to train on")
     return args
+
+
+def pattern(text):
+    """argparse type: a regular expression."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression ({error})") from None
 
 
 def main(argv=None):
@@ -151,7 +169,8 @@ def prepare(args, out, scratch, mapped):
         raise InputError("--fasta: two files have the same name; the manifest tells them apart by it")
 
     # index: where each record is, its taxid and length
-    indexes = [index_fasta(source, scratch, mapped) for source in progress(sources, "index", unit="file")]
+    pinned_ids = read_ids(args.test_ids) if args.test_ids else None
+    indexes = [index_fasta(source, scratch, mapped, args.group) for source in progress(sources, "index", unit="file")]
     source = np.repeat(np.arange(len(indexes)), [len(index.taxid) for index in indexes])  # (N,)
     record = np.concatenate([np.arange(len(index.taxid)) for index in indexes])
     taxid = np.concatenate([index.taxid for index in indexes])
@@ -181,7 +200,15 @@ def prepare(args, out, scratch, mapped):
             raise InputError(f"{len(table)} classes of rank {rank}: labels are 16-bit, at most {np.iinfo(y.dtype).max}")
 
     # split
-    split = split_by_genus(y[:, -1], args.seed, args.test, args.validation)
+    group, pinned, jobs = None, None, functools.partial(batches_of, sources, indexes, source[kept], record[kept])
+    if args.group:
+        group = np.concatenate([index.group for index in indexes])[kept]
+    if args.test_ids:
+        digest = np.concatenate(list(mapped(digest_batch, jobs())))
+        pinned = find_ids(pinned_ids, taxid[kept], digest, copies(taxid[kept], digest))
+        if not pinned.any():
+            raise InputError(f"--test-ids {args.test_ids}: none of its {len(pinned_ids)} sequences is among the {len(kept)} kept")
+    split = split_by_genus(y[:, -1], args.seed, args.test, args.validation, group, pinned)
     for number, name in enumerate(SPLITS):
         (out / name).mkdir()
         rows = split == number
@@ -190,14 +217,19 @@ def prepare(args, out, scratch, mapped):
         save_array(out / name / "records.npy", records)
 
     # tokens: one pass over the letters, in input order within each split
-    other_letters = np.zeros(len(sources), dtype=np.int64)
+    other_letters, digest, at = np.zeros(len(sources), dtype=np.int64), np.empty(len(kept), dtype=np.uint64), 0
     writers = [TokenWriter(out, name, nt_tokenizer().name) for name in SPLITS]
     with writers[0], writers[1], writers[2], progress(None, "nt tokens", len(kept), "sequences", True) as bar:
-        for number, changed, of_splits in mapped(encode_batch, batches_to_encode(sources, indexes, source[kept], record[kept], split)):
+        for number, changed, some, ids, counts in mapped(encode_batch, jobs()):
             other_letters[number] += changed
-            for writer, (ids, counts) in zip(writers, of_splits):
-                writer.append(ids, counts)
-                bar.update(len(counts))
+            here = slice(at, at := at + len(counts))
+            digest[here] = some
+            for part, writer in enumerate(writers):
+                mine = split[here] == part
+                writer.append(ids[np.repeat(mine, counts)], counts[mine])
+            bar.update(len(counts))
+    in_test = split == SPLITS.index("test")
+    write_ids(out / "test_ids.txt", taxid[kept][in_test], digest[in_test], copies(taxid[kept], digest)[in_test])
     digests = dict(zip([*sources, args.taxdump], mapped(sha256, [*sources, args.taxdump])))
 
     manifest = {
@@ -205,32 +237,47 @@ def prepare(args, out, scratch, mapped):
         "splits": {name: int((split == number).sum()) for number, name in enumerate(SPLITS)},
         "superkingdoms": {row["name"]: int((y[:, 0] == i).sum()) for i, row in enumerate(classes.get("superkingdom", []))},
         "settings": {"length": None if args.any_length else args.length, "test": args.test, "validation": args.validation,
-                     "seed": args.seed},
+                     "seed": args.seed, **({"group": args.group.pattern} if args.group else {})},
         "sources": [{"file": path.name, "bytes": path.stat().st_size, "sha256": digests[path], "sequences": len(index.taxid),
                      "letters_changed_to_N": int(changed)} for path, index, changed in zip(sources, indexes, other_letters)],
         "taxdump": {"file": Path(args.taxdump).name, "date": dump_date, "sha256": digests[args.taxdump]},
         "dropped": dropped,
+        "repeated": {"sequences": len(kept) - len(np.unique(digest)),
+                     "test_in_train": int(np.isin(digest[in_test], digest[split == SPLITS.index("train")]).sum())},
+        **({"test_ids": {"file": Path(args.test_ids).name, "sha256": sha256(args.test_ids), "sequences": len(pinned_ids),
+                         "found": int(in_test.sum())}} if args.test_ids else {}),
         "classes": classes,
     }
     return write_manifest(out, manifest, nt_tokenizer())
 
 
-def batches_to_encode(sources, indexes, source, record, split):
-    """Yield the jobs of encode_batch, for what is kept in input order: source, record, split (N,)."""
+def batches_of(sources, indexes, source, record):
+    """Yield jobs (number of the file, its path, Index of some records, their numbers) for what is kept; source, record: (N,), in order."""
     for number, index in enumerate(indexes):
-        rows = slice(*np.searchsorted(source, (number, number + 1)))
-        records, splits, index = record[rows], split[rows], index.take(record[rows])
+        records = record[slice(*np.searchsorted(source, (number, number + 1)))]
+        index = index.take(records)
         for some in batches(index):
-            yield number, sources[number], index.take(some), records[some], splits[some]
+            yield number, sources[number], index.take(some), records[some]
+
+
+def read_batch(job):
+    """(letters in ACGTN, how many became N, digest of each sequence's letters (n,) uint64) of a job of batches_of."""
+    _, path, index, records = job
+    letters, changed = normalize(read_sequences(index), index.length, lambda i: f"{path}: record {records[i] + 1} '>{index.taxid[i]}'")
+    ends = np.cumsum(index.length).tolist()
+    digests = b"".join([hashlib.blake2b(letters[end - length:end], digest_size=8).digest()
+                        for end, length in zip(ends, index.length.tolist())])
+    return letters, changed, np.frombuffer(digests, dtype=">u8").astype(np.uint64)
+
+
+def digest_batch(job):
+    return read_batch(job)[2]
 
 
 def encode_batch(job):
-    """(number of the file, letters changed to N, [(nt ids joined, ids per sequence) of each split]) of a batch of records."""
-    number, path, index, records, splits = job
-    letters, changed = normalize(read_sequences(index), index.length, lambda i: f"{path}: record {records[i] + 1} '>{index.taxid[i]}'")
-    ids, counts = nt_tokenizer().encode(letters, index.length)
-    mine = [splits == part for part in range(len(SPLITS))]
-    return number, changed, [(ids[np.repeat(rows, counts)], counts[rows]) for rows in mine]
+    """(number of the file, letters changed to N, digests, nt ids joined, ids per sequence) of a job of batches_of."""
+    letters, changed, digests = read_batch(job)
+    return job[0], changed, digests, *nt_tokenizer().encode(letters, job[2].length)
 
 
 def drop_report(sources, source, taxid, reason, reasons):
@@ -253,11 +300,18 @@ def report(manifest, out):
     print("classes: " + ", ".join(f"{len(table)} {rank}" for rank, table in manifest["classes"].items())
           + ("; sequences: " if manifest["superkingdoms"] else "")
           + ", ".join(f"{name} {count:,}" for name, count in manifest["superkingdoms"].items()))
-    for row in manifest["dropped"]:
-        print(f"dropped {row['sequences']:>10,} sequences of {row['taxids']:,} taxids in {row['file']}: {row['reason']}")
+    if manifest["dropped"]:
+        print(f"dropped:\n{'sequences':>12}  {'taxids':>9}  reason, file")
+        for row in manifest["dropped"]:
+            print(f"{row['sequences']:>12,}  {row['taxids']:>9,}  {row['reason']}, {row['file']}")
     for source in manifest["sources"]:
         if source["letters_changed_to_N"]:
             print(f"{source['file']}: {source['letters_changed_to_N']:,} letters outside ACGTN became N")
+    if manifest["repeated"]["sequences"]:
+        print("{sequences:,} sequences have the letters of an earlier one; {test_in_train:,} of the test split are in train too"
+              .format_map(manifest["repeated"]))
+    if "test_ids" in manifest:
+        print("test split: {found:,} of the {sequences:,} sequences of {file}".format_map(manifest["test_ids"]))
     print(f"digest {manifest['digest'][:16]}, taxonomy of {manifest['taxdump']['date']}")
 
 

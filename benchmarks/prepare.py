@@ -2,11 +2,11 @@
 
   python benchmarks/prepare.py --sequences 50000 500000 --scratch /tmp/corpora
   python benchmarks/prepare.py --sequences 5181880 --scratch /tmp/corpora --workers 2
-  python benchmarks/prepare.py --sequences 500000 --scratch /tmp/corpora --tokens dnabert --tokenizer-file ../shared/hub/dnaberts/tokenizer.json
+  python benchmarks/prepare.py --sequences 500000 --scratch /tmp/corpora --tokens dnabert --tokenizer-file PATH
 
-Simulates each corpus with `python -m taxa.simulate --study` in --scratch unless it is there, runs prepare.py on it and prints a JSON line: wall
-time (s), sequences/s, CPU time (s, all processes), and the peak of the memory of all its processes together, sampled ten times a second: "pss"
-counts a page that processes share once, "rss" once for each. Linux only: it reads /proc.
+Simulates each corpus with `python -m taxa.simulate --study` in --scratch unless it is there, runs prepare.py on it and prints a JSON
+line: wall time (s), sequences/s, CPU time (s, all processes), and the peak of the memory of all its processes together, sampled ten
+times a second: "pss" counts a page that processes share once, "rss" once for each. Linux only: it reads /proc.
 """
 
 import json
@@ -78,7 +78,8 @@ def measure(command):
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--sequences", type=positive_int, nargs="+", default=[50_000, 500_000], help="sizes (default 50000 500000)")
-    parser.add_argument("--scratch", required=True, metavar="DIR", help="corpora and prepared folders: 2.1 kB a sequence, and 0.4 GB a size")
+    parser.add_argument("--scratch", required=True, metavar="DIR",
+                        help="corpora and prepared folders: 2.1 kB a sequence, and 0.4 GB a size")
     parser.add_argument("--workers", type=positive_int, default=available_cores(), help="processes (default: the CPU cores)")
     parser.add_argument("--tokens", default="nt", help="nt: the whole preparation; another name: those tokens, added to it (default nt)")
     parser.add_argument("--tokenizer-file", metavar="FILE", help="tokenizer.json for dnabert")
@@ -86,8 +87,8 @@ def main(argv=None):
     for sequences in args.sequences:
         corpus, out = Path(args.scratch) / f"study{sequences}", Path(args.scratch) / f"prepared{sequences}"
         if not (corpus / "Viruses_db.fa").is_file():
-            subprocess.run([sys.executable, "-m", "taxa.simulate", "--study", "--sequences", str(sequences), "--unused-taxa", str(NCBI_TAXA),
-                            "--out", str(corpus)], cwd=ROOT, check=True)
+            subprocess.run([sys.executable, "-m", "taxa.simulate", "--study", "--sequences", str(sequences), "--out", str(corpus),
+                            "--unused-taxa", str(NCBI_TAXA)], cwd=ROOT, check=True)
         command = [sys.executable, "prepare.py", "--out", str(out), "--overwrite", "--workers", str(args.workers)]
         if args.tokens == "nt":
             command += ["--fasta", *map(str, sorted(corpus.glob("*_db.fa"))), "--taxdump", str(corpus / "taxdmp_simulated.zip")]

@@ -7,6 +7,7 @@ names, about 600 bytes a record and keyed on that first word, is not built.
 
 import array
 import gzip
+import hashlib
 import shutil
 import zlib
 from pathlib import Path
@@ -26,6 +27,7 @@ class Index(NamedTuple):
     length: np.ndarray  # (N,) int64, letters
     offset: np.ndarray  # (N,) int64, byte of the first letter
     size: np.ndarray  # (N,) int64, bytes from the first letter to the last, line ends between them included
+    group: np.ndarray  # (N,) uint64, digest of what a pattern finds in the header; 0 without a pattern
 
     def take(self, records):
         """The index of some records only: a slice, or record numbers."""
@@ -38,8 +40,8 @@ RANGE = 1 << 26  # bytes of a file that one job indexes
 class _IndexFile(pyfaidx.Faidx):
     """pyfaidx's index file of the records that start in bytes start .. stop of a FASTA file, without its dictionary of names."""
 
-    def __init__(self, path, index_path, start, stop):
-        self.first, self.stop = start, stop
+    def __init__(self, path, index_path, start, stop, pattern):
+        self.first, self.stop, self.pattern, self.groups = start, stop, pattern, array.array("Q")
         super().__init__(path, indexname=index_path, rebuild=True)
 
     def build_index(self):
@@ -50,9 +52,16 @@ class _IndexFile(pyfaidx.Faidx):
             while line and not line.startswith(b">"):
                 line = self.file.readline()
             self.first = self.file.tell() - len(line)
-        self.file = _Lines(self.file, self.first, self.stop)
+        self.file = _Lines(self.file, self.first, self.stop, self.see_header)
         if self.first < self.stop:
             super().build_index()
+
+    def see_header(self, line):
+        found = self.pattern and self.pattern.search(line[1:].decode().rstrip("\r\n"))
+        if self.pattern and not found:
+            raise InputError(f"{self.filename}: record {len(self.groups) + 1} '{line.decode().strip()}': --group finds nothing in it")
+        text = found[found.re.groups and 1] or "" if found else ""
+        self.groups.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") if found else 0)
 
     def read_fai(self):
         pass
@@ -61,15 +70,17 @@ class _IndexFile(pyfaidx.Faidx):
 class _Lines:
     """A binary file as pyfaidx iterates over it, that ends before the first record that starts at byte `stop` or later."""
 
-    def __init__(self, file, first, stop):
-        self.file, self.first, self.stop = file, first, stop
+    def __init__(self, file, first, stop, see_header):
+        self.file, self.first, self.stop, self.see_header = file, first, stop, see_header
 
     def __iter__(self):
         self.file.seek(self.first)
         at = self.first
         for line in self.file:
-            if at >= self.stop and line.startswith(b">"):
-                return
+            if line.startswith(b">"):
+                if at >= self.stop:
+                    return
+                self.see_header(line)
             at += len(line)
             yield line
 
@@ -83,11 +94,13 @@ class _Lines:
         self.file.close()
 
 
-def index_fasta(path, scratch, in_order=map):
+def index_fasta(path, scratch, in_order=map, pattern=None):
     """Index one FASTA file, plain or gzip (bgzip is gzip too), leaving all it writes in the folder `scratch`.
 
-    in_order: what maps a function over the ranges of the file (taxa.workers). Raises InputError, naming the file and the record, for a
-    missing or empty file, text that is not FASTA, lines of unequal length within a record, and a header whose first word is not a taxid.
+    in_order: what maps a function over the ranges of the file (taxa.workers). pattern: a compiled regular expression; records with the same
+    text in its first pair of parentheses (without any: in all of the match) in the header are of one group. Raises InputError, naming
+    the file and the record, for a missing or empty file, text that is not FASTA, lines of unequal length within a record, a header whose
+    first word is not a taxid, and one in which the pattern finds nothing.
     """
     source, scratch = Path(path), Path(scratch)
     if not source.is_file():
@@ -97,23 +110,24 @@ def index_fasta(path, scratch, in_order=map):
     if size == 0:
         raise InputError(f"{source}: the file is empty")
     try:
-        parts = list(in_order(_index_range, [(source, plain, scratch, start, min(start + RANGE, size)) for start in range(0, size, RANGE)]))
+        parts = list(in_order(_index_range, [(source, plain, scratch, pattern, start, min(start + RANGE, size))
+                                             for start in range(0, size, RANGE)]))
     except InputError:  # a range cannot tell the number of a line or record, and may hold nothing but comments: the whole file can
-        parts = [_index_range((source, plain, scratch, 0, size))]
+        parts = [_index_range((source, plain, scratch, pattern, 0, size))]
     return Index(plain, *(np.concatenate(columns) for columns in zip(*parts)))
 
 
 def _index_range(job):
-    """(taxid, length, offset, size) of the records that start in a range of bytes, as in Index."""
-    source, plain, scratch, start, stop = job
+    """(taxid, length, offset, size, group) of the records that start in a range of bytes, as in Index."""
+    source, plain, scratch, pattern, start, stop = job
     index_path = scratch / f"{source.name}.{start}.fai"
     index_path.unlink(missing_ok=True)
     columns = [array.array("q") for _ in range(5)]
     try:
-        indexed = _IndexFile(plain, index_path, start, stop)
+        indexed = _IndexFile(plain, index_path, start, stop, pattern)
         indexed.close()
         if indexed.first >= stop:
-            return [np.empty(0, dtype=np.int64)] * 4
+            return [np.empty(0, dtype=np.int64)] * 4 + [np.empty(0, dtype=np.uint64)]
         with open(index_path) as file:
             for record, line in enumerate(file, start=1):
                 name, *numbers = line.split("\t")
@@ -135,7 +149,7 @@ def _index_range(job):
         record = int(np.argmax(blank_first))
         raise InputError(f"{source}: record {record + 1} '>{taxid[record]}': a blank line, or lines of unequal length")
     ends = np.maximum(length - 1, 0) // np.maximum(line_letters, 1) * (line_bytes - line_letters)
-    return taxid, length, offset + indexed.first, length + ends
+    return taxid, length, offset + indexed.first, length + ends, np.frombuffer(indexed.groups, dtype=np.uint64)
 
 
 def is_gzip(path):

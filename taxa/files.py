@@ -39,8 +39,9 @@ def replacing(path):
 def new_folder(path, overwrite=False):
     """Yield a temporary folder beside `path`; renamed to `path` when the block ends well, removed with all in it when it does not.
 
-    What a killed run left beside `path` is removed first; if it was killed between moving the old folder away and the new one in, the old
-    one comes back. Raises InputError when `path` exists and is not an empty folder, unless overwrite=True, which replaces it at the very end.
+    What a killed run left beside `path` is removed first; if it was killed between moving the old folder away and the new one in, the
+    old one comes back. Raises InputError when `path` exists and is not an empty folder, unless overwrite=True, which replaces it at the
+    very end.
     """
     path = Path(path).resolve()
     remove_leftovers(path)

@@ -1,6 +1,11 @@
 """Which sequence is for training, validation, test: stratified by genus (Berman et al. 2025: test 2%, validation 10%)."""
 
+import re
+from pathlib import Path
+
 import numpy as np
+
+from taxa.cli import InputError
 
 SPLITS = ("train", "validation", "test")
 
@@ -21,24 +26,96 @@ def shares(counts, fraction, minimum):
     return taken
 
 
-def split_by_genus(genus, seed, test=0.02, validation=0.10):
+def split_by_genus(genus, seed, test=0.02, validation=0.10, group=None, pinned=None):
     """Assign every sequence to a split. genus: (N,) class ids. Returns (N,) uint8, an index into SPLITS.
 
     Within a genus of n sequences the first of a seeded shuffle go to test, the next to validation, the rest to training. A genus of
     one trains; of two: one trains, one tests; of three or more: at least one in each split. The same seed gives the same split on every
     machine: numpy keeps RandomState's stream as it is.
+
+    group: (N,) ids; sequences of one genus and group stay on one side (split_groups). pinned: (N,) bool; these are the test split and no
+    others, and validation takes its share of the rest, leaving a genus at least one for training.
     """
     genus = np.asarray(genus)
-    groups, group, counts = np.unique(genus, return_inverse=True, return_counts=True)
+    groups, which, counts = np.unique(genus, return_inverse=True, return_counts=True)
     n_test = shares(counts, test, minimum=np.where(counts >= 2, 1, 0))
     n_test = np.where(counts >= 3, np.minimum(n_test, counts - 2), n_test)
+    if pinned is not None:
+        n_test = np.bincount(which[pinned], minlength=len(groups))
     n_validation = shares(counts, validation, minimum=np.where(counts >= 3, 1, 0))
-    n_validation = np.where(counts <= 2, 0, np.minimum(n_validation, counts - n_test - 1))
+    n_validation = np.where(counts <= 2, 0, np.clip(n_validation, 0, np.maximum(counts - n_test - 1, 0)))
+    if group is not None:
+        return split_groups(which, group, np.stack((counts - n_test - n_validation, n_validation, n_test), axis=1), seed)
     key = np.random.RandomState(seed).permutation(len(genus))
-    order = np.lexsort((key, group))  # genus by genus, shuffled within
+    order = np.lexsort((key, which) if pinned is None else (key, ~pinned, which))  # genus by genus, shuffled within
     place = np.empty(len(genus), dtype=np.int64)
     starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
     place[order] = np.arange(len(genus)) - np.repeat(starts, counts)  # place of each sequence within its genus
-    in_test = place < n_test[group]
-    in_validation = ~in_test & (place < (n_test + n_validation)[group])
+    in_test = place < n_test[which]
+    in_validation = ~in_test & (place < (n_test + n_validation)[which])
     return (in_validation + 2 * in_test).astype(np.uint8)
+
+
+def split_groups(genus, group, targets, seed):
+    """As split_by_genus, but whole groups. genus: (N,) 0 .. G - 1; group: (N,) ids; targets: (G, 3) sequences wanted in each split.
+
+    In each genus the groups go from the largest to the smallest, equal ones in a seeded order, each to the split that lacks the most
+    sequences. A genus of one group trains; of two: the larger trains, the smaller tests; of three or more: at least one in each split.
+    """
+    units, unit, sizes = np.unique(np.stack((genus, np.unique(group, return_inverse=True)[1]), axis=1), axis=0, return_inverse=True,
+                                   return_counts=True)
+    order = np.lexsort((np.random.RandomState(seed).permutation(len(units)), -sizes, units[:, 0]))
+    of_unit = np.zeros(len(units), dtype=np.uint8)
+    ends = np.searchsorted(units[order, 0], np.arange(len(targets) + 1))
+    for lacking, start, end in zip(targets.tolist(), ends.tolist(), ends[1:].tolist()):
+        empty = {1: [0], 2: [0, 2]}.get(end - start, [0, 1, 2])
+        splits = set(empty)
+        for left, i in zip(range(end - start, 0, -1), order[start:end].tolist()):
+            best = max(empty if left <= len(empty) else splits, key=lambda part: (lacking[part], -part))
+            empty = [part for part in empty if part != best]
+            lacking[best] -= int(sizes[i])
+            of_unit[i] = best
+    return of_unit[unit.reshape(-1)]
+
+
+def copies(taxid, digest):
+    """(N,) int64: how many earlier sequences have this taxid and these letters. taxid: (N,); digest: (N,) of the letters."""
+    order = np.lexsort((digest, taxid))  # stable: equal ones stay in input order
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (taxid[order[1:]] != taxid[order[:-1]]) | (digest[order[1:]] != digest[order[:-1]])
+    starts = np.flatnonzero(new)
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
+    return place
+
+
+def write_ids(path, taxid, digest, copy):
+    """One line a sequence: taxid, digest of the letters, number of the copy. It names the sequence wherever it stands in whatever file."""
+    lines = [f"{t} {d:016x} {c}\n" for t, d, c in zip(taxid.tolist(), digest.tolist(), copy.tolist())]
+    Path(path).write_text("".join(lines), encoding="ascii")
+
+
+def read_ids(path):
+    """{(taxid, digest, copy)} of a file that write_ids wrote. Raises InputError for anything else."""
+    try:
+        lines = Path(path).read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--test-ids {path}: cannot be read ({getattr(error, 'strerror', None) or 'not ASCII text'})") from None
+    ids = set()
+    for number, line in enumerate(lines, start=1):
+        if not re.fullmatch(r"[0-9]+ [0-9a-f]{16} [0-9]+", line):
+            raise InputError(f"--test-ids {path}: line {number} is not 'TAXID DIGEST COPY', as in test_ids.txt of a prepared folder")
+        taxid, digest, copy = line.split()
+        ids.add((int(taxid), int(digest, 16), int(copy)))
+    if not ids:
+        raise InputError(f"--test-ids {path}: no ids in it")
+    return ids
+
+
+def find_ids(ids, taxid, digest, copy):
+    """(N,) bool: which sequences are among `ids`."""
+    wanted = np.array([d for _, d, _ in ids], dtype=np.uint64)
+    found = np.zeros(len(digest), dtype=bool)
+    for i in np.flatnonzero(np.isin(digest, wanted)).tolist():
+        found[i] = (int(taxid[i]), int(digest[i]), int(copy[i])) in ids
+    return found

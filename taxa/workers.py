@@ -1,4 +1,4 @@
-"""Several processes for one long list of jobs, results in the order of the jobs: how many processes there are never shows in what is written."""
+"""Several processes for one list of jobs, results in the order of the jobs: how many processes there are never shows in what is written."""
 
 import collections
 import concurrent.futures
@@ -19,10 +19,10 @@ def available_cores():
 
 @contextlib.contextmanager
 def in_order(workers):
-    """Yield a `map(function, jobs)` that runs on `workers` processes, at most two jobs ahead of each: memory does not grow with their number.
+    """Yield a `map(function, jobs)` on `workers` processes, three jobs for each at a time: memory does not grow with their number.
 
-    One worker is this process itself. An exception of a job is raised here, the earliest job's first. Raises InputError when a process was
-    killed from outside.
+    One worker is this process itself. An exception of a job is raised here, the earliest job's first. Raises InputError when a process
+    was killed from outside.
     """
     if workers == 1:
         yield map
@@ -49,7 +49,7 @@ def in_order(workers):
 
 
 def _start():
-    """In each worker: Ctrl-C is the parent's business, one thread each, and no life after the parent's (kill -9 leaves it no time to say so)."""
+    """In each worker: Ctrl-C is the parent's business; one thread; no life after the parent's, which kill -9 gives no time to say so."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

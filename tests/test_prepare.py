@@ -1,6 +1,7 @@
 """prepare.py end to end: every number in the folder is derived again from the FASTA; wrong input leaves nothing."""
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -192,7 +193,7 @@ def test_every_number_of_the_simulated_corpus(simulated, prepared):
 def test_two_runs_give_identical_bytes_wherever_the_input_lies(simulated, prepared, tmp_path, monkeypatch):
     expected = tree(prepared)
     assert sorted(expected) == sorted(["manifest.json", *SPLITS, *(f"{split}/{name}" for split in SPLITS for name in (
-        "labels.npy", "records.npy", "nt.npy", "nt.bin"))])
+        "labels.npy", "records.npy", "nt.npy", "nt.bin")), "test_ids.txt"])
     monkeypatch.setattr(fasta, "RANGE", 50_000)  # else these files are too small to be shared out
     for workers in (1, 3):
         run_main(*simulated_arguments(simulated), "--out", tmp_path / "again", "--workers", workers, "--overwrite")
@@ -289,7 +290,7 @@ def test_what_is_dropped_is_counted_by_file_and_reason(small, tmp_path, capsys, 
     printed = capsys.readouterr().out
     assert f"kept {manifest['sequences']} of {total} sequences" in printed
     for line in expected:
-        pattern = f"{line['sequences']} sequences of {line['taxids']} taxids in {line['file']}: {line['reason']}"
+        pattern = f" {line['sequences']} {line['taxids']} {line['reason']}, {line['file']}"
         assert pattern in " ".join(printed.split())
 
 
@@ -354,6 +355,72 @@ def test_tokenizer_file_is_used_for_dnabert(small, tmp_path):
     assert data.manifest["tokenizers"]["dnabert"]["digest"] == tiny.digest
     letters = NT.decode(data.split("train", "nt").tokens(0))
     assert data.split("train", "dnabert").tokens(0).tolist() == tiny.encode(letters, [30])[0].tolist()
+
+
+# a pinned test split, and groups
+
+def test_ids_name_the_test_split_by_letters(small, tmp_path):
+    run_main(*small_arguments(small, "--out", tmp_path / "out"))
+    test = PreparedDataset(tmp_path / "out").split("test", "nt")
+    letters = [NT.decode(test.tokens(i)) for i in range(len(test))]
+    taxids = np.load(tmp_path / "out" / "test" / "records.npy")["taxid"].tolist()
+    lines = (tmp_path / "out" / "test_ids.txt").read_text().splitlines()
+    assert [line.rsplit(" ", 1)[0] for line in lines] == [f"{taxid} {hashlib.blake2b(text, digest_size=8).hexdigest()}"
+                                                          for taxid, text in zip(taxids, letters)]
+    assert {line.rsplit(" ", 1)[1] for line in lines} <= {"0", "1"}  # two of the letters are there twice, once as U and once as N
+
+
+def test_a_pinned_test_split_is_the_same_from_other_files_seeds_and_orders(simulated, prepared, tmp_path):
+    (tmp_path / "all").mkdir()
+    records = [pair for path in simulated_arguments(simulated)[1:5] for pair in naive_records(path)]
+    copied = records[::7]  # some sequences twice
+    order = np.random.RandomState(0).permutation(len(records))
+    fasta = write_fasta(tmp_path / "all" / "x.fa", [*(records[i] for i in order), *copied], width=70)
+    arguments = ["--fasta", fasta, "--taxdump", simulated / "taxdmp_simulated.zip", "--seed", 5]
+    for pinned in (prepared, tmp_path / "one"):  # of the first preparation, then of this one, which has copies
+        for name, workers in (("one", 1), ("two", 2)):
+            run_main(*arguments, "--test-ids", pinned / "test_ids.txt", "--out", tmp_path / name, "--workers", workers, "--overwrite")
+        assert tree(tmp_path / "one") == tree(tmp_path / "two")
+        assert sorted((tmp_path / "one" / "test_ids.txt").read_text().split("\n")) == sorted(
+            (prepared / "test_ids.txt").read_text().split("\n"))
+        splits = [{NT.decode(data.tokens(i)) for i in range(len(data))}
+                  for folder in (prepared, tmp_path / "one") for data in [PreparedDataset(folder).split("test", "nt")]]
+        assert splits[0] == splits[1]
+    manifest = PreparedDataset(tmp_path / "one").manifest
+    n = manifest["splits"]["test"]
+    assert manifest["test_ids"].pop("sha256") and manifest["test_ids"] == {"file": "test_ids.txt", "sequences": n, "found": n}
+    assert manifest["repeated"]["sequences"] == len(copied) and manifest["splits"]["validation"] > 54
+
+
+def test_repeated_sequences_are_counted(tmp_path, capsys):
+    records = [(22, random_letters(30, i % 40)) for i in range(100)]
+    fasta = write_fasta(tmp_path / "x.fa", records)
+    run_main("--fasta", fasta, "--taxdump", write_dump(tmp_path / "d.zip"), "--length", 30, "--out", tmp_path / "out", "--test", 0.2)
+    data = PreparedDataset(tmp_path / "out")
+    letters = {name: [NT.decode(split.tokens(i)) for i in range(len(split))] for name, split in
+               ((name, data.split(name, "nt")) for name in SPLITS)}
+    in_train = sum(text in letters["train"] for text in letters["test"])
+    assert data.manifest["repeated"] == {"sequences": 60, "test_in_train": in_train}
+    assert f"60 sequences have the letters of an earlier one; {in_train} of the test split are in train too" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("regex, key", [("^[0-9]+", 0), (r"genome=(\S+)", 1)])
+def test_groups_stay_on_one_side(tmp_path, regex, key):
+    text, groups = [], []
+    for i in range(300):
+        taxid, genome = (22, 21, 23, 99, 31)[i % 5], f"G{i % 5}_{i // 5 % 6}"
+        text.append(f">{taxid} {i} genome={genome} x\n{random_letters(30, i)}\n")
+        groups.append((str(taxid), genome)[key])
+    (tmp_path / "x.fa").write_text("".join(text))
+    run_main("--fasta", tmp_path / "x.fa", "--taxdump", write_dump(tmp_path / "d.zip"), "--length", 30, "--out", tmp_path / "out",
+             "--group", regex)
+    sides = {}
+    for split in SPLITS:
+        for record in np.load(tmp_path / "out" / split / "records.npy")["record"].tolist():
+            sides.setdefault(groups[record], set()).add(split)
+    assert {len(splits) for splits in sides.values()} == {1} and len(sides) == (5, 30)[key]
+    assert set.union(*sides.values()) == ({"train", "test"} if key == 0 else set(SPLITS))
+    assert PreparedDataset(tmp_path / "out").manifest["settings"]["group"] == regex
 
 
 # nothing half written
@@ -436,6 +503,14 @@ WRONG = {
     "a bad tokenizer file": (GOOD + " --tokenizers dnabert" + FILE + "text.zip", "text.zip: not a tokenizer.json"),
     "a tokenizer file for another": (GOOD + " --tokenizers tiny-dnabert" + FILE + "t.json", "--tokenizer-file"),
     "a tokenizer file for none": (GOOD + FILE + "t.json", "--tokenizer-file"),
+    "a pattern that is none": (GOOD + " --group (", "--group: '\\(' is not a regular expression"),
+    "a pattern that finds nothing": (GOOD + " --group genome=.", "good.fa: record 1 '>22 0': --group finds nothing"),
+    "missing ids": (GOOD + " --test-ids {path}/missing.txt", "missing.txt: cannot be read .No such file"),
+    "ids that are none": (GOOD + " --test-ids {path}/good.fa", "good.fa: line 1 is not 'TAXID DIGEST COPY'"),
+    "empty ids": (GOOD + " --test-ids {path}/empty.fa", "empty.fa: no ids in it"),
+    "ids of other sequences": (GOOD + " --test-ids {path}/ids.txt", "ids.txt: none of its 1 sequences is among the 4 kept"),
+    "ids and a share": (GOOD + " --test-ids {path}/ids.txt --test 0.1", "--test does nothing here"),
+    "ids and groups": (GOOD + " --test-ids {path}/ids.txt --group x", "--group does nothing here"),
     "an old folder": (OLD, "old exists: give another --out, or --overwrite"),
     "a file as --out": (GOOD + " --out {path}/good.fa", "good.fa exists"),
     "a file as --out, --overwrite": (GOOD + " --out {path}/text.zip --overwrite", "text.zip"),
@@ -458,7 +533,7 @@ def write_wrong_input(folder):
     texts = {"empty.fa": "", "prose.fa": "Dear all,\n", "zero.fa": ">22 0\nACGT\n>0 1\nACGT\n", "text.zip": "text\n",
              "accession.fa": ">22 0\nACGT\n>NC_1 1\nACGT\n", "unequal.fa": ">22 0\nACGT\nAC\nACGT\n",
              "protein.fa": ">22 0\nACGT\n>22 1\nACGT\n>31 2\nMKTAYIAKQRQISFVK\n",
-             "unknown.fa": ">97 0\nACGT\n", "x.fa.bz2": letters,
+             "unknown.fa": ">97 0\nACGT\n", "ids.txt": "22 0123456789abcdef 0\n", "x.fa.bz2": letters,
              "same/good.fa": letters, "old/note": "keep me", "old/manifest.json": "{}", "other/note": "keep me"}
     for name in ("same", "old", "other", "empty"):
         (folder / name).mkdir()
@@ -500,7 +575,7 @@ def test_the_script_exits_with_2_and_one_line(tmp_path, case):
     arguments = command.format(path=tmp_path).split()
     done = subprocess.run([sys.executable, str(ROOT / "prepare.py"), *arguments], cwd=tmp_path, capture_output=True,
                           text=True, check=False, env={**os.environ, "HOME": str(tmp_path)})
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout.count("\n") == 1 and done.stdout.startswith("needs about 0.00 GB of disk, ")
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("prepare.py: error: ")
     assert words.split(":")[0] in done.stderr
     assert tree(tmp_path) == before

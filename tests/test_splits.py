@@ -7,7 +7,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from taxa.splits import SPLITS, shares, split_by_genus
+from taxa.cli import InputError
+from taxa.splits import SPLITS, copies, find_ids, read_ids, shares, split_by_genus, write_ids
 
 TRAIN, VALIDATION, TEST = range(3)
 PINNED_SMALL = [2, 2, 0, 0, 0, 2, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0]
@@ -179,3 +180,79 @@ def test_any_order_of_the_input_keeps_the_counts():
     for seed in range(5):
         shuffled = np.random.RandomState(seed).permutation(genus)
         assert counts_of(shuffled, split_by_genus(shuffled, 0)) == expected
+
+
+# a pinned test split, and groups
+
+def test_the_study_has_its_published_test_split():
+    weights = 1 / (20 + np.arange(1884))
+    counts = np.maximum((5_181_880 * weights / weights.sum()).astype(int), 3)
+    counts[0] += 5_181_880 - counts.sum()
+    split = np.bincount(split_by_genus(np.repeat(np.arange(1884), counts), 42))
+    assert split.tolist() == [4_560_054, 518_188, 103_638]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pinned_sequences_are_the_test_split(seed):
+    genus = random_genera(seed)
+    pinned = split_by_genus(genus, seed) == TEST
+    assert (split_by_genus(genus, seed, pinned=pinned) == split_by_genus(genus, seed)).mean() > 0.8
+    other = split_by_genus(genus, seed + 100, 0.02, 0.1, pinned=pinned)
+    assert ((other == TEST) == pinned).all()
+    for train, validation, test in counts_of(genus, other).values():
+        assert train >= 1 and (validation >= 1 or train + validation + test <= 2)
+    everything = split_by_genus(genus, seed, pinned=np.ones(len(genus), dtype=bool))
+    assert (everything == TEST).all()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_groups_are_whole_and_near_their_shares(seed):
+    rng = np.random.RandomState(seed)
+    genus = rng.randint(0, 12, 4000)
+    group = 100 * genus + rng.randint(0, 1 + 8 * genus)  # genus 0 has one group
+    split = split_by_genus(genus, seed, group=rng.permutation(2000)[group])
+    for g in range(12):
+        mine = genus == g
+        sides = [set(split[mine & (group == one)].tolist()) for one in set(group[mine].tolist())]
+        assert all(len(side) == 1 for side in sides)
+        if len(sides) > 2:
+            assert set(split[mine].tolist()) == {TRAIN, VALIDATION, TEST}
+        else:
+            assert set(split[mine].tolist()) == {TRAIN}
+        if len(sides) > 40:
+            assert np.bincount(split[mine]) / mine.sum() == pytest.approx([0.88, 0.10, 0.02], abs=0.02)
+    again = split_by_genus(genus, seed, group=rng.permutation(2000)[group])
+    assert np.bincount(again).tolist() == np.bincount(split).tolist()
+
+
+@pytest.mark.parametrize("sizes, expected", [([5], [TRAIN]), ([5, 9], [TEST, TRAIN]), ([5, 9, 7], {TRAIN, VALIDATION, TEST}),
+                                             ([90, 5, 5, 2, 2], [TRAIN, VALIDATION, VALIDATION, TEST, TRAIN])])
+def test_groups_of_a_small_genus(sizes, expected):
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    split = split_by_genus(np.zeros(len(group), dtype=int), 0, group=group)
+    of_group = [int(split[group == i][0]) for i in range(len(sizes))]
+    if isinstance(expected, set):
+        assert set(of_group) == expected and of_group[1] == TRAIN
+    elif len(sizes) == 5:
+        assert sorted(of_group) == sorted(expected) and of_group[0] == TRAIN
+    else:
+        assert of_group == expected
+
+
+def test_ids_round_trip_and_tell_copies_apart(tmp_path):
+    rng = np.random.RandomState(0)
+    taxid, digest = rng.randint(1, 6, 500), rng.randint(0, 7, 500).astype(np.uint64) + np.uint64(2 ** 64 - 10)
+    copy, seen = copies(taxid, digest), {}
+    for i, key in enumerate(zip(taxid.tolist(), digest.tolist())):
+        assert copy[i] == seen.get(key, 0)
+        seen[key] = copy[i] + 1
+    some = rng.random_sample(500) < 0.3
+    write_ids(tmp_path / "ids", taxid[some], digest[some], copy[some])
+    assert (find_ids(read_ids(tmp_path / "ids"), taxid, digest, copy) == some).all()
+
+
+@pytest.mark.parametrize("text, words", [("", "no ids"), ("1 2 3\n", "line 1"), (f"1 {'0' * 16} 0\n\n", "line 2"), ("\xe9\n", "not ASCII")])
+def test_files_that_are_not_of_ids_are_refused(tmp_path, text, words):
+    (tmp_path / "ids").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=f"ids: .*{words}"):
+        read_ids(tmp_path / "ids")
