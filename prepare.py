@@ -3,6 +3,7 @@
   python prepare.py --fasta Archaea_db.fa Bacteria_db.fa Eukaryota_db.fa Viruses_db.fa --taxdump taxdmp_2024-12-01.zip --out data/bertax
   python prepare.py --demo --out data/demo                      # a small simulated corpus, no input needed
   python prepare.py --add-tokens tiny-dnabert --out data/demo   # tokens for another family of models, from what is prepared
+  python prepare.py --describe data/demo --picture demo.png     # what is in a prepared folder
 """
 
 import argparse
@@ -20,6 +21,7 @@ import numpy as np
 from taxa import RANKS, simulate
 from taxa.cli import InputError, Parser, fraction, positive_int, run, seed
 from taxa.dataset import RECORD, PreparedDataset, TokenWriter, write_manifest
+from taxa.describe import describe, picture
 from taxa.fasta import batches, index_fasta, is_gzip, normalize, read_sequences
 from taxa.files import locked, new_folder, save_array, sha256
 from taxa.progress import progress
@@ -46,7 +48,8 @@ def parse_args(argv=None):
     add("--ranks", nargs="+", metavar="RANK",
         help=f"ranks to label, one to eight of NCBI's, from coarse to fine; one head each (default {' '.join(RANKS)})")
     add("--any-length", action="store_true", help="keep sequences of every length but 0")
-    add("--test", type=fraction, metavar="F", help="share of each genus (class of the last rank) for the test split, above 0 (default 0.02)")
+    add("--test", type=fraction, metavar="F",
+        help="share of each genus (class of the last rank) for the test split, above 0 (default 0.02)")
     add("--validation", type=fraction, metavar="F", help="share of each genus for the validation split, above 0 (default 0.10)")
     add("--test-ids", metavar="FILE",
         help="the test split is exactly these: test_ids.txt of a folder prepared before (default: chosen by --seed)")
@@ -59,18 +62,25 @@ def parse_args(argv=None):
         help=f"which tokens to write, of {' '.join(TOKENIZERS)}; nt is always written (default nt)")
     add("--add-tokens", nargs="+", metavar="NAME", help="add tokens to a folder that is prepared already")
     add("--tokenizer-file", metavar="FILE", help="tokenizer.json, for dnabert (default: DNABERT-2's, from the hub) or for bpe")
+    # a look at what is there
+    add("--describe", metavar="DIR", help="print what is in a prepared folder, and write nothing")
+    add("--picture", metavar="FILE",
+        help="with --describe: histograms of class sizes and token lengths, a file .png, .pdf or .svg; needs matplotlib")
     # output
-    add("--out", required=True, metavar="DIR", help="the folder to write")
+    add("--out", metavar="DIR", help="the folder to write")
     add("--workers", type=positive_int, default=available_cores(), metavar="N",
         help="processes; what is written does not depend on it (default: the CPU cores, here %(default)s)")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     args = parser.parse_args(argv)
-    if (args.add_tokens is not None) + args.demo + (args.fasta is not None) != 1:
-        parser.error("give either --fasta and --taxdump, or --demo, or --add-tokens")
+    if (args.add_tokens is not None) + args.demo + (args.fasta is not None) + (args.describe is not None) != 1:
+        parser.error("give either --fasta and --taxdump, or --demo, or --add-tokens, or --describe")
+    if (args.out is None) != (args.describe is not None):
+        parser.error("--describe writes nothing: leave out --out" if args.describe else "the following arguments are required: --out")
     if (args.fasta is None) != (args.taxdump is None):
         parser.error("--fasta and --taxdump go together")
     useless = ["fasta", "taxdump", "length", "any_length", "test", "validation", "test_ids", "group", "seed",
-               "tokenizers", "ranks"] if args.add_tokens else []
+               "tokenizers", "ranks"] if args.add_tokens or args.describe else []
+    useless += ["tokenizer_file", "overwrite"] if args.describe else ["picture"]
     useless += [] if args.demo else ["demo_sequences"]
     useless += ["length"] if args.any_length else []
     useless += ["test", "group"] if args.test_ids else []
@@ -103,6 +113,12 @@ def pattern(text):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.describe:
+        data = PreparedDataset(args.describe)
+        print("\n".join(describe(data)))
+        if args.picture:
+            picture(data, args.picture)
+        return
     names = [name for name in args.add_tokens or args.tokenizers if name != "nt"]
     tokenizers = [get_tokenizer(name, args.tokenizer_file if name in ("dnabert", "bpe") else None) for name in names]
     if args.add_tokens is None:
