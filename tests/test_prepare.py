@@ -747,3 +747,15 @@ def test_disk_need_is_said_and_compared(small, tmp_path, monkeypatch, capsys):
         with pytest.raises(InputError, match="--out needs about 0.00 GB, and 0.00 GB are free"):
             run_main(*arguments)
         assert tree(tmp_path) == before
+
+
+def test_each_distinct_taxid_is_labelled_once(small, tmp_path, monkeypatch):
+    asked, label = [], prepare.label_taxids
+
+    def record(dump, taxids, *rest):
+        asked.append(taxids)
+        return label(dump, taxids, *rest)
+
+    monkeypatch.setattr(prepare, "label_taxids", record)
+    run_main(*small_arguments(small, "--out", tmp_path / "out"))
+    assert asked == [sorted({taxid for path in small[0] for taxid, _ in naive_records(path)})]
