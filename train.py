@@ -24,12 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import prepare
-from taxa import __version__, checkpoint, peft_format
+from taxa import __version__, checkpoint, peft_format, resume
 from taxa.augment import AugmentedSplit
 from taxa.backbones import FAMILIES, MODELS, backbone_config, find_model
-from taxa.cli import InputError, Parser, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
+from taxa.cli import (InputError, Parser, Saved, interval, interval_of, non_negative_float, non_negative_int, positive_float,
+                      positive_int, run, seed)
 from taxa.dataset import PreparedDataset, micro_batches
-from taxa.distributed import barrier, copy_from_main, main_first, sum_over_ranks, world
+from taxa.distributed import any_process, barrier, copy_from_main, from_main, leave, main_first, same_on_all, sum_over_ranks, world
 from taxa.evaluation import run_split, summarize, table, write_tables
 from taxa.files import write_json
 from taxa.flags import add_classes, add_model, add_strategy, check_strategy, classes_of
@@ -38,14 +39,14 @@ from taxa.optim import adamw, cosine_rate
 from taxa.precision import PRECISIONS, autocast, set_precision
 from taxa.progress import print_line, progress
 from taxa.random_init import reinitialize
+from taxa.signals import Signals
 from taxa.strategies import (STRATEGY_FLAGS, inject, published_fraction, settings_from_flags, train_only,
                              trainable_names)
 from taxa.tokens import get_tokenizer
 
 DEMO = "data/demo"
-RUN_FILES = ("args.json", "environment.json", "log.jsonl", "ckpt.pt", "last.pt", "metrics*.json", "per_class*.csv", "confusion_*.csv",
-             "temperature.json")
-RESUME_IGNORES = ("resume", "overwrite", "out", "workers", "log_every", "device")  # flags that do not change what is computed
+RUN_FILES = ("args.json", "environment.json", "log.jsonl", "bad_steps.jsonl", "ckpt.pt", "last.pt", "last.prev.pt", "metrics*.json",
+             "per_class*.csv", "confusion_*.csv", "temperature.json")
 
 
 def parse_args(argv=None):
@@ -70,6 +71,8 @@ def parse_args(argv=None):
     add("--max-grad-norm", type=positive_float, default=1.0, help="clip the gradient's norm to this (default 1.0)")
     add("--patience", type=positive_int, default=3, metavar="EPOCHS",
         help="stop after this many without a better validation loss (default 3)")
+    add("--max-bad-steps", type=positive_int, default=3, metavar="N",
+        help="stop at the N-th step whose loss or gradient is not finite; such a step is not applied (default 3)")
     add("--seed", type=seed, default=42, help="of heads, adapters, order and dropout (default 42)")
     add = parser.group("machine")
     add("--precision", choices=PRECISIONS, default="fp32", help="of matrix products (default fp32, as published)")
@@ -77,7 +80,8 @@ def parse_args(argv=None):
     add = parser.group("output")
     add("--out", metavar="DIR", help="run folder (default runs/MODEL-STRATEGY...)")
     add("--overwrite", action="store_true", help="replace a run folder that exists")
-    add("--resume", action="store_true", help="go on from the last finished epoch of --out")
+    add("--resume", action="store_true", help="go on from last.pt of --out (torchrun's restarts and SLURM's requeues do so unasked)")
+    add("--save-every", type=interval, default="10m", metavar="N", help="write last.pt every N steps, or, as 10m, minutes (default 10m)")
     add("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between log lines (default 20)")
     add("--dry-run", action="store_true", help="print as one JSON line what would train, and stop")
     add_classes(parser, "--dry-run: ")
@@ -183,21 +187,16 @@ def main(argv=None):
     settings = settings_from_flags(row, args.strategy, args.protocol, args.heads, **flags)
     if args.dry_run:
         return dry_run(args, row, settings)
-    with world(args.device) as w:
-        return train(w, args, row, settings, start)
+    with world(args.device) as w, Signals() as signals:
+        return train(w, args, row, settings, signals, start)
 
 
-def train(w, args, row, settings, start=None):
+def train(w, args, row, settings, signals, start=None):
     """Run the whole of it on this process; returns the test metrics. start: {name: tensor} of --adapters."""
     set_precision(args.precision, w.device)
     out = Path(args.out or run_name(args, settings))
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file: give another --out")
-    if out.exists() and any(out.iterdir()) and not (args.overwrite or args.resume):
-        raise InputError(f"{out} exists: give another --out, --overwrite to replace it, or --resume to go on")
-    if args.overwrite and out.exists() and any(out.iterdir()) and not (out / "args.json").is_file():
-        raise InputError(f"{out} is not a run folder, so --overwrite does not replace it: give another --out")
-    barrier(w)  # everyone has looked before rank 0 writes
+    if w.is_main:  # only rank 0 looks into the run folder and writes there
+        resume.begin(out, args.resume, args.overwrite)
     data = open_data(w, args, row)
     tokenizer = row.tokenizer
     splits = {name: data.split(name, tokenizer) for name in ("train", "validation", "test")}
@@ -212,6 +211,8 @@ def train(w, args, row, settings, start=None):
         raise InputError(f"the tokenizer {tokenizer} has {vocabulary} ids, but the backbone only {backbone.config.vocab_size}")
     if base["source"] != "none":
         base["digest"] = checkpoint.weights_digest(backbone)
+    flags = {name: value for name, value in vars(args).items() if name not in ("data", "weights", "out")}  # paths may differ
+    same_on_all(w, {**flags, "dataset": data.digest, "base weights": base.get("digest"), "taxa": __version__, "torch": torch.__version__})
     torch.manual_seed(args.seed)
     model = TaxonClassifier(backbone, data.num_classes)
     if args.strategy == "random":
@@ -230,23 +231,30 @@ def train(w, args, row, settings, start=None):
     total_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     if args.warmup_steps >= total_steps:
         raise InputError(f"--warmup-steps {args.warmup_steps} leaves nothing of the {total_steps} steps of this run")
-    step, first_epoch, best, bad_epochs = 0, 0, math.inf, 0
-    if args.resume:
-        last = checkpoint.read(out / "last.pt", checkpoint.RESUME_STATE)
-        differ = [f"--{name.replace('_', '-')}" for name, value in last["args"].items()
-                  if name not in RESUME_IGNORES and value != getattr(args, name)]
-        differ += [name for name, value in (("processes", w.size), ("dataset", data.digest), ("base weights", base)) if last[name] != value]
-        if differ:
-            raise InputError(f"{out / 'last.pt'} is of a run with other {', '.join(differ)}: give the same to resume it")
+    facts = {"args": vars(args), "sequences per step": per_step, "dataset": data.digest, "base weights": base.get("digest")}
+    last = None
+    if w.is_main:
+        held = resume.lock(out)
+        if resume.begin(out, args.resume, args.overwrite):  # asked again: another run may have come in between
+            last = resume.read_last(out)
+            resume.check_same(out / "last.pt", last, facts)
+            if last["best"] < math.inf:
+                checkpoint.check_seal(out / "ckpt.pt")
+    last = from_main(w, last)
+    step, first_epoch, best, bad_epochs, bad_steps = 0, 0, math.inf, 0, 0
+    loss_sum, seen, seconds = 0.0, 0, 0.0  # since the last log line: loss and number of sequences, time
+    if last:
         checkpoint.load_state(model, last["state"], names)
         optimizer.load_state_dict(last["optimizer"])
-        step, first_epoch, best, bad_epochs = last["step"], last["epoch"] + 1, last["best"], last["bad_epochs"]
+        step, first_epoch, best, bad_epochs, bad_steps = (last[name] for name in ("step", "epoch", "best", "bad_epochs", "bad_steps"))
+        loss_sum, seen, seconds = last["loss_sum"], last["seen"], last["seconds"]
 
     lineages = np.unique(splits["train"].labels, axis=0).tolist()  # class numbers, one per rank, that occur together
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
     if w.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
+        if last:
+            resume.cut_logs(out, last)
+        else:
             for old in (path for pattern in RUN_FILES for path in out.glob(pattern)):
                 old.unlink()
         write_json(out / "args.json", vars(args) | {"settings": settings, "base": base})
@@ -258,6 +266,9 @@ def train(w, args, row, settings, start=None):
             print(started)
         print(f"{args.model} {args.strategy}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%}), heads "
               f"{settings['heads']}; {len(splits['train']):,} sequences, {total_steps:,} steps of {per_step}; run folder {out}", flush=True)
+        if last:
+            print(f"resumed after step {step:,}, epoch {first_epoch + 1}"
+                  + f"; the cosine is now that of {args.epochs} epochs" * (args.epochs != last["args"]["epochs"]), flush=True)
     barrier(w)
 
     def log(entry):
@@ -268,22 +279,37 @@ def train(w, args, row, settings, start=None):
                 file.write(line + "\n")
             print_line(line)
 
+    def save_last(epochs):
+        """last.pt, after `epochs` finished epochs and `step` steps: with it --resume goes on from here, bit for bit."""
+        if w.is_main:
+            resume.save_last(out, {
+                **facts, "state": checkpoint.changed_state(model, names), "optimizer": optimizer.state_dict(), "step": step,
+                "epoch": epochs, "best": best, "bad_epochs": bad_epochs, "bad_steps": bad_steps, "loss_sum": loss_sum, "seen": seen,
+                "seconds": seconds})
+        barrier(w)
+
+    save_steps, save_seconds = interval_of(args.save_every)
+    saved_at = time.perf_counter()
+    signals.defer()  # from here on a signal waits for the end of the step, and the run is saved before it leaves
     for epoch in range(first_epoch, args.epochs):
-        if bad_epochs == args.patience or step == total_steps:
+        done = epoch * steps_per_epoch
+        if bad_epochs == args.patience or done >= total_steps:
             break
         model.train()
-        torch.manual_seed((args.seed * 1_000_003 + epoch) * 1_009 + w.rank)  # dropout: another stream per epoch and process
         plan = micro_batches(len(splits["train"]), args.seed, epoch, args.batch_size, args.accumulate, w.rank, w.size)
-        plan = plan[: total_steps - step]
+        plan = plan[step - done:total_steps - done]
+        end = step + len(plan)
         source = AugmentedSplit(data.split("train", "nt"), retokenize, args.seed, epoch) if args.augment else splits["train"]
         loader = iter(DataLoader(source, batch_size=None, sampler=[rows for micros, _ in plan for rows, _ in micros],
                                  num_workers=args.workers, pin_memory=w.device.type == "cuda"))
-        since, loss_sum, seen = time.perf_counter(), torch.zeros((), dtype=torch.float64, device=w.device), 0
+        since = time.perf_counter() - seconds
         for micros, count in progress(plan, f"epoch {epoch + 1}/{args.epochs}", unit="seq", unit_scale=per_step):
             # ---------------------------------------------------------------- a single training step
+            torch.manual_seed(resume.dropout_seed(args.seed, step, w.rank))
             rate = cosine_rate(step, total_steps, args.lr, args.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
+            step_loss = torch.zeros((), dtype=torch.float64, device=w.device)
             for i, (_, weight) in enumerate(micros):
                 batch = {name: tensor.to(w.device, non_blocking=True) for name, tensor in next(loader).items()}
                 last_micro = i == len(micros) - 1
@@ -292,38 +318,56 @@ def train(w, args, row, settings, start=None):
                         logits = ddp(batch["input_ids"], batch["attention_mask"])
                     loss = sequence_losses(logits, batch["labels"]).sum() * weight
                     (loss * w.size / count).backward()  # DDP averages over processes: the gradient is that of the mean over `count`
-                loss_sum += loss.detach().double()
+                step_loss += loss.detach().double()
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
+            stopping, saving = any_process(w, signals.received is not None, save_seconds and time.perf_counter() - saved_at > save_seconds)
+            step_loss, norm = float(sum_over_ranks(w, step_loss)), float(norm)  # of all processes, so that all decide alike
+            finite = math.isfinite(step_loss) and math.isfinite(norm)
+            if finite:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             # -----------------------------------------------------------------------------------------
-            step, seen = step + 1, seen + count
+            step += 1
+            if finite:
+                loss_sum, seen = loss_sum + step_loss, seen + count
+            else:
+                bad_steps += 1
+                if w.is_main:
+                    resume.note_bad_step(out, data, splits["train"], args.seed, epoch, step, step - 1 - done, per_step, step_loss, norm)
+                if bad_steps == args.max_bad_steps:
+                    leave(w, InputError(f"{bad_steps} step(s) had a loss or gradient that is not finite, the last one step {step}; their "
+                                        f"records stand in {out / 'bad_steps.jsonl'}: look at those, or try a lower --lr than {args.lr}"))
+            seconds = time.perf_counter() - since
             if step % args.log_every == 0 or step == total_steps:
-                loss_of_all = float(sum_over_ranks(w, loss_sum)) / seen
-                now = time.perf_counter()
-                log({"epoch": epoch + 1, "step": step, "steps": total_steps, "loss": round(loss_of_all, 5), "lr": rate,
-                     "grad_norm": round(float(norm), 4), "sequences_per_s": round(seen / (now - since), 2)})
-                since, loss_sum, seen = now, torch.zeros_like(loss_sum), 0
+                log({"epoch": epoch + 1, "step": step, "steps": total_steps, "loss": round(loss_sum / seen, 5) if seen else None,
+                     "lr": rate, "grad_norm": round(norm, 4) if finite else None, "sequences_per_s": round(seen / seconds, 2)})
+                since, loss_sum, seen, seconds = time.perf_counter(), 0.0, 0, 0.0
+            # before the validation, too: so that whatever happens in it, no step is taken twice
+            if stopping or saving or (save_steps and step % save_steps == 0) or step == end:
+                save_last(epoch)
+                saved_at = time.perf_counter()
+            if stopping:
+                leave(w, Saved(f"{signals.name}: saved step {step} of {total_steps} in {out / 'last.pt'}; --resume goes on from there"))
 
         outcome = run_split(w, model, splits["validation"], args.batch_size, args.precision, args.workers, lineages=lineages)
         metrics = summarize("validation", outcome, data.num_classes, lineages, data.digest)
         log({"epoch": epoch + 1, "step": step, "validation_loss": metrics["loss"],
              "balanced_accuracy": {rank: round(m["balanced_accuracy"], 4) for rank, m in metrics["ranks"].items()}})
         if not math.isfinite(metrics["loss"]):
-            raise InputError(f"the validation loss is {metrics['loss']} after epoch {epoch + 1}: try a lower --lr than {args.lr}")
+            leave(w, InputError(f"the validation loss is {metrics['loss']} after epoch {epoch + 1}: try a lower --lr than {args.lr}"))
         best, bad_epochs = (metrics["loss"], 0) if metrics["loss"] < best else (best, bad_epochs + 1)
-        if w.is_main:
-            state = checkpoint.changed_state(model, names)
-            if bad_epochs == 0:
-                checkpoint.save(out / "ckpt.pt", {
-                    "model": args.model, "config": backbone.config.to_dict(), "base": base, "settings": settings, "state": state,
-                    "classes": data.classes, "lineages": lineages, "data": {"folder": str(data.folder.resolve()), "digest": data.digest},
-                    "tokenizer": {"name": tokenizer, **data.manifest["tokenizers"][tokenizer]},
-                    "precision": args.precision, "batch_size": args.batch_size, "epoch": epoch + 1, "metrics": metrics})
-            checkpoint.save(out / "last.pt", {
-                "args": vars(args), "processes": w.size, "dataset": data.digest, "base weights": base, "state": state,
-                "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch, "best": best, "bad_epochs": bad_epochs},
-                checkpoint.RESUME_STATE)
+        loss_sum, seen, seconds = 0.0, 0, 0.0
+        if w.is_main and bad_epochs == 0:
+            checkpoint.save(out / "ckpt.pt", {
+                "model": args.model, "config": backbone.config.to_dict(), "base": base, "settings": settings,
+                "state": checkpoint.changed_state(model, names), "classes": data.classes, "lineages": lineages,
+                "data": {"folder": str(data.folder.resolve()), "digest": data.digest},
+                "tokenizer": {"name": tokenizer, **data.manifest["tokenizers"][tokenizer]},
+                "precision": args.precision, "batch_size": args.batch_size, "epoch": epoch + 1, "metrics": metrics})
+        save_last(epoch + 1)
+        if any_process(w, signals.received is not None)[0]:
+            leave(w, Saved(f"{signals.name}: saved epoch {epoch + 1} in {out / 'last.pt'}; --resume goes on from there"))
+    signals.release()
 
     # the best checkpoint, restored and tested; only rank 0 reads it, since other machines may not see its disk
     if w.is_main:
@@ -336,6 +380,7 @@ def train(w, args, row, settings, start=None):
         write_tables(out, metrics, outcome, data.classes)
         print(f"best epoch {content['epoch']}, validation loss {content['metrics']['loss']:.4f}; {out / 'ckpt.pt'}")
         print(table(metrics), flush=True)
+        held.close()  # the lock of the run folder
     return metrics
 
 

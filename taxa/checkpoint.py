@@ -2,9 +2,14 @@
 
 A full or random run stores the whole network; lora, ia3 and freeze75 store their own parameters and the heads, and name the base
 weights by source, revision and digest. Files hold tensors, numbers, strings, lists and dicts only, and are read with weights_only.
+
+A file is the zip that torch.save writes, ended by a comment, as zip files may be: the SHA-256 of all that stands before it. So one file
+carries its own proof, torch.load still reads it, and a byte that changed on a disk or a copy cut short is seen before anything is used.
 """
 
 import hashlib
+import os
+import zipfile
 from pathlib import Path
 
 import torch
@@ -18,6 +23,7 @@ from taxa.random_init import reinitialize
 from taxa.strategies import inject, trainable_names
 
 CHECKPOINT, RESUME_STATE, VERSION = "taxa checkpoint", "taxa resume state", 1
+SEAL, SEAL_BYTES = b"taxa sha256 ", 12 + 64  # the comment: these letters, then the digest in hex
 SEED_OF_UNPUBLISHED = 0  # of the random base weights that stand in where a model has no published ones
 
 
@@ -83,23 +89,65 @@ def load_state(classifier, state, names):
 
 
 def save(path, content, format=CHECKPOINT):
-    """Write a checkpoint (or, with format=RESUME_STATE, last.pt) under a temporary name and rename it."""
+    """Write a checkpoint (or, with format=RESUME_STATE, last.pt) under a temporary name, seal it, and rename it."""
     with replacing(path) as temporary:
-        torch.save({"format": format, "version": VERSION, **content}, temporary)
+        with open(temporary, "wb") as file:
+            try:
+                torch.save({"format": format, "version": VERSION, **content}, file)
+            except RuntimeError as error:  # torch's own, of a stream that lost count; what the disk said is behind it
+                raise error.__context__ if isinstance(error.__context__, OSError) else error
+        seal(temporary)
+
+
+def seal(path):
+    """End a zip file that has no comment with one: the SHA-256 of every byte before it."""
+    with open(path, "r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(SEAL_BYTES.to_bytes(2, "little"))  # a zip file's last field: how long its comment is
+        file.seek(0)
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        file.write(SEAL + digest.hexdigest().encode())
+
+
+def check_seal(path):
+    """Raise InputError when a file is not sealed, when a byte of it has changed, or when it would unpack to more than its own size."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END) - SEAL_BYTES
+        file.seek(max(size, 0))
+        found = file.read()
+        if not found.startswith(SEAL) or size < 0:
+            raise InputError(f"{path}: not a checkpoint of train.py, or cut short (it does not end in its digest)")
+        file.seek(0)
+        digest = hashlib.sha256()
+        while size > 0 and (block := file.read(min(size, 1 << 20))):
+            digest.update(block)
+            size -= len(block)
+        if found != SEAL + digest.hexdigest().encode():
+            raise InputError(f"{path}: damaged: its bytes are not those that were written (SHA-256)")
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if any(m.compress_type for m in members) or sum(m.file_size for m in members) > os.path.getsize(path):
+                raise InputError(f"{path}: not a checkpoint of train.py: it unpacks to more than its own size")
 
 
 def read(path, format=CHECKPOINT):
-    """The content of a checkpoint (or of last.pt, or of a folder of export.py --adapters). Raises InputError for what is none of them."""
+    """The content of a checkpoint (or of last.pt, or of a folder of export.py --adapters).
+
+    Raises InputError for a file that is missing, damaged, or none of them.
+    """
     if format == CHECKPOINT and peft_format.is_adapter_folder(path):
         return peft_format.read_checkpoint(path)
     try:
+        check_seal(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         hint = "train.py writes ckpt.pt into its run folder" if format == CHECKPOINT else "nothing to resume: leave out --resume"
         raise InputError(f"{path}: no such file; {hint}") from None
     except IsADirectoryError:
         raise InputError(f"{path}: a folder; give the ckpt.pt in it") from None
-    except UNREADABLE as error:
+    except (zipfile.BadZipFile, *UNREADABLE) as error:
         raise InputError(f"{path}: not a checkpoint of train.py (reading it: {type(error).__name__})") from None
     found = content.get("format") if isinstance(content, dict) else None
     if found != format:

@@ -9,11 +9,26 @@ import sys
 
 
 # What a full disk, a missing permission or a file in a folder's place says; any other OSError is a bug and keeps its traceback.
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
+               errno.EISDIR, errno.EEXIST)
 
 
-class InputError(Exception):
+class Stop(Exception):
+    """Ends a script with an exit status and one line on stderr, or, when the message is empty, none: one process of many speaks."""
+
+    status, kind = 1, "error: "
+
+
+class InputError(Stop):
     """The user's input is wrong. The message is one line that names the file, record or flag, and says what to do."""
+
+    status = 2
+
+
+class Saved(Stop):
+    """Stopped by a signal with everything saved: the same command with --resume goes on. 75 is sysexits' EX_TEMPFAIL, try again."""
+
+    status, kind = 75, ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,6 +97,19 @@ def seed(text):
     return value
 
 
+def interval(text):
+    """argparse type: '500' is every 500 steps, '10m' every 10 minutes. Returns the text; see interval_of()."""
+    steps, seconds = interval_of(text)
+    if not 0 < (steps or seconds) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is neither steps, as 500, nor minutes, as 10m")
+    return text
+
+
+def interval_of(text):
+    """'500' -> (500, None) steps; '10m' -> (None, 600.0) seconds."""
+    return (None, 60 * float(text[:-1])) if text.endswith("m") else (int(text), None)
+
+
 def positive_float(text):
     """argparse type: a finite number above 0."""
     value = float(text)
@@ -107,17 +135,17 @@ def fraction(text):
 
 
 def run(main):
-    """Call main() as a script: InputError, a full disk and a folder without permission become one line on stderr and exit status 2.
-
-    Ctrl-C becomes one line and exit status 130.
+    """Call main() as a script: a Stop becomes one line on stderr and its exit status; a full disk and a folder without permission
+    become one line and exit status 2, Ctrl-C one line and 130.
     """
     rank = int(os.environ.get("RANK", "0"))
     who = os.path.basename(sys.argv[0]) + (f" (rank {rank})" if rank else "")
     try:
         main()
-    except InputError as error:
-        print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    except Stop as stop:
+        if str(stop):
+            print(f"{who}: {stop.kind}{' '.join(str(stop).split())}", file=sys.stderr, flush=True)
+        sys.exit(stop.status)
     except BrokenPipeError:  # whoever read our standard output has enough, as head has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would complain
         sys.exit(141)

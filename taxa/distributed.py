@@ -3,20 +3,28 @@
 import contextlib
 import datetime
 import os
+import socket
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from taxa.cli import InputError
+from taxa.cli import InputError, Stop
+
+
+# Peers wait this long for each other within a step, and for rank 0, which may tokenize millions of sequences. A process that dies is
+# noticed at once, since its connections close; the limits are for one that hangs.
+STEP_LIMIT, PATIENCE = datetime.timedelta(minutes=10), datetime.timedelta(hours=12)
+LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Timed out waiting", "Socket Timeout")
 
 
 class World(NamedTuple):
-    """This process among all: rank of size, on device."""
+    """This process among all: rank of size, on device. patient: the gloo group for words between them and for long waits."""
 
     rank: int
     size: int
     device: torch.device
+    patient: object = None
 
     @property
     def is_main(self):
@@ -43,20 +51,56 @@ def world(device="auto"):
                              "as many processes as GPUs, or use --device cpu")
         torch.cuda.set_device(device)
     joins = size > 1 and not dist.is_initialized()
-    if joins:
-        patience = datetime.timedelta(hours=12)  # rank 0 may tokenize millions of sequences while the others wait
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
-        yield World(rank, size, device)
-    finally:
         if joins:
-            dist.destroy_process_group()
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=STEP_LIMIT)
+        yield World(rank, size, device, dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None)
+    except RuntimeError as error:
+        if size == 1 or not any(sign in str(error) for sign in LOST):
+            raise
+        raise Stop(f"rank {rank} lost its connection to another process and stops too; the report of torchrun or srun names the one "
+                   "that ended first") from None
+    if joins:  # not after an error: it would wait for those that are gone
+        dist.destroy_process_group()
+
+
+def leave(w, stop):
+    """Raise `stop` on rank 0 and the same, without words, on the others: for what all of them find at the same moment."""
+    raise stop if w.is_main else type(stop)()
 
 
 def barrier(w):
     """Wait until every process is here."""
     if w.size > 1:
-        dist.barrier()
+        dist.barrier(group=w.patient)
+
+
+def any_process(w, *flags):
+    """For each flag: is it set on any process? A dead process shows here as an error, whatever the device."""
+    if w.size == 1:
+        return flags
+    flags = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=w.patient)
+    return tuple(map(bool, flags.tolist()))
+
+
+def from_main(w, value):
+    """Rank 0's value of anything that can be pickled, on every process."""
+    box = [value]
+    if w.size > 1:
+        dist.broadcast_object_list(box, 0, group=w.patient)
+    return box[0]
+
+
+def same_on_all(w, facts):
+    """Compare {what: value} over all processes. Raises InputError that names the first process that differs from rank 0, and in what."""
+    of_ranks = [None] * w.size
+    if w.size > 1:
+        dist.all_gather_object(of_ranks, {**facts, "host": socket.gethostname()}, group=w.patient)
+    for rank, theirs in enumerate(of_ranks[1:], start=1):
+        differ = [f"{what}: {theirs.get(what)} there, {value} on rank 0" for what, value in facts.items() if theirs.get(what) != value]
+        if differ:
+            leave(w, InputError(f"rank {rank} on {theirs['host']} differs from rank 0 in {'; '.join(differ)}: start all alike"))
 
 
 def sum_over_ranks(w, tensor):

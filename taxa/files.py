@@ -1,6 +1,7 @@
 """Files that are either whole or absent."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -25,14 +26,36 @@ UNREADABLE = (pickle.UnpicklingError, SafetensorError, struct.error, OSError, EO
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`; renamed to `path` when the block ends well, removed when it does not."""
+    """Yield a temporary path beside `path`; renamed to `path` when the block ends well, removed when it does not.
+
+    The bytes are on the disk before the name is, so that a machine that loses its power has the old file or the new one. An error of
+    the disk names `path`.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        to_disk(temporary)
         os.replace(temporary, path)
+        to_disk(path.parent)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def to_disk(path):
+    """fsync a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such call for folders
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

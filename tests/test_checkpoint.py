@@ -12,7 +12,7 @@ from torch import nn
 
 from taxa import RANKS, checkpoint
 from taxa.backbones import MODELS, load_backbone
-from taxa.checkpoint import base_source, changed_state, load_base, load_state, read, rebuild, save, weights_digest
+from taxa.checkpoint import base_source, changed_state, load_base, load_state, read, rebuild, save, seal, weights_digest
 from taxa.cli import InputError
 from taxa.model import TaxonClassifier, sequence_losses
 from taxa.optim import adamw
@@ -326,6 +326,7 @@ def test_garbage(tmp_path, what):
 ])
 def test_files_of_torch_that_are_no_checkpoints(tmp_path, content):
     torch.save(content, tmp_path / "ckpt.pt")
+    seal(tmp_path / "ckpt.pt")
     with pytest.raises(InputError, match="not a checkpoint of train.py"):
         read(tmp_path / "ckpt.pt")
 
@@ -335,6 +336,11 @@ def test_truncated_anywhere(tmp_path, legacy):
     path = tmp_path / "ckpt.pt"
     content = {"format": "taxa checkpoint", "version": 1, "state": {"a": torch.arange(300.0)}}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    if legacy:  # no zip file, so it cannot be sealed
+        with pytest.raises(InputError, match="not a checkpoint"):
+            read(path)
+        return
+    seal(path)
     whole = path.read_bytes()
     assert torch.equal(read(path)["state"]["a"], torch.arange(300.0))
     for length in [*range(0, 200), *range(200, len(whole), 37), len(whole) - 1]:
@@ -355,6 +361,7 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, where):
     trap, path = tmp_path / "sprung", tmp_path / "ckpt.pt"
     if where == "alone":
         torch.save(Touch(trap), path)
+        seal(path)  # a digest proves nothing about who wrote it
     else:
         save(path, {"state": {"heads.genus.bias": Touch(trap)}})
     with pytest.raises(InputError, match="not a checkpoint of train.py"):
@@ -366,11 +373,13 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, where):
 
 def test_another_version(tmp_path):
     torch.save({"format": checkpoint.CHECKPOINT, "version": checkpoint.VERSION + 1}, tmp_path / "ckpt.pt")
+    seal(tmp_path / "ckpt.pt")
     with pytest.raises(InputError, match=rf"version {checkpoint.VERSION + 1}.*reads version {checkpoint.VERSION}"):
         read(tmp_path / "ckpt.pt")
 
 
 def test_no_version(tmp_path):
     torch.save({"format": checkpoint.CHECKPOINT}, tmp_path / "ckpt.pt")
+    seal(tmp_path / "ckpt.pt")
     with pytest.raises(InputError):
         read(tmp_path / "ckpt.pt")

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = {"full": [], "random": [], "lora": ["--r", "4", "--lora-dropout", "0"], "ia3": [], "freeze75": []}
 MODELS = ("tiny-nt", "tiny-dnabert")
 PINNED = {"tiny-nt": "f2acb37a9c3b2149", "tiny-dnabert": "b30ce78a7d9fbf7c"}  # the same with transformers 4.51 and 5.23
-FILES = {"args.json", "environment.json", "log.jsonl", "ckpt.pt", "last.pt", "metrics.json", "per_class.csv",
+FILES = {".lock", "args.json", "environment.json", "log.jsonl", "ckpt.pt", "last.pt", "last.prev.pt", "metrics.json", "per_class.csv",
          "confusion_superkingdom.csv", "confusion_phylum.csv", "confusion_genus.csv"}
 
 
@@ -267,7 +267,7 @@ def test_a_run_folder_is_not_overwritten_unasked(demo, weights, tmp_path):
         train.main(arguments)
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
     train.main([*arguments, "--overwrite"])
-    with pytest.raises(train.InputError, match="of a run with other --lr"):
+    with pytest.raises(train.InputError, match="other settings: --lr: 0.01 then, 0.5 now"):
         train.main([*arguments, "--lr", "0.5", "--resume"])
 
 

@@ -1,0 +1,241 @@
+"""A run that is killed, stopped or restarted ends as if nothing had happened; what cannot go on is refused in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import dies, in_step
+from test_train import ROOT, STRATEGIES, command, torchrun
+
+import train
+from taxa import checkpoint, cli, resume
+
+MORE = ("--epochs", "2", "--batch-size", "32", "--log-every", "3", "--save-every", "4")  # 292 sequences: 10 steps an epoch, 5 by two
+RESUME = checkpoint.RESUME_STATE
+
+
+def same(a, b, path=""):
+    """Assert that two nested values are equal, tensors bit for bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{path}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def log_of(folder):
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key != "sequences_per_s"} for line in lines]
+
+
+def assert_same_end(one, other):
+    """Two run folders hold the same weights, optimizer, best epoch, log and metrics."""
+    timing = ("args", "seconds", "logs")
+    last = [{key: value for key, value in checkpoint.read(folder / "last.pt", RESUME).items() if key not in timing}
+            for folder in (one, other)]
+    same(*last)
+    same(checkpoint.read(one / "ckpt.pt"), checkpoint.read(other / "ckpt.pt"))
+    assert (one / "metrics.json").read_bytes() == (other / "metrics.json").read_bytes()
+    assert log_of(one) == log_of(other)
+
+
+# ------------------------------------------------------------------ killed and resumed
+
+
+@pytest.fixture(scope="module")
+def two(demo, weights, tmp_path_factory):
+    """Runs by two processes, a whole one and one killed in the middle of step 7, per strategy; and one begun by one process."""
+    root, runs = tmp_path_factory.mktemp("two"), []
+    for strategy in STRATEGIES:
+        arguments = command("tiny-dnabert", strategy, demo, weights, root / f"{strategy}-killed", *MORE)
+        runs += [["dies", 7, *arguments], ["train", *arguments, "--resume"],
+                 ["train", *command("tiny-dnabert", strategy, demo, weights, root / strategy, *MORE)]]
+    one = command("tiny-nt", "full", demo, weights, root / "one", *MORE)
+    dies(6, [*one, "--batch-size", "16", "--accumulate", "4"])
+    runs.append(["train", *one, "--resume"])
+    done = torchrun(2, ROOT / "tests" / "runs.py", json.dumps(runs), cwd=root)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_process_killed_and_resumed_ends_bit_for_bit_the_same(strategy, demo, weights, tmp_path):
+    arguments = command("tiny-nt", strategy, demo, weights, tmp_path / "killed", *MORE, *(["--lora-dropout", "0.1"] * (strategy == "lora")))
+    whole = [str(tmp_path / "whole") if text == str(tmp_path / "killed") else text for text in arguments]
+    dies(3, arguments)  # before the first save: it begins anew
+    dies(6, [*arguments, "--resume"])  # from the start; saved at step 4
+    dies(10, [*arguments, "--resume"])  # from step 4 to the middle of 14, in the second epoch; saved at 12, in the middle of a log line
+    train.main([*arguments, "--resume"])
+    train.main(whole)
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_killed_and_resumed_end_bit_for_bit_the_same(strategy, two):
+    assert_same_end(two / f"{strategy}-killed", two / strategy)
+
+
+def test_begun_by_one_process_and_ended_by_two(two, demo, weights, tmp_path):
+    """16 sequences in 4 micro-batches by one process, then 32 by each of two: the same steps, so the same weights but for rounding."""
+    train.main(command("tiny-nt", "full", demo, weights, tmp_path / "whole", *MORE, "--batch-size", "64"))
+    whole, both = (checkpoint.read(folder / "last.pt", RESUME) for folder in (tmp_path / "whole", two / "one"))
+    assert whole["step"] == both["step"] == 10
+    for name in whole["state"]:
+        torch.testing.assert_close(both["state"][name], whole["state"][name], rtol=1e-3, atol=2e-4)
+
+
+def test_killed_in_the_validation(demo, weights, tmp_path, monkeypatch):
+    """All steps of the epoch are saved before it, so none is taken again."""
+    arguments = command("tiny-nt", "lora", demo, weights, tmp_path / "run", *MORE)
+    run_split = train.run_split
+
+    def dies_there(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run_split", dies_there)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments)
+    last = checkpoint.read(tmp_path / "run" / "last.pt", RESUME)
+    assert last["step"] == 10 and last["epoch"] == 0 and not (tmp_path / "run" / "ckpt.pt").exists()
+    monkeypatch.setattr(train, "run_split", run_split)
+    train.main([*arguments, "--resume"])
+    train.main(command("tiny-nt", "lora", demo, weights, tmp_path / "whole", *MORE))
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves_with_75(number, demo, weights, tmp_path, capsys):
+    arguments = command("tiny-nt", "ia3", demo, weights, tmp_path / "run", *MORE, "--save-every", "1000")
+    before = signal.getsignal(number)
+    with in_step(3, lambda: os.kill(os.getpid(), number)), pytest.raises(SystemExit) as left:
+        cli.run(lambda: train.main(arguments))
+    line, = capsys.readouterr().err.splitlines()
+    assert left.value.code == 75 and signal.Signals(number).name in line and "--resume" in line
+    assert signal.getsignal(number) == before
+    assert checkpoint.read(tmp_path / "run" / "last.pt", RESUME)["step"] in (3, 4)
+    train.main([*arguments, "--resume"])
+    train.main(command("tiny-nt", "ia3", demo, weights, tmp_path / "whole", *MORE))
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restarted_command_resumes_unasked(variable, demo, weights, tmp_path, monkeypatch, capsys):
+    arguments = command("tiny-nt", "ia3", demo, weights, tmp_path / "run", *MORE, "--overwrite")
+    monkeypatch.setenv(variable, "0")
+    dies(7, arguments)
+    monkeypatch.setenv(variable, "1")
+    dies(3, arguments)
+    assert "resumed after step 4, epoch 1" in capsys.readouterr().out
+    assert not resume.begin(tmp_path / "other", False, False)
+
+
+def test_minutes_between_saves(demo, weights, tmp_path):
+    arguments = command("tiny-nt", "ia3", demo, weights, tmp_path / "run", *MORE, "--save-every", "0.000001m")
+    dies(8, arguments)
+    assert checkpoint.read(tmp_path / "run" / "last.pt", RESUME)["step"] == 7
+
+
+# ------------------------------------------------------------------ what may differ, and what may not
+
+
+@pytest.fixture(scope="module")
+def stopped(demo, weights, tmp_path_factory):
+    """(arguments, folder) of a run killed in step 7 of 10 of its first epoch, saved at 4."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    arguments = command("tiny-nt", "lora", demo, weights, folder, *MORE)
+    dies(7, arguments)
+    return arguments, folder
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--lr", "0.5"], "--lr: 0.01 then, 0.5 now"),
+    (["--r", "2"], "--r: 4 then, 2 now"),
+    (["--seed", "1"], "--seed: 42 then, 1 now"),
+    (["--epochs", "1"], "--epochs: 2 then, 1 now .more are allowed"),
+    (["--batch-size", "16"], "sequences per step: 32 then, 16 now"),
+    (["--strategy", "full", "DROP"], "--strategy: lora then, full now"),
+])
+def test_other_settings_are_refused_with_the_difference(flags, message, stopped):
+    arguments, folder = stopped
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    if "DROP" in flags:
+        arguments = [text for text in arguments if text not in ("--r", "4", "--lora-dropout", "0")] + ["--save-every", "4"]
+        arguments.remove("--save-every")
+        flags = flags[:-1]
+    with pytest.raises(cli.InputError, match=message) as refused:
+        train.main([*arguments, *flags, "--resume"])
+    assert "\n" not in str(refused.value)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def test_more_epochs_follow_the_cosine_of_all_of_them(demo, weights, tmp_path, capsys):
+    arguments = command("tiny-nt", "ia3", demo, weights, tmp_path / "run", *MORE, "--log-every", "1", "--batch-size", "128")
+    train.main(arguments)  # 3 steps an epoch
+    train.main([*arguments, "--epochs", "3", "--resume"])
+    assert "the cosine is now that of 3 epochs" in capsys.readouterr().out
+    rates = [entry["lr"] for entry in log_of(tmp_path / "run") if "lr" in entry]
+    assert rates == [train.cosine_rate(step, 6, 0.01) for step in range(6)] + [train.cosine_rate(step, 9, 0.01) for step in range(6, 9)]
+
+
+# ------------------------------------------------------------------ damaged files, locked folders
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_damaged_last_pt_gives_way_to_the_one_before(damage, stopped, tmp_path, capsys):
+    content = {"step": 1, "epoch": 0}
+    resume.save_last(tmp_path, content)
+    resume.save_last(tmp_path, content | {"step": 2})
+    assert resume.read_last(tmp_path)["step"] == 2 and capsys.readouterr().err == ""
+    whole = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes({"cut": whole[:-100], "flipped": whole[:300] + bytes([whole[300] ^ 1]) + whole[301:], "gone": b""}[damage])
+    if damage == "gone":
+        (tmp_path / "last.pt").unlink()
+    assert resume.read_last(tmp_path)["step"] == 1
+    line, = capsys.readouterr().err.splitlines()
+    assert "last.pt" in line and "going on from last.prev.pt, step 1" in line
+    resume.save_last(tmp_path, content | {"step": 3})
+    assert resume.read_last(tmp_path)["step"] == 3
+    (tmp_path / "last.pt").write_bytes(b"")
+    (tmp_path / "last.prev.pt").write_bytes(b"")
+    with pytest.raises(cli.InputError, match="last.prev.pt"):
+        resume.read_last(tmp_path)
+
+
+def test_a_damaged_ckpt_pt_is_seen_before_training_goes_on(demo, weights, tmp_path):
+    arguments = command("tiny-nt", "ia3", demo, weights, tmp_path / "run", *MORE)
+    dies(12, arguments)
+    path = tmp_path / "run" / "ckpt.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes([whole[200] ^ 4]) + whole[201:])
+    with pytest.raises(cli.InputError, match="ckpt.pt: damaged"):
+        train.main([*arguments, "--resume"])
+
+
+def test_two_runs_in_one_folder_are_refused(stopped):
+    arguments, folder = stopped
+    code = "import sys, time; from pathlib import Path; from taxa import resume; held = resume.lock(Path(sys.argv[1])); print(1, flush=True); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "1\n"
+        for flag in ("--resume", "--overwrite"):
+            with pytest.raises(cli.InputError, match=f"in use by process {other.pid} on "):
+                train.main([*arguments, flag])
+        assert (folder / "last.pt").exists()
+    finally:
+        other.kill()
+        other.wait()
+    (folder / ".last.pt.1.tmp").write_text("left by a process that was killed")
+    resume.lock(folder).close()  # the dead process holds nothing
+    assert not (folder / ".last.pt.1.tmp").exists()
