@@ -79,7 +79,7 @@ def any_process(w, *flags):
     """For each flag: is it set on any process? A dead process shows here as an error, whatever the device."""
     if w.size == 1:
         return flags
-    flags = torch.tensor(flags, dtype=torch.uint8)
+    flags = torch.tensor([bool(flag) for flag in flags], dtype=torch.uint8)
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=w.patient)
     return tuple(map(bool, flags.tolist()))
 

@@ -11,6 +11,7 @@ import torch
 from runs import dies, in_step
 from test_train import ROOT, STRATEGIES, command, torchrun
 
+import prepare
 import train
 from taxa import checkpoint, cli, resume
 
@@ -49,6 +50,14 @@ def assert_same_end(one, other):
     same(checkpoint.read(one / "ckpt.pt"), checkpoint.read(other / "ckpt.pt"))
     assert (one / "metrics.json").read_bytes() == (other / "metrics.json").read_bytes()
     assert log_of(one) == log_of(other)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """400 simulated sequences, as everywhere in these tests, but of 90 letters: what is tested here is not what they teach."""
+    out = tmp_path_factory.mktemp("data") / "demo"
+    prepare.main(["--demo", "--demo-sequences", "400", "--length", "90", "--tokenizers", "nt", "tiny-dnabert", "--out", str(out)])
+    return out
 
 
 # ------------------------------------------------------------------ killed and resumed
@@ -101,7 +110,7 @@ def test_killed_in_the_validation(demo, weights, tmp_path, monkeypatch):
     arguments = command("tiny-nt", "lora", demo, weights, tmp_path / "run", *MORE)
     run_split = train.run_split
 
-    def dies_there(*_):
+    def dies_there(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "run_split", dies_there)
@@ -199,7 +208,8 @@ def test_a_damaged_last_pt_gives_way_to_the_one_before(damage, stopped, tmp_path
     resume.save_last(tmp_path, content | {"step": 2})
     assert resume.read_last(tmp_path)["step"] == 2 and capsys.readouterr().err == ""
     whole = (tmp_path / "last.pt").read_bytes()
-    (tmp_path / "last.pt").write_bytes({"cut": whole[:-100], "flipped": whole[:300] + bytes([whole[300] ^ 1]) + whole[301:], "gone": b""}[damage])
+    flipped = whole[:300] + bytes([whole[300] ^ 1]) + whole[301:]
+    (tmp_path / "last.pt").write_bytes({"cut": whole[:-100], "flipped": flipped, "gone": b""}[damage])
     if damage == "gone":
         (tmp_path / "last.pt").unlink()
     assert resume.read_last(tmp_path)["step"] == 1
@@ -225,7 +235,8 @@ def test_a_damaged_ckpt_pt_is_seen_before_training_goes_on(demo, weights, tmp_pa
 
 def test_two_runs_in_one_folder_are_refused(stopped):
     arguments, folder = stopped
-    code = "import sys, time; from pathlib import Path; from taxa import resume; held = resume.lock(Path(sys.argv[1])); print(1, flush=True); time.sleep(600)"
+    code = ("import sys, time; from pathlib import Path; from taxa import resume; held = resume.lock(Path(sys.argv[1])); "
+            "print(1, flush=True); time.sleep(600)")
     other = subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "1\n"
