@@ -5,6 +5,7 @@ import difflib
 import errno
 import itertools
 import os
+import re
 import sys
 
 
@@ -131,6 +132,18 @@ def fraction(text):
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def byte_size(text):
+    """argparse type: "80GiB", "500 MB", "1e9" -> bytes; KB, MB, GB, TB are powers of 1000, KiB, MiB, GiB, TiB of 1024."""
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE)
+    try:
+        value = int(float(found[1]) * (1024 if found[3] else 1000) ** (" KMGT".index((found[2] or " ").upper())))
+    except (TypeError, ValueError):
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a size: write it like 80GiB or 500MB")
     return value
 
 

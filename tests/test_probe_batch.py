@@ -1,0 +1,107 @@
+"""The search against known ceilings, the memory limit of a child process, and the script as a user runs it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import probe_batch
+from taxa.cli import InputError, byte_size
+
+ROOT = Path(probe_batch.__file__).parent
+
+
+def script(*arguments):
+    """probe_batch.py on one thread, as a user runs it."""
+    return subprocess.run([sys.executable, ROOT / "probe_batch.py", *map(str, arguments)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("ceiling", [0, 1, 2, 3, 4, 5, 7, 8, 63, 64, 100, 331, 1000, 5000])
+def test_search_finds_the_ceiling_to_two_percent(ceiling):
+    tried = []
+    good, bad = probe_batch.search(lambda batch: tried.append(batch) or batch <= ceiling)
+    assert good <= ceiling < bad and bad <= math.ceil(1.02 * good) + 1
+    assert tried[:3] == ([4, 8, 16] if ceiling >= 8 else tried[:3]) and len(set(tried)) == len(tried)
+    assert probe_batch.search(lambda batch: batch <= ceiling, largest=6) == ((6, None) if ceiling >= 6 else (good, bad))
+
+
+@pytest.mark.parametrize("text, value", [("80GiB", 80 * 2**30), ("500MB", 500 * 10**6), ("1.5 gib", 3 * 2**29), ("2000", 2000)])
+def test_byte_size(text, value):
+    assert byte_size(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-3GB", "3 parsecs", "0", "1.2.3GB"])
+def test_byte_size_refuses(text):
+    with pytest.raises(Exception, match="not a size"):
+        byte_size(text)
+
+
+def test_a_child_runs_out_of_memory_and_the_parent_does_not():
+    def take(megabytes):
+        return {"sum": float(torch.ones(megabytes * 250_000).sum())}
+
+    assert probe_batch.in_child(lambda: take(20), 64 * 2**20) == {"sum": 5e6}
+    assert probe_batch.in_child(lambda: take(100), 64 * 2**20) is None
+
+
+def test_only_out_of_memory_is_caught():
+    def wrong():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    def refused():
+        raise InputError("say it in one line")
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        probe_batch.in_child(wrong, 2**28)
+    with pytest.raises(InputError, match="^say it in one line$"):
+        probe_batch.in_child(refused, 2**28)
+    assert probe_batch.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not probe_batch.is_out_of_memory(RuntimeError("CUDA error: out of luck"))
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--model", "nt5m", "--strategy", "full"], "did you mean nt50m"),
+    (["--model", "tiny-nt", "--strategy", "fulll"], "did you mean full"),
+    (["--model", "tiny-nt", "--strategy", "full", "--memory-limit", "much"], "not a size"),
+    (["--model", "tiny-nt", "--strategy", "full", "--memory-limit", "900TB", "--device", "cpu"], "more than is free"),
+    (["--model", "tiny-nt", "--strategy", "full", "--plot", "memory.gif"], "ends in .png"),
+    (["--model", "tiny-nt", "--strategy", "full", "--data", "nowhere"], "no such folder"),
+])
+def test_wrong_input_is_one_line(flags, says):
+    with pytest.raises(InputError, match=says):
+        probe_batch.main(flags)
+
+
+def test_all_strategies_as_a_user_runs_it(tmp_path):
+    """One run of the script; then the ceiling it names is tried again: it fits, and 2% + 1 above it does not."""
+    limit, tokens = "120MiB", 128
+    flags = ["--model", "tiny-nt", "--length", tokens, "--device", "cpu", "--steps", 1, "--memory-limit", limit]
+    done = script(*flags, "--strategies", "all", "--out", tmp_path / "probe.json", "--plot", tmp_path / "memory.png")
+    assert done.returncode == 0, done.stderr
+    assert "published s/epoch to full" in done.stdout and "allocator's peak" in done.stdout
+    document = json.loads((tmp_path / "probe.json").read_text())
+    by_label = {found["label"]: found for found in document["runs"]}
+    assert list(by_label) == ["full", "lora r=4", "ia3", "freeze75"]
+    assert by_label["freeze75"]["ceiling"] > 1.5 * by_label["full"]["ceiling"] > 0
+    for found in by_label.values():
+        assert found["memory"]["peak"] == pytest.approx(found["memory"]["allocator_peak"], rel=0.1)
+        for entry in found["sizes"]:
+            assert entry["lr"] == pytest.approx(3e-3 * entry["batch"] / 32)
+            assert (entry["verdict"] == "fits") == ("step_s" in entry) == (entry["batch"] <= found["ceiling"])
+            if entry["verdict"] == "fits":
+                assert len(entry["step_s"]) == 1
+                assert entry["epoch_s"] == pytest.approx(entry["median_step_s"] * math.ceil(4_560_000 / entry["batch"]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.png", "probe.json"]
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+    ceiling = by_label["full"]["ceiling"]
+    done = script(*flags, "--strategy", "full", "--batch-sizes", ceiling, math.floor(1.02 * ceiling) + 1, "--out", tmp_path / "again.json")
+    assert done.returncode == 0, done.stderr
+    sizes = json.loads((tmp_path / "again.json").read_text())["runs"][0]["sizes"]
+    assert [entry["verdict"] for entry in sizes] == ["fits", "out of memory"]
