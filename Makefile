@@ -21,8 +21,8 @@ test: $(VENV)/.installed
 	$(RUN) -m pytest -q
 
 lint: $(VENV)/.installed
-	$(RUN) -m compileall -q taxa tests benchmarks prepare.py train.py evaluate.py
-	$(RUN) -m pyflakes taxa tests benchmarks prepare.py train.py evaluate.py
+	$(RUN) -m compileall -q taxa tests benchmarks prepare.py train.py evaluate.py probe_batch.py
+	$(RUN) -m pyflakes taxa tests benchmarks prepare.py train.py evaluate.py probe_batch.py
 
 clean:
 	rm -rf $(VENV)

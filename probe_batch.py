@@ -259,20 +259,20 @@ def free_memory():
         return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:")) * 1024
 
 
-def limit_memory(args, device):
-    """Enforce --memory-limit on CUDA, or fill in its default. Returns bytes."""
+def limit_memory(limit, device):
+    """Enforce a limit in bytes on CUDA, check it on the CPU; None: its default. Returns bytes."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        if args.memory_limit and args.memory_limit > total:
-            raise InputError(f"--memory-limit {args.memory_limit / GiB:.1f} GiB is more than the card has, {total / GiB:.1f} GiB")
-        torch.cuda.set_per_process_memory_fraction((args.memory_limit or total) / total, device)
-        return args.memory_limit or total
+        if limit and limit > total:
+            raise InputError(f"--memory-limit {limit / GiB:.1f} GiB is more than the card has, {total / GiB:.1f} GiB")
+        torch.cuda.set_per_process_memory_fraction((limit or total) / total, device)
+        return limit or total
     if platform.system() != "Linux":
         raise InputError("on the CPU the probe needs Linux, which enforces its memory limit; elsewhere use --device cuda")
     free = free_memory()
-    if args.memory_limit and args.memory_limit > free:
-        raise InputError(f"--memory-limit {args.memory_limit / GiB:.1f} GiB is more than is free here, {free / GiB:.1f} GiB")
-    return args.memory_limit or int(0.8 * free)
+    if limit and limit > free:
+        raise InputError(f"--memory-limit {limit / GiB:.1f} GiB is more than is free here, {free / GiB:.1f} GiB")
+    return limit or int(0.8 * free)
 
 
 def search(fits, largest=None, first=FIRST_BATCH, tolerance=TOLERANCE):
@@ -417,7 +417,7 @@ def main(argv=None):
         raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
     device = torch.device("cuda", 0) if args.device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
     set_precision(args.precision, device)
-    limit = limit_memory(args, device)
+    limit = limit_memory(args.memory_limit, device)
 
     def isolated(work):
         return on_cuda(work, device) if device.type == "cuda" else in_child(work, limit)

@@ -47,7 +47,7 @@ def nbytes(tensors):
 
 @pytest.mark.parametrize("name, strategy, B, T", [
     ("tiny-nt", "full", 32, 128), ("tiny-nt", "full", 1, 16), ("tiny-nt", "lora", 32, 128), ("tiny-nt", "freeze75", 32, 128),
-    ("tiny-dnabert", "ia3", 8, 128), ("nt50m", "full", 1, 64), ("nt50m", "freeze75", 2, 64)])
+    ("tiny-dnabert", "ia3", 8, 128), ("nt50m", "freeze75", 1, 64)])
 def test_the_parts_add_up_to_the_allocators_own_peak(name, strategy, B, T):
     run = Run(name, strategy, B, T)
     found = run.memory()
