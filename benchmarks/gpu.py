@@ -10,8 +10,8 @@ allow, what ran out of memory and what failed is said in its place. Median of th
 do not count.
 
 vs_published: our sequences/s by the published ones of full fine-tuning, per GPU (one H100, float32; DNABERT-2: 42 on four GPUs). mfu: model
-FLOP utilisation, the operations that the strategy needs at least (2 per weight and token forward; again for the gradient of an input
-that something trained comes before, and again for that of a trained weight; attention likewise) by the card's dense peak.
+FLOP utilisation, the operations of our own step (no unused head, no gradient that nothing needs) per second by the card's dense peak; the
+same operations count for the peer.
 """
 
 import gc
@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import probe_batch  # noqa: E402
 from taxa.backbones import get_model  # noqa: E402
@@ -74,23 +74,18 @@ def cells(tiny):
     return list({tuple(cell.items()): cell for cell in wanted}.values())  # each once, where it is first wanted
 
 
-def model_flops(model, T):
-    """Operations that one sequence of T tokens needs at least in one training step of a TaxonClassifier."""
-    flops, before = 0, False  # before: does anything train that comes earlier?
-    for module in model.backbone.modules():
-        if isinstance(module, nn.Linear):
-            flops += 2 * T * module.weight.numel() * (1 + before + module.weight.requires_grad)
-        if hasattr(module, "num_heads"):  # self-attention: two products of (T, H) and (H, T) sizes, each with two gradients
-            trains = before or any(p.requires_grad for p in module.parameters())
-            flops += 4 * T * T * model.backbone.config.hidden_size * (1 + 2 * trains)
-        before = before or any(p.requires_grad for p in module.parameters(recurse=False))
-    return flops
+def operations(args, model, row, device):
+    """Floating-point operations of one training step on one sequence, as torch counts them (matrix products and attention)."""
+    input_ids, attention_mask, labels = random_batch(args, row, 1, device)
+    with FlopCounterMode(display=False) as counter:
+        probe_batch.sequence_losses(model(input_ids, attention_mask), labels).sum().backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
 
 
 def build(args, cell, settings, device, lr):
-    """(model, optimizer, operations per sequence) of a cell: ours or the peer with the same strategy, compiled if asked for."""
+    """(model, optimizer) of a cell: ours or the peer with the same strategy, compiled if asked for."""
     model, optimizer = probe_batch.build(args, settings, device, lr)
-    flops = model_flops(model, args.length)
     if cell["impl"] == "peer":
         from peer import make_peer  # transformers' and PEFT's parts
 
@@ -99,14 +94,15 @@ def build(args, cell, settings, device, lr):
         optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr)
     if cell["compile"]:
         model = torch.compile(model, backend="eager" if args.tiny else "inductor")
-    return model, optimizer, flops
+    return model, optimizer
 
 
 def speed(args, cell, settings, device):
     """{"sequences_per_s", ...} of whole training steps at the published batch."""
     row = get_model(cell["model"])
     batch_size = 2 if args.tiny else row.batch_size
-    model, optimizer, flops = build(args, cell, settings, device, row.learning_rate)
+    flops = operations(args, probe_batch.build(args, settings, device, row.learning_rate)[0], row, device)
+    model, optimizer = build(args, cell, settings, device, row.learning_rate)
     batch = random_batch(args, row, batch_size, device)
     seconds, deadline = [], None
     while len(seconds) < 3 + 5 or time.perf_counter() < deadline:
@@ -138,7 +134,7 @@ def ceiling(args, cell, settings, device, limit, deadline):
     row = get_model(cell["model"])
 
     def three_steps(batch_size):
-        model, optimizer, _ = build(args, cell, settings, device, row.learning_rate)
+        model, optimizer = build(args, cell, settings, device, row.learning_rate)
         batch = random_batch(args, row, batch_size, device)
         for _ in range(3):
             probe_batch.training_step(args, model, optimizer, batch)

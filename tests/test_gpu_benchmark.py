@@ -1,54 +1,40 @@
-"""benchmarks/gpu.py at tiny sizes on the CPU: its arithmetic against a counter of operations, and its document."""
+"""benchmarks/gpu.py at tiny sizes on the CPU: one cell of each sort, and the document."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from taxa.backbones import load_backbone
-from taxa.model import TaxonClassifier, sequence_losses
-from taxa.strategies import inject, settings_from_flags, train_only, trainable_names
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import gpu  # noqa: E402
 
-
-@pytest.mark.parametrize("name", ["tiny-nt", "tiny-dnabert"])
-@pytest.mark.parametrize("strategy", ["full", "freeze75", "ia3"])
-def test_model_flops_are_those_that_torch_counts(name, strategy):
-    T = 64
-    model = TaxonClassifier(load_backbone(name, pretrained=False), (4, 57, 1884)).train()
-    settings = settings_from_flags(name, strategy)
-    inject(model, settings)
-    train_only(model, trainable_names(model, settings))
-    ids = torch.randint(5, 1000, (1, T))
-    with FlopCounterMode(display=False) as counter:
-        sequence_losses(model(ids, torch.ones_like(ids)), torch.zeros(1, 3, dtype=torch.long)).sum().backward()
-    attention = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" in str(op))
-    ours = gpu.model_flops(model, T) - (0 if attention else 4 * T * T * 128 * 2 * 3)
-    assert ours == pytest.approx(counter.get_total_flops(), rel=0.06)  # ours leaves out the heads
+from taxa.cli import InputError  # noqa: E402
 
 
-def test_every_kind_of_cell_runs(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--device", "cpu", "--tiny", "--seconds", "0.01", "--minutes", "0.5"]
-    done = subprocess.run([*map(str, command), "--out", str(tmp_path / "gpu.json")], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+def test_one_cell_of_each_sort(tmp_path, monkeypatch):
+    keys = ("kind", "impl", "model", "strategy", "precision", "compile")
+    wanted = [dict(zip(keys, values)) for values in (
+        ("speed", "taxa", "tiny-nt", "lora", "fp32", False), ("speed", "taxa", "tiny-dnabert", "freeze75", "bf16", False),
+        ("speed", "peer", "tiny-nt", "ia3", "fp32", False), ("speed", "taxa", "tiny-nt", "full", "fp32", True),
+        ("speed", "taxa", "tiny-nt", "full", "tf32", False), ("ceiling", "taxa", "tiny-nt", "full", "fp32", False),
+        ("ceiling", "peer", "tiny-nt", "full", "fp32", False))]
+    assert all(cell in gpu.cells(tiny=True) for cell in wanted)
+    monkeypatch.setattr(gpu, "cells", lambda tiny: wanted)
+    flags = ["--device", "cpu", "--tiny", "--seconds", "0.01", "--memory-limit", "120MiB", "--out", str(tmp_path / "gpu.json")]
+    gpu.main(flags)
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
-    cells = json.loads((tmp_path / "gpu.json").read_text())["cells"]
-    assert len(cells) == len(gpu.cells(tiny=True)) and not [cell for cell in cells if cell["status"].startswith("failed")]
-    reached = [cell for cell in cells if cell["status"] == "done"]
-    assert {(cell["kind"], cell["impl"]) for cell in reached} >= {("ceiling", "taxa"), ("speed", "taxa")}
-    assert all(cell["sequences_per_s"] > 0 for cell in reached if cell["kind"] == "speed")
-    ceilings = {cell["strategy"]: cell["ceiling"] for cell in reached if cell["kind"] == "ceiling" and cell["impl"] == "taxa"}
-    assert ceilings["freeze75"] > ceilings["full"] > 0
-    assert all(cell["status"].startswith("not run") for cell in cells if cell not in reached)
+    document = json.loads((tmp_path / "gpu.json").read_text())
+    status = {tuple(cell[key] for key in keys): cell["status"] for cell in document["cells"]}
+    assert {value for key, value in status.items() if key[4] == "tf32"} == {"not run: tf32 needs a CUDA device"}
+    assert {value for key, value in status.items() if key[4] != "tf32"} == {"done"}
+    assert all(cell["sequences_per_s"] > 0 for cell in document["cells"] if cell["status"] == "done" and cell["kind"] == "speed")
+    ceilings = {cell["impl"]: cell["ceiling"] for cell in document["cells"] if cell["kind"] == "ceiling"}
+    assert ceilings["taxa"] > ceilings["peer"] > 0
+
+    late = [cell["status"] for cell in gpu.main([*flags, "--minutes", "1e-9"])["cells"] if cell["precision"] != "tf32"]
+    assert set(late) == {"not run: no time left"}
 
 
 def test_the_cells_of_the_issue_are_all_there():
@@ -57,3 +43,13 @@ def test_the_cells_of_the_issue_are_all_there():
     wanted = {("taxa", model, strategy, precision, compiled) for model in ("nt50m", "nt100m", "nt250m", "dnabert2")
               for strategy in gpu.STRATEGIES for precision in ("fp32", "tf32", "bf16") for compiled in (False, True)}
     assert wanted <= speed and len(cells) == len({tuple(cell.items()) for cell in cells})
+
+
+def test_wrong_input_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="add --tiny"):
+        gpu.main(["--device", "cpu", "--out", str(tmp_path / "gpu.json")])
+    with pytest.raises(InputError, match="no such folder"):
+        gpu.main(["--device", "cpu", "--tiny", "--out", str(tmp_path / "there" / "gpu.json")])
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="--device cpu --tiny"):
+            gpu.main(["--out", str(tmp_path / "gpu.json")])
