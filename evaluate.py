@@ -15,6 +15,7 @@ from taxa.evaluation import details, run_split, split_temperature, summarize, ta
 from taxa.files import write_json
 from taxa.precision import PRECISIONS, set_precision
 from taxa.splits import SPLITS
+from taxa.taxonomy import class_id
 
 
 def parse_args(argv=None):
@@ -79,12 +80,12 @@ def main(argv=None):
 
 
 def check_classes(path, content, data):
-    """Raise InputError when the data's classes, by taxid and in order, are not those that the heads were trained for."""
+    """Raise InputError when the data's classes, by taxid (or name) and in order, are not those that the heads were trained for."""
     if list(data.classes) != list(content["classes"]):
         raise InputError(f"{path} has heads for {' '.join(content['classes'])}, but {data.folder} is labelled at "
                          f"{' '.join(data.classes)}: evaluate on data prepared with --ranks {' '.join(content['classes'])}")
     for rank, trained in content["classes"].items():
-        then, now = [row["taxid"] for row in trained], [row["taxid"] for row in data.classes[rank]]
+        then, now = [class_id(row) for row in trained], [class_id(row) for row in data.classes[rank]]
         if then != now:
             differ = len(set(then) ^ set(now))
             raise InputError(f"{path} and {data.folder} have different classes: {rank} has {len(then)} in the checkpoint and "

@@ -1,6 +1,7 @@
 """FASTA files and an NCBI taxonomy dump -> a prepared dataset folder: index, label, split, tokenize, in that order.
 
   python prepare.py --fasta Archaea_db.fa Bacteria_db.fa Eukaryota_db.fa Viruses_db.fa --taxdump taxdmp_2024-12-01.zip --out data/bertax
+  python prepare.py --table mine.csv.gz --sequence-column dna --ranks family species --any-length --out data/mine   # labels of your own
   python prepare.py --demo --out data/demo                      # a small simulated corpus, no input needed
   python prepare.py --add-tokens tiny-dnabert --out data/demo   # tokens for another family of models, from what is prepared
   python prepare.py --describe data/demo --picture demo.png     # what is in a prepared folder
@@ -26,6 +27,7 @@ from taxa.fasta import batches, index_fasta, is_gzip, normalize, read_sequences
 from taxa.files import locked, new_folder, save_array, sha256
 from taxa.progress import progress
 from taxa.splits import SPLITS, copies, find_ids, read_ids, split_by_genus, write_ids
+from taxa.table import check_columns, read_table
 from taxa.taxonomy import SUPERKINGDOMS, check_ranks, label_taxids
 from taxa.tokens import TOKENIZERS, get_tokenizer, nt_tokenizer
 from taxa.workers import available_cores, in_order
@@ -41,12 +43,16 @@ def parse_args(argv=None):
     # input
     add("--fasta", nargs="+", metavar="FILE", help="FASTA files, plain or gzip; headers '>TAXID INDEX' or '>TAXID'")
     add("--taxdump", metavar="FILE", help="NCBI taxonomy dump: taxdmp_YYYY-MM-DD.zip or taxdump.tar.gz")
+    add("--table", metavar="FILE", help="instead of the two: a .csv or .tsv file (or .gz of it) with a header, a column of sequences and "
+        "one of labels per rank")
+    add("--sequence-column", metavar="NAME", help="--table: the column of sequences (default sequence)")
     add("--demo", action="store_true", help="simulate a small corpus instead of reading one")
     add("--demo-sequences", type=positive_int, metavar="N", help="sequences to simulate (default 4000)")
     # what is kept and how it is divided
     add("--length", type=positive_int, metavar="BP", help="keep sequences of exactly this length (default 1500)")
     add("--ranks", nargs="+", metavar="RANK",
-        help=f"ranks to label, one to eight of NCBI's, from coarse to fine; one head each (default {' '.join(RANKS)})")
+        help="ranks to label, one to eight of NCBI's, from coarse to fine, or columns of --table; one head each "
+             f"(default {' '.join(RANKS)})")
     add("--any-length", action="store_true", help="keep sequences of every length but 0")
     add("--test", type=fraction, metavar="F",
         help="share of each genus (class of the last rank) for the test split, above 0 (default 0.02)")
@@ -72,8 +78,8 @@ def parse_args(argv=None):
         help="processes; what is written does not depend on it (default: the CPU cores, here %(default)s)")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     args = parser.parse_args(argv)
-    if (args.add_tokens is not None) + args.demo + (args.fasta is not None) + (args.describe is not None) != 1:
-        parser.error("give either --fasta and --taxdump, or --demo, or --add-tokens, or --describe")
+    if sum(bool(way) for way in (args.fasta or args.taxdump, args.table, args.demo, args.add_tokens, args.describe)) != 1:
+        parser.error("give either --fasta and --taxdump, or --table, or --demo, or --add-tokens, or --describe")
     if (args.out is None) != (args.describe is not None):
         parser.error("--describe writes nothing: leave out --out" if args.describe else "the following arguments are required: --out")
     if (args.fasta is None) != (args.taxdump is None):
@@ -82,6 +88,7 @@ def parse_args(argv=None):
                "tokenizers", "ranks"] if args.add_tokens or args.describe else []
     useless += ["tokenizer_file", "overwrite"] if args.describe else ["picture"]
     useless += [] if args.demo else ["demo_sequences"]
+    useless += ["group"] if args.table else ["sequence_column"]
     useless += ["length"] if args.any_length else []
     useless += ["test", "group"] if args.test_ids else []
     for flag in useless:
@@ -90,12 +97,12 @@ def parse_args(argv=None):
     if "nt" in (args.add_tokens or []):
         parser.error("--add-tokens nt: nt tokens are always there")
     for flag, default in (("demo_sequences", 4000), ("length", 1500), ("test", 0.02), ("validation", 0.10), ("seed", 42),
-                          ("tokenizers", ["nt"]), ("ranks", RANKS)):
+                          ("tokenizers", ["nt"]), ("ranks", RANKS), ("sequence_column", "sequence")):
         if getattr(args, flag) is None:
             setattr(args, flag, default)
     if args.tokenizer_file and sum(name in ("dnabert", "bpe") for name in args.add_tokens or args.tokenizers) != 1:
         parser.error("--tokenizer-file is for one of the tokenizers dnabert and bpe: ask for it with --tokenizers or --add-tokens")
-    args.ranks = check_ranks(args.ranks)
+    args.ranks = check_columns(args.ranks) if args.table else check_ranks(args.ranks)
     if args.test == 0 or args.validation == 0:
         parser.error("--test and --validation are above 0: every genus of three or more sequences is in all three splits")
     if args.test + args.validation >= 1:
@@ -123,10 +130,10 @@ def main(argv=None):
     tokenizers = [get_tokenizer(name, args.tokenizer_file if name in ("dnabert", "bpe") else None) for name in names]
     if args.add_tokens is None:
         if args.overwrite:
-            check_what_is_overwritten(Path(args.out), [] if args.demo else [*args.fasta, args.taxdump])
+            check_what_is_overwritten(Path(args.out), [] if args.demo else [args.table] if args.table else [*args.fasta, args.taxdump])
         with new_folder(args.out, args.overwrite) as out, in_order(args.workers) as mapped:
             if not args.demo:
-                check_disk(out, disk_need(args.fasta, len(names)))
+                check_disk(out, disk_need(args.fasta or [args.table], len(names), bool(args.table)))
             else:
                 paths = simulate.simulate(out / "source", args.demo_sequences, args.seed, args.length)
                 args.fasta, args.taxdump = paths["fasta"], paths["taxdump"]
@@ -150,12 +157,14 @@ def main(argv=None):
             print(f"{args.out}: added tokens of {tokenizer.name}")
 
 
-def disk_need(paths, bpe):
-    """Bytes that preparing FASTA files takes, about, if every sequence is kept; bpe: how many tokenizers besides nt."""
-    sizes = {path: os.path.getsize(path) for path in paths if os.path.isfile(path)}
-    packed = {path for path in sizes if is_gzip(path)}
-    letters = sum(GZIP_RATIO * size if path in packed else size for path, size in sizes.items())
-    return sum(GZIP_RATIO * sizes[path] for path in packed) + letters * (NT_BYTES + bpe * BPE_BYTES)
+def disk_need(paths, bpe, copied=False):
+    """Bytes that preparing files takes, about, if every sequence is kept; bpe: how many tokenizers besides nt.
+
+    copied: the letters of the files are written beside the output first, as gzip's always are.
+    """
+    packed = {path: is_gzip(path) for path in paths if os.path.isfile(path)}
+    letters = {path: os.path.getsize(path) * (GZIP_RATIO if packed[path] else 1) for path in packed}
+    return sum(letters[path] for path in packed if packed[path] or copied) + sum(letters.values()) * (NT_BYTES + bpe * BPE_BYTES)
 
 
 def check_disk(folder, need):
@@ -180,13 +189,15 @@ def prepare(args, out, scratch, mapped):
 
     mapped: what maps a function over jobs (taxa.workers).
     """
-    sources = [Path(path) for path in args.fasta]
+    sources = [Path(path) for path in ([args.table] if args.table else args.fasta)]
     if len({source.name for source in sources}) < len(sources):
         raise InputError("--fasta: two files have the same name; the manifest tells them apart by it")
 
     # index: where each record is, its taxid and length
     pinned_ids = read_ids(args.test_ids) if args.test_ids else None
-    indexes = [index_fasta(source, scratch, mapped, args.group) for source in progress(sources, "index", unit="file")]
+    table = read_table(args.table, args.sequence_column, args.ranks, scratch) if args.table else None
+    fastas = [table.fasta] if table else sources
+    indexes = [index_fasta(fasta, scratch, mapped, args.group) for fasta in progress(fastas, "index", unit="file")]
     source = np.repeat(np.arange(len(indexes)), [len(index.taxid) for index in indexes])  # (N,)
     record = np.concatenate([np.arange(len(index.taxid)) for index in indexes])
     taxid = np.concatenate([index.taxid for index in indexes])
@@ -194,7 +205,11 @@ def prepare(args, out, scratch, mapped):
 
     # label: each distinct taxid once
     distinct, which = np.unique(taxid, return_inverse=True)
-    labels, class_names, dump_date = label_taxids(args.taxdump, distinct.tolist(), scratch, args.ranks)
+    if table:
+        labels, names = table.labels, table.names
+    else:
+        labels, class_names, dump_date = label_taxids(args.taxdump, distinct.tolist(), scratch, args.ranks)
+        names = {rank: SUPERKINGDOMS if rank == "superkingdom" else class_names for rank in args.ranks}
     wrong_length = (length == 0) if args.any_length else (length != args.length)
     length_reason = "no letters" if args.any_length else f"length is not {args.length}"
     reasons = ["", length_reason, *sorted({label.reason for label in labels.values() if label.reason})]
@@ -209,14 +224,14 @@ def prepare(args, out, scratch, mapped):
     y = np.empty((len(kept), len(args.ranks)), dtype="<u2")
     for column, rank in enumerate(args.ranks):
         of_distinct = np.array([labels[t].taxids[column] or 0 for t in distinct.tolist()])
-        table, y[:, column] = np.unique(of_distinct[which[kept]], return_inverse=True)
-        names = SUPERKINGDOMS if rank == "superkingdom" else class_names
-        classes[rank] = [{"taxid": t, "name": names[t]} for t in table.tolist()]
-        if len(table) > np.iinfo(y.dtype).max:
-            raise InputError(f"{len(table)} classes of rank {rank}: labels are 16-bit, at most {np.iinfo(y.dtype).max}")
+        present, y[:, column] = np.unique(of_distinct[which[kept]], return_inverse=True)
+        classes[rank] = [{"taxid": None if table else t, "name": names[rank][t]} for t in present.tolist()]
+        if len(present) > np.iinfo(y.dtype).max:
+            raise InputError(f"{len(present)} classes of rank {rank}: labels are 16-bit, at most {np.iinfo(y.dtype).max}")
 
     # split
-    group, pinned, jobs = None, None, functools.partial(batches_of, sources, indexes, source[kept], record[kept])
+    taxid = np.zeros_like(taxid) if table else taxid  # the numbers of a table's labels mean nothing outside
+    group, pinned, jobs = None, None, functools.partial(batches_of, sources, indexes, source[kept], record[kept], table)
     if args.group:
         group = np.concatenate([index.group for index in indexes])[kept]
     if args.test_ids:
@@ -246,17 +261,20 @@ def prepare(args, out, scratch, mapped):
             bar.update(len(counts))
     in_test = split == SPLITS.index("test")
     write_ids(out / "test_ids.txt", taxid[kept][in_test], digest[in_test], copies(taxid[kept], digest)[in_test])
-    digests = dict(zip([*sources, args.taxdump], mapped(sha256, [*sources, args.taxdump])))
+    files = sources if table else [*sources, args.taxdump]
+    digests = dict(zip(files, mapped(sha256, files)))
 
     manifest = {
         "sequences": len(kept),
         "splits": {name: int((split == number).sum()) for number, name in enumerate(SPLITS)},
-        "superkingdoms": {row["name"]: int((y[:, 0] == i).sum()) for i, row in enumerate(classes.get("superkingdom", []))},
+        "superkingdoms": {row["name"]: int((y[:, args.ranks.index("superkingdom")] == i).sum())
+                          for i, row in enumerate(classes.get("superkingdom", []))},
         "settings": {"length": None if args.any_length else args.length, "test": args.test, "validation": args.validation,
-                     "seed": args.seed, **({"group": args.group.pattern} if args.group else {})},
+                     "seed": args.seed, **({"group": args.group.pattern} if args.group else {}),
+                     **({"sequence_column": args.sequence_column} if table else {})},
         "sources": [{"file": path.name, "bytes": path.stat().st_size, "sha256": digests[path], "sequences": len(index.taxid),
                      "letters_changed_to_N": int(changed)} for path, index, changed in zip(sources, indexes, other_letters)],
-        "taxdump": {"file": Path(args.taxdump).name, "date": dump_date, "sha256": digests[args.taxdump]},
+        "taxdump": None if table else {"file": Path(args.taxdump).name, "date": dump_date, "sha256": digests[args.taxdump]},
         "dropped": dropped,
         "repeated": {"sequences": len(kept) - len(np.unique(digest)),
                      "test_in_train": int(np.isin(digest[in_test], digest[split == SPLITS.index("train")]).sum())},
@@ -267,19 +285,23 @@ def prepare(args, out, scratch, mapped):
     return write_manifest(out, manifest, nt_tokenizer())
 
 
-def batches_of(sources, indexes, source, record):
-    """Yield jobs (number of the file, its path, Index of some records, their numbers) for what is kept; source, record: (N,), in order."""
+def batches_of(sources, indexes, source, record, table=None):
+    """Yield jobs (number of the file, its path, Index of some records, their numbers, their lines or None) for what is kept.
+
+    source, record: (N,), in order. table: what the records are rows of, if they are.
+    """
     for number, index in enumerate(indexes):
         records = record[slice(*np.searchsorted(source, (number, number + 1)))]
         index = index.take(records)
         for some in batches(index):
-            yield number, sources[number], index.take(some), records[some]
+            yield number, sources[number], index.take(some), records[some], table.lines[records[some]] if table else None
 
 
 def read_batch(job):
     """(letters in ACGTN, how many became N, digest of each sequence's letters (n,) uint64) of a job of batches_of."""
-    _, path, index, records = job
-    letters, changed = normalize(read_sequences(index), index.length, lambda i: f"{path}: record {records[i] + 1} '>{index.taxid[i]}'")
+    _, path, index, records, lines = job
+    letters, changed = normalize(read_sequences(index), index.length, lambda i: (
+        f"{path}: record {records[i] + 1} '>{index.taxid[i]}'" if lines is None else f"{path}: line {lines[i]}"))
     ends = np.cumsum(index.length).tolist()
     digests = b"".join([hashlib.blake2b(letters[end - length:end], digest_size=8).digest()
                         for end, length in zip(ends, index.length.tolist())])
@@ -317,7 +339,7 @@ def report(manifest, out):
           + ("; sequences: " if manifest["superkingdoms"] else "")
           + ", ".join(f"{name} {count:,}" for name, count in manifest["superkingdoms"].items()))
     if manifest["dropped"]:
-        print(f"dropped:\n{'sequences':>12}  {'taxids':>9}  reason, file")
+        print(f"dropped:\n{'sequences':>12}  {'taxids' if manifest['taxdump'] else 'labels':>9}  reason, file")
         for row in manifest["dropped"]:
             print(f"{row['sequences']:>12,}  {row['taxids']:>9,}  {row['reason']}, {row['file']}")
     for source in manifest["sources"]:
@@ -328,7 +350,8 @@ def report(manifest, out):
               .format_map(manifest["repeated"]))
     if "test_ids" in manifest:
         print("test split: {found:,} of the {sequences:,} sequences of {file}".format_map(manifest["test_ids"]))
-    print(f"digest {manifest['digest'][:16]}, taxonomy of {manifest['taxdump']['date']}")
+    origin = f"taxonomy of {manifest['taxdump']['date']}" if manifest["taxdump"] else f"labels of {manifest['sources'][0]['file']}"
+    print(f"digest {manifest['digest'][:16]}, {origin}")
 
 
 if __name__ == "__main__":

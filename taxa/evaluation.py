@@ -14,6 +14,7 @@ from taxa.files import replacing, write_json
 from taxa.metrics import BINS, confusion_matrix, expected_calibration_error, per_class, rank_metrics
 from taxa.precision import autocast
 from taxa.progress import progress
+from taxa.taxonomy import class_id
 
 
 TEMPERATURE_SEQUENCES = 20_000  # enough for one number per rank, and their logits fit in memory
@@ -176,6 +177,6 @@ def write_tables(folder, metrics, outcome, classes):
     for rank, matrix in matrices.items():
         with replacing(folder / f"confusion_{rank}{suffix}.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
             out = csv.writer(file)
-            out.writerow(["truth", *(row["taxid"] for row in classes[rank])])
-            out.writerows([row["taxid"], *counts] for row, counts in zip(classes[rank], matrix.tolist()))
+            out.writerow(["truth", *(class_id(row) for row in classes[rank])])
+            out.writerows([class_id(row), *counts] for row, counts in zip(classes[rank], matrix.tolist()))
     write_json(folder / f"metrics{suffix}.json", metrics)

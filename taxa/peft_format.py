@@ -21,6 +21,7 @@ from taxa.files import UNREADABLE, write_json
 from taxa.ia3 import IA3Linear, rows_of, split_target
 from taxa.inject import matches
 from taxa.lora import LoRALinear
+from taxa.taxonomy import class_id
 
 CONFIG, ADAPTERS = "adapter_config.json", "adapter_model.safetensors"
 HEADS, LABELS, REST = "heads.safetensors", "labels.json", "taxa.json"
@@ -166,7 +167,7 @@ def start_from(classifier, folder, state, base, classes):
         raise InputError(f"{folder}: its adapters were trained on other base weights (digest {theirs[:12]}, not {base['digest'][:12]})")
     heads = {name for name in state if name.startswith("heads.")}
     labels = _json(folder / LABELS) if heads and (folder / LABELS).exists() else None
-    why = "none with a labels.json in it" if labels is None else None if _taxids(labels) == _taxids(classes) else "other classes"
+    why = "none with a labels.json in it" if labels is None else None if _class_ids(labels) == _class_ids(classes) else "other classes"
     if why:
         state = {name: tensor for name, tensor in state.items() if name not in heads}
     try:
@@ -176,8 +177,8 @@ def start_from(classifier, folder, state, base, classes):
     return f"starts from the adapters of {folder}; heads are " + (f"not taken ({why})" if why else "taken: the classes are the same")
 
 
-def _taxids(classes):
-    return {rank: [row["taxid"] for row in table] for rank, table in classes.items()}
+def _class_ids(classes):
+    return {rank: [class_id(row) for row in table] for rank, table in classes.items()}
 
 
 def _json(path):

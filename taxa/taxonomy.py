@@ -40,6 +40,11 @@ class Label(NamedTuple):
     reason: Optional[str] = None
 
 
+def class_id(row):
+    """What tells a class {"taxid", "name"} from others: its taxid, or, where labels are a table's own, its name."""
+    return row["name"] if row["taxid"] is None else row["taxid"]
+
+
 def check_ranks(ranks, known=NCBI_RANKS):
     """Return `ranks` as a tuple. Raises InputError unless they are one to eight different names of `known`, from coarse to fine.
 

@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 
+from taxa.cli import InputError
+
 FORMATS = ("tsv", "jsonl", "kraken")
 
 
@@ -13,6 +15,8 @@ class LineWriter:
     def __init__(self, args, classes, lineages):
         """args: of predict.py: format, top_k, min_probability, whole_header."""
         self.args, self.classes, self.lineages = args, classes, lineages
+        if args.format == "kraken" and any(row["taxid"] is None for table in classes.values() for row in table):
+            raise InputError("--format kraken tells taxa by NCBI's taxids, and this checkpoint's classes have none: use tsv or jsonl")
         self.line = {"tsv": self.tsv, "jsonl": self.jsonl, "kraken": self.kraken}[args.format]
 
     def header(self):
@@ -45,8 +49,8 @@ class LineWriter:
         for rank, top in tops.items():
             for c, p in top:
                 row = self.classes[rank][c] if p >= least else {"taxid": 0, "name": "unclassified"}
-                cells += [str(row["taxid"]), row["name"], f"{p:.6f}"]
-        cells += [";".join(str(row["taxid"]) for row in lineage) or "0", ";".join(row["name"] for row in lineage) or "unclassified"]
+                cells += [_taxid(row), row["name"], f"{p:.6f}"]
+        cells += [";".join(_taxid(row) for row in lineage) or "0", ";".join(row["name"] for row in lineage) or "unclassified"]
         return "\t".join([*cells, f"{probability:.6f}"]) + "\n"
 
     def jsonl(self, identifier, read, tops, least, lineage, probability):
@@ -59,6 +63,10 @@ class LineWriter:
         taxid = lineage[-1]["taxid"] if lineage else 0
         identifier = identifier.replace("\t", " ")
         return f"{'C' if lineage else 'U'}\t{identifier}\t{taxid}\t{read.length}\t{taxid}:{read.windows}\n"
+
+
+def _taxid(row):
+    return "" if row["taxid"] is None else str(row["taxid"])  # labels of a table of one's own have none
 
 
 class VectorWriter:

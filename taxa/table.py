@@ -1,0 +1,101 @@
+"""A CSV or TSV file of sequences and their labels -> what the rest of the preparation reads: a FASTA file and the label of each record.
+
+The table has a header row, one column of sequences and one column of labels per rank; other columns are ignored. Labels are any
+text; there is no taxonomy behind them. RFC 4180 by Python's csv module; gzip by the first two bytes; read once, row by row.
+"""
+
+import array
+import csv
+import gzip
+import io
+import re
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch import nn
+
+from taxa.cli import InputError, choose
+from taxa.taxonomy import Label, check_ranks
+
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+NAMES_OF_MODULES = frozenset(dir(nn.ModuleDict()))  # a rank names its head in the network
+
+
+class Table(NamedTuple):
+    """What a table holds, row by row, as FASTA records `>ID`; rows of equal labels share their ID, from 1 on."""
+
+    fasta: Path
+    lines: np.ndarray  # (N,) int64: where each record ends in the table
+    labels: dict  # {ID: Label}, whose taxids are numbers from 1 on in the order of the names, one series per rank
+    names: dict  # {rank: {number: name}}
+
+
+def delimiter(path):
+    """What separates the columns, by the file's name. Raises InputError for a name that does not say it."""
+    ending = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if ending not in DELIMITERS:
+        raise InputError(f"{path}: the name must end in .csv, .tsv or .tab (then .gz): it says what separates the columns")
+    return DELIMITERS[ending]
+
+
+def check_columns(ranks):
+    """check_ranks() for columns of a table: any different names, each fit to name a head."""
+    for rank in check_ranks(ranks, known=None):
+        if not re.fullmatch(r"\w[\w -]*", rank) or rank in NAMES_OF_MODULES:
+            raise InputError(f"--ranks: a column named '{rank}' cannot name a head (letters, digits, _, - and spaces can, but no name "
+                             "that torch.nn.ModuleDict has): rename it in the table")
+    return tuple(ranks)
+
+
+def read_table(path, sequence_column, ranks, scratch):
+    """Read a table, writing its sequences as a FASTA file into the folder `scratch`. Returns a Table.
+
+    Raises InputError, naming the file and the line, for a file that is missing, empty or no such table, a column that is not there, a row
+    with more or fewer fields than the header, and a sequence that is no letters.
+    """
+    path, fasta = Path(path), Path(scratch) / "table.fa"
+    separator = delimiter(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    csv.field_size_limit(1 << 30)  # the module's own limit is 131,072 letters
+    ids, lines = {}, array.array("q")  # labels of a row -> its ID
+    with gzip.open(path) if packed else open(path, "rb") as raw, open(fasta, "w", encoding="ascii") as out, \
+            io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
+        rows = csv.reader(text, delimiter=separator, strict=True)
+        try:
+            header = next(rows, None)
+            if not header:
+                raise InputError(f"{path}: the file is empty; its first line must name the columns")
+            twice = next((name for name in header if name and header.count(name) > 1), None)
+            if twice:
+                raise InputError(f"{path}: line 1: two columns are named '{twice}'")
+            columns = [header.index(choose(f"column of {path}", name, header)) for name in (sequence_column, *ranks)]
+            for row in rows:
+                if not row:
+                    continue  # a blank line
+                if len(row) != len(header):
+                    raise InputError(f"{path}: line {rows.line_num}: {len(row)} fields, but the header has {len(header)}")
+                sequence, *label = (row[column] for column in columns)
+                sequence = "".join(sequence.split())
+                if not sequence.isascii() or not sequence.replace("-", "").replace("*", "").isalpha() and sequence:
+                    raise InputError(f"{path}: line {rows.line_num}: column {sequence_column} holds no sequence of letters")
+                identity = ids.setdefault(tuple(name.strip() for name in label), len(ids) + 1)
+                out.write(f">{identity}\n{sequence}\n")
+                lines.append(rows.line_num)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: line {rows.line_num}: not {path.suffix} in UTF-8 ({error})") from None
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise InputError(f"{path}: the gzip file is damaged ({error})") from None
+    if not lines:
+        raise InputError(f"{path}: no row below the header")
+    names = {rank: dict(enumerate(sorted({label[i] for label in ids} - {""}), start=1)) for i, rank in enumerate(ranks)}
+    number_of = [{name: number for number, name in names[rank].items()} for rank in ranks]
+    labels = {}
+    for label, identity in ids.items():
+        missing = next((rank for rank, name in zip(ranks, label) if not name), None)
+        labels[identity] = Label(tuple(of.get(name) for of, name in zip(number_of, label)), missing and f"no {missing}")
+    return Table(fasta, np.frombuffer(lines, dtype=np.int64), labels, names)

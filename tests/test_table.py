@@ -1,0 +1,181 @@
+"""prepare.py --table: sequences and labels of one's own, from CSV and TSV, to a trained and evaluated run."""
+
+import csv
+import gzip
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import evaluate
+import predict
+import prepare
+import train
+from taxa.cli import InputError
+from taxa.dataset import PreparedDataset
+from taxa.splits import SPLITS, split_by_genus
+from taxa.table import read_table
+from taxa.tokens import NTTokenizer
+
+NT = NTTokenizer()
+RANKS = ("phylum", "sub family")
+NAMES = [("Größe, die", "β \"x\""), ("Größe, die", "alpha"), ("Other", "alpha"), ("Third", "1234")]
+
+
+def rows(n=60, seed=0):
+    """[(id, sequence, phylum, sub family)]: lengths from 30 to 90, some lower case, some Ns."""
+    random = np.random.RandomState(seed)
+    letters = np.array(list("ACGTacgtN"))
+    return [(f"s{i}", "".join(letters[random.randint(0, 9, random.randint(30, 91))]), *NAMES[random.randint(4)]) for i in range(n)]
+
+
+def write(path, table, delimiter=",", header=("id", "dna", "phylum", "sub family"), newline="\r\n", bom=False):
+    opened = gzip.open if path.name.endswith(".gz") else open
+    with opened(path, "wt", encoding="utf-8-sig" if bom else "utf-8", newline="") as file:
+        out = csv.writer(file, delimiter=delimiter, lineterminator=newline)
+        out.writerow(header)
+        out.writerows(table)
+    return path
+
+
+def prepared(path, out, *more, ranks=RANKS):
+    prepare.main(["--table", str(path), "--sequence-column", "dna", "--ranks", *ranks, "--any-length", "--out", str(out), "--workers", "1",
+                  *map(str, more)])
+    return PreparedDataset(out)
+
+
+@pytest.mark.parametrize("name, delimiter, newline, bom", [("t.csv", ",", "\r\n", False), ("t.csv.gz", ",", "\n", True),
+                                                           ("t.tsv", "\t", "\n", False), ("t.TSV.gz", "\t", "\r\n", False)])
+def test_every_row_is_there_with_its_labels(name, delimiter, newline, bom, tmp_path, capsys):
+    table = rows()
+    data = prepared(write(tmp_path / name, table, delimiter, newline=newline, bom=bom), tmp_path / "out")
+    assert list(data.classes) == list(RANKS)
+    for column, rank in enumerate(RANKS):
+        assert data.classes[rank] == [{"taxid": None, "name": label} for label in sorted({label[column] for label in NAMES})]
+    expected = split_by_genus([sorted({label[1] for label in NAMES}).index(row[3]) for row in table], 42)
+    for number, split_name in enumerate(SPLITS):
+        records, split = np.load(tmp_path / "out" / split_name / "records.npy"), data.split(split_name, "nt")
+        assert [int(record["record"]) for record in records] == np.flatnonzero(expected == number).tolist()
+        for i, record in enumerate(records):
+            _, sequence, *label = table[int(record["record"])]
+            assert NT.decode(split.tokens(i)).decode() == sequence.upper() and record["taxid"] == 0
+            assert [data.classes[rank][n]["name"] for rank, n in zip(RANKS, split.labels[i].tolist())] == label
+    assert data.manifest["taxdump"] is None and data.manifest["settings"]["sequence_column"] == "dna"
+    assert f"labels of {name}" in capsys.readouterr().out
+
+
+def test_the_same_rows_in_another_format_give_the_same_tokens(tmp_path):
+    one = prepared(write(tmp_path / "a.csv", rows()), tmp_path / "a")
+    other = prepared(write(tmp_path / "b.tsv.gz", [(*row, "more") for row in rows()], "\t", ("id", "dna", *RANKS, "note")), tmp_path / "b")
+    assert one.digest == other.digest
+
+
+def test_missing_labels_and_wrong_lengths_are_dropped_with_their_reason(tmp_path, capsys):
+    table = rows(40)
+    table[3] = (*table[3][:2], "", "alpha")
+    table[4] = (*table[4][:3], "  ")
+    table[5] = ("s5", "", "Other", "alpha")
+    data = prepared(write(tmp_path / "t.csv", table), tmp_path / "out")
+    assert data.manifest["sequences"] == 37
+    assert {(row["reason"], row["sequences"]) for row in data.manifest["dropped"]} == {
+        ("no phylum", 1), ("no sub family", 1), ("no letters", 1)}
+    assert "1  no phylum, t.csv" in capsys.readouterr().out
+
+
+def test_long_sequences_and_fields_over_several_lines(tmp_path):
+    table = rows(20)
+    table[0] = ("s0", "ACGT" * 50_000, *NAMES[0])  # above the csv module's own limit
+    table[1] = ("s1", "ACGT\nACGT ACGT", *NAMES[0])
+    data = prepared(write(tmp_path / "t.csv", table), tmp_path / "out")
+    letters = {int(record["record"]): NT.decode(data.split(name, "nt").tokens(i)).decode()
+               for name in SPLITS for i, record in enumerate(np.load(tmp_path / "out" / name / "records.npy"))}
+    assert letters[0] == table[0][1] and letters[1] == "ACGT" * 3
+
+
+def test_the_test_split_can_be_pinned_as_that_of_a_fasta(tmp_path):
+    first = prepared(write(tmp_path / "t.csv", rows()), tmp_path / "out")
+    again = prepared(write(tmp_path / "u.csv", rows()[::-1]), tmp_path / "again", "--test-ids", tmp_path / "out" / "test_ids.txt")
+    letters = [{NT.decode(data.split("test", "nt").tokens(i)) for i in range(data.manifest["splits"]["test"])} for data in (first, again)]
+    assert letters[0] == letters[1] and len(letters[0]) > 3
+
+
+def test_a_run_on_labels_of_ones_own(tmp_path, weights, capsys):
+    data = prepared(write(tmp_path / "t.csv", rows(120)), tmp_path / "data")
+    checkpoint = tmp_path / "run" / "ckpt.pt"
+    tested = train.main(["--model", "tiny-nt", "--strategy", "lora", "--data", str(data.folder), "--weights", str(weights["tiny-nt"]),
+                         "--out", str(tmp_path / "run"), "--max-steps", "2", "--batch-size", "8"])
+    assert list(tested["ranks"]) == list(RANKS)
+    with open(tmp_path / "run" / "confusion_phylum.csv", encoding="utf-8", newline="") as file:
+        assert next(csv.reader(file)) == ["truth", "Größe, die", "Other", "Third"]
+    evaluated = evaluate.main([str(checkpoint)])
+    assert evaluated["ranks"] == tested["ranks"]
+    (tmp_path / "reads.fa").write_text(">a\n" + "ACGT" * 20 + "\n")
+    predict.main([str(checkpoint), str(tmp_path / "reads.fa"), "--out", str(tmp_path / "found.tsv")])
+    header, line = (text.split("\t") for text in (tmp_path / "found.tsv").read_text(encoding="utf-8").splitlines())
+    assert line[header.index("phylum_taxid")] == "" and line[header.index("phylum_name")] in {label for label, _ in NAMES}
+    with pytest.raises(InputError, match="--format kraken .*have none"):
+        predict.main([str(checkpoint), str(tmp_path / "reads.fa"), "--format", "kraken", "--out", str(tmp_path / "found.txt")])
+    renamed = [(*row[:2], row[2].replace("Other", "Another"), row[3]) for row in rows(120)]
+    other = prepared(write(tmp_path / "u.csv", renamed), tmp_path / "other")
+    with pytest.raises(InputError, match="different classes: phylum has 3 .* 2 of them in only one"):
+        evaluate.main([str(checkpoint), "--data", str(other.folder), "--out", str(tmp_path / "else")])
+
+
+HEADER = "id,dna,phylum,sub family\n"
+BAD = {  # content of t.csv (None: no file), further flags, what the line says
+    "no file": (None, [], "t.csv: no such file"),
+    "empty": (b"", [], "t.csv: the file is empty"),
+    "header alone": (HEADER.encode(), [], "no row below the header"),
+    "no such column": (b"id,dnq,phylum,sub family\na,ACGT,x,y\n", [], "unknown column of .*t.csv 'dna': .*did you mean dnq"),
+    "no such rank": (b"id,dna,phyla,sub family\na,ACGT,x,y\n", [], "unknown column of .*t.csv 'phylum': .*did you mean phyla"),
+    "two columns of a name": (b"dna,dna,phylum,sub family\nACGT,ACGT,x,y\n", [], "line 1: two columns are named 'dna'"),
+    "a short row": ((HEADER + "a,ACGT,x,y\nb,ACGT,x\n").encode(), [], "t.csv: line 3: 3 fields, but the header has 4"),
+    "a long row": ((HEADER + "a,ACGT,x,y,z\n").encode(), [], "t.csv: line 2: 5 fields, but the header has 4"),
+    "an open quote": ((HEADER + 'a,"ACGT,x,y\n').encode(), [], "t.csv: line 2: not .csv in UTF-8"),
+    "latin-1": ((HEADER + "a,ACGT,\xfc,y\n").encode("latin-1"), [], "in UTF-8"),
+    "no letters": ((HEADER + "a,ACGT,x,y\nb,>9606,x,y\n").encode(), [], "t.csv: line 3: column dna holds no sequence of letters"),
+    "a protein": ((HEADER + "a,ACGT,x,y\n\nb,MEEPQSDPSVEPPLSQETFSDLWK,x,y\n").encode(), [], "t.csv: line 4: letters .*is this protein"),
+    "cut gzip": (gzip.compress((HEADER + "a,ACGT,x,y\n" * 99).encode())[:-9], [], "the gzip file is damaged"),
+    "all labels empty": ((HEADER + "a,ACGT,,y\n").encode(), [], "no sequence is left of 1 .*no phylum"),
+    "with a dump": ((HEADER + "a,ACGT,x,y\n").encode(), ["--taxdump", "x.zip"], "--fasta and --taxdump go together"),
+    "with --demo": ((HEADER + "a,ACGT,x,y\n").encode(), ["--demo"], "either --fasta and --taxdump, or --table"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_tables_are_one_line_and_leave_nothing(case, tmp_path):
+    content, more, message = BAD[case]
+    if content is not None:
+        (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        prepared(tmp_path / "t.csv", tmp_path / "out", *more)
+    assert {path.name for path in tmp_path.iterdir()} <= {"t.csv"}
+
+
+@pytest.mark.parametrize("ranks, message", [
+    (["type"], "a column named 'type' cannot name a head"),
+    (["a.b"], "a column named 'a.b' cannot name a head"),
+    (["phylum", "phylum"], "phylum is given twice"),
+    (list("abcdefghi"), "9 ranks; give from one to 8"),
+])
+def test_columns_that_cannot_name_heads(ranks, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        prepared(write(tmp_path / "t.csv", rows(5)), tmp_path / "out", ranks=ranks)
+
+
+def test_the_files_name_says_what_separates_the_columns(tmp_path):
+    with pytest.raises(InputError, match="must end in .csv, .tsv or .tab"):
+        prepared(write(tmp_path / "t.txt", rows(5)), tmp_path / "out")
+    with pytest.raises(InputError, match="--sequence-column does nothing here"):
+        prepare.main(["--demo", "--sequence-column", "dna", "--out", str(tmp_path / "out")])
+
+
+def test_memory_does_not_hold_the_table(tmp_path):
+    """Row by row: what is kept of a row is its line's number."""
+    table = rows(1)[0]
+    write(tmp_path / "t.csv", ((f"s{i}", "ACGT" * 5000, *table[2:]) for i in range(500)))  # 10 MB
+    tracemalloc.start()
+    found = read_table(tmp_path / "t.csv", "dna", RANKS, tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2e6
+    tracemalloc.stop()
+    assert len(found.lines) == 500 and found.lines.tolist()[:3] == [2, 3, 4]
