@@ -456,7 +456,7 @@ OLD = "--fasta {path}/good.fa --taxdump {path}/dump.zip --any-length --out {path
 FILE = " --tokenizer-file {path}/"
 WRONG = {
     "no arguments": ("", "--out"),
-    "only --out": ("--out {path}/out", "give either --fasta and --taxdump, or --demo, or --add-tokens"),
+    "only --out": ("--out {path}/out", "give either --fasta and --taxdump, or --table, or --demo, or --add-tokens"),
     "--demo and --fasta": (GOOD + " --demo", "give either"),
     "no dump": ("--fasta {path}/good.fa --out {path}/out", "--fasta and --taxdump go together"),
     "--demo and --taxdump": ("--demo --taxdump {path}/dump.zip --out {path}/out", "--fasta and --taxdump go together"),
