@@ -78,7 +78,7 @@ def parse_args(argv=None):
         help="processes; what is written does not depend on it (default: the CPU cores, here %(default)s)")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     args = parser.parse_args(argv)
-    if sum(bool(way) for way in (args.fasta or args.taxdump, args.table, args.demo, args.add_tokens, args.describe)) != 1:
+    if sum(bool(way) for way in (args.fasta, args.table, args.demo, args.add_tokens, args.describe)) != 1:
         parser.error("give either --fasta and --taxdump, or --table, or --demo, or --add-tokens, or --describe")
     if (args.out is None) != (args.describe is not None):
         parser.error("--describe writes nothing: leave out --out" if args.describe else "the following arguments are required: --out")

@@ -455,7 +455,7 @@ GOOD = "--fasta {path}/good.fa --taxdump {path}/dump.zip --any-length --out {pat
 OLD = "--fasta {path}/good.fa --taxdump {path}/dump.zip --any-length --out {path}/old"
 FILE = " --tokenizer-file {path}/"
 WRONG = {
-    "no arguments": ("", "--out"),
+    "no arguments": ("", "give either"),
     "only --out": ("--out {path}/out", "give either --fasta and --taxdump, or --table, or --demo, or --add-tokens"),
     "--demo and --fasta": (GOOD + " --demo", "give either"),
     "no dump": ("--fasta {path}/good.fa --out {path}/out", "--fasta and --taxdump go together"),
