@@ -27,10 +27,13 @@ import predict  # noqa: E402
 from taxa import checkpoint  # noqa: E402
 from taxa.backbones import FAMILIES, backbone_config, get_model  # noqa: E402
 from taxa.cli import Parser, positive_int, run  # noqa: E402
+from taxa.decode import JointDecoder  # noqa: E402
+from taxa.distributed import world  # noqa: E402
 from taxa.model import TaxonClassifier  # noqa: E402
-from taxa.reads import records, slices  # noqa: E402
+from taxa.reads import read_ahead, records, slices  # noqa: E402
 from taxa.strategies import settings_from_flags  # noqa: E402
 from taxa.tokens import NTTokenizer  # noqa: E402
+from taxa.writers import LineWriter  # noqa: E402
 
 CLASSES = {"superkingdom": 4, "phylum": 57, "genus": 1884}
 SMALLEST = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
@@ -65,9 +68,14 @@ def write_reads(path, count):
 def speed(args, scratch):
     write_checkpoint(scratch / "ckpt.pt", args.model, args.batch_size, {})
     write_reads(scratch / "reads.fa", args.reads)
-    model = checkpoint.rebuild(checkpoint.read(scratch / "ckpt.pt"))
-    batches = [batch for piece in slices(records(str(scratch / "reads.fa")), NTTokenizer(), 1500, args.batch_size, 8)
-               for _, _, batch in piece.batches]
+    content = checkpoint.read(scratch / "ckpt.pt")
+    model, writer_args = checkpoint.rebuild(content), predict.parse_args([
+        str(scratch / "ckpt.pt"), str(scratch / "reads.fa"), "--out", str(scratch / "out.tsv")])
+
+    def pieces():
+        return slices(records(str(scratch / "reads.fa")), NTTokenizer(), 1500, args.batch_size, predict.BATCHES_PER_SLICE)
+
+    batches = [batch for piece in pieces() for _, _, batch in piece.batches]
 
     @torch.no_grad()
     def bare():
@@ -77,7 +85,10 @@ def speed(args, scratch):
         return time.perf_counter() - started, time.process_time() - used
 
     def whole():
-        done = predict.main([str(scratch / "ckpt.pt"), str(scratch / "reads.fa"), "--out", str(scratch / "out.tsv"), "--device", "cpu"])
+        with world("cpu") as w:
+            forward = predict.Forward(w, model, JointDecoder(content["lineages"]), "fp32", None, 1, False)
+            done = predict.predict(w, writer_args, forward, LineWriter(writer_args, content["classes"], content["lineages"]),
+                                   read_ahead(pieces()))
         return done["seconds"], done["cpu_seconds"]
 
     rounds = np.array([(bare(), whole()) for _ in range(args.rounds + 1)][1:])  # (rounds, bare or whole, wall or CPU seconds)
