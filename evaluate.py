@@ -22,15 +22,18 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="ckpt.pt of a run folder, or a folder of export.py --adapters")
+    add = parser.group("data and weights")
     add("--data", metavar="DIR", help="prepared dataset (default: the one that the run was trained on)")
     add("--weights", metavar="DIR", help="folder with the base weights (default: where the run took them from)")
     add("--split", choices=SPLITS, default="test", help="default test")
+    add = parser.group("machine")
     add("--batch-size", type=positive_int, metavar="B", help="sequences per batch (default: the run's)")
     add("--precision", choices=PRECISIONS, help="of matrix products (default: the run's)")
-    add("--workers", type=non_negative_int, default=0, help="processes that load batches, per rank (default 0: in the loop)")
+    add("--workers", type=non_negative_int, default=0, metavar="N", help="processes that load batches, per rank (default 0: in the loop)")
     add("--temperature", action="store_true", help="fit one temperature per rank on the validation split, report the probabilities with "
         "and without it, and write temperature.json")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
+    add = parser.group("output")
     add("--out", metavar="DIR", help="where metrics.json, per_class.csv and confusion_*.csv go (default: the checkpoint's folder)")
     return parser.parse_args(argv)
 

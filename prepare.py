@@ -39,8 +39,7 @@ GZIP_RATIO = 4  # letters to bytes of gzip, about
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    add = parser.add_argument
-    # input
+    add = parser.group("input")
     add("--fasta", nargs="+", metavar="FILE", help="FASTA files, plain or gzip; headers '>TAXID INDEX' or '>TAXID'")
     add("--taxdump", metavar="FILE", help="NCBI taxonomy dump: taxdmp_YYYY-MM-DD.zip or taxdump.tar.gz")
     add("--table", metavar="FILE", help="instead of the two: a .csv or .tsv file (or .gz of it) with a header, a column of sequences and "
@@ -48,7 +47,7 @@ def parse_args(argv=None):
     add("--sequence-column", metavar="NAME", help="--table: the column of sequences (default sequence)")
     add("--demo", action="store_true", help="simulate a small corpus instead of reading one")
     add("--demo-sequences", type=positive_int, metavar="N", help="sequences to simulate (default 4000)")
-    # what is kept and how it is divided
+    add = parser.group("what is kept and how it is divided")
     add("--length", type=positive_int, metavar="BP", help="keep sequences of exactly this length (default 1500)")
     add("--ranks", nargs="+", metavar="RANK",
         help="ranks to label, one to eight of NCBI's, from coarse to fine, or columns of --table; one head each "
@@ -62,8 +61,8 @@ def parse_args(argv=None):
     add("--group", type=pattern, metavar="REGEX",
         help="sequences of a genus whose headers agree in what REGEX finds are all in one split, e.g. '^[0-9]+' for the taxid (default: "
              "each sequence on its own)")
-    add("--seed", type=seed, help="of the split, and of the simulation (default 42)")
-    # tokens
+    add("--seed", type=seed, metavar="N", help="of the split, and of the simulation (default 42)")
+    add = parser.group("tokens")
     add("--tokenizers", nargs="+", metavar="NAME",
         help=f"which tokens to write, of {' '.join(TOKENIZERS)}; nt is always written (default nt)")
     add("--add-tokens", nargs="+", metavar="NAME", help="add tokens to a folder that is prepared already")
@@ -72,7 +71,7 @@ def parse_args(argv=None):
     add("--describe", metavar="DIR", help="print what is in a prepared folder, and write nothing")
     add("--picture", metavar="FILE",
         help="with --describe: histograms of class sizes and token lengths, a file .png, .pdf or .svg; needs matplotlib")
-    # output
+    add = parser.group("output")
     add("--out", metavar="DIR", help="the folder to write")
     add("--workers", type=positive_int, default=available_cores(), metavar="N",
         help="processes; what is written does not depend on it (default: the CPU cores, here %(default)s)")

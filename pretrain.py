@@ -40,30 +40,29 @@ DTYPES = {True: torch.float16, False: torch.float32}
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    add = parser.add_argument
-    # what is trained
+    add = parser.group("what is trained")
     add("--model", required=True, metavar="NAME", help=f"one of {' '.join(MODELS)}; it starts from random weights")
     add("--weights", metavar="DIR", help="go on from this folder in the hub's format instead, its language-model head included where it has one")
     add("--mask-fraction", type=fraction, default=0.15, metavar="F", help="of the tokens (default 0.15)")
     add("--tied", action=argparse.BooleanOptionalAction, help="the decoder's weight is the embedding table (default: as published, NT no, "
         "DNABERT yes)")
-    # data
+    add = parser.group("data")
     add("--data", required=True, metavar="DIR", help="prepared dataset, or demo")
-    add("--workers", type=non_negative_int, default=0, help="processes that load batches, per rank (default 0: in the loop)")
-    # optimisation
-    add("--epochs", type=non_negative_int, default=5, help="default 5; 0 only measures the perplexity")
+    add("--workers", type=non_negative_int, default=0, metavar="N", help="processes that load batches, per rank (default 0: in the loop)")
+    add = parser.group("optimisation")
+    add("--epochs", type=non_negative_int, default=5, metavar="N", help="default 5; 0 only measures the perplexity")
     add("--max-steps", type=positive_int, metavar="N", help="stop after this many optimizer steps")
     add("--batch-size", type=positive_int, metavar="B", help="sequences per process and micro-batch (default: that of the model's row)")
     add("--accumulate", type=positive_int, default=1, metavar="N", help="micro-batches per optimizer step (default 1)")
-    add("--lr", type=positive_float, help="peak learning rate (default: that of the model's row)")
-    add("--weight-decay", type=non_negative_float, default=0.01, help="AdamW's (default 0.01)")
+    add("--lr", type=positive_float, metavar="LR", help="peak learning rate (default: that of the model's row)")
+    add("--weight-decay", type=non_negative_float, default=0.01, metavar="W", help="AdamW's (default 0.01)")
     add("--warmup-steps", type=non_negative_int, default=100, metavar="N", help="linear warm-up before the cosine (default 100)")
-    add("--max-grad-norm", type=positive_float, default=1.0, help="clip the gradient's norm to this (default 1.0)")
-    add("--seed", type=seed, default=42, help="of initial weights, order, masks and dropout (default 42)")
-    # machine
+    add("--max-grad-norm", type=positive_float, default=1.0, metavar="G", help="clip the gradient's norm to this (default 1.0)")
+    add("--seed", type=seed, default=42, metavar="N", help="of initial weights, order, masks and dropout (default 42)")
+    add = parser.group("machine")
     add("--precision", choices=PRECISIONS, default="fp32", help="of matrix products (default fp32)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
-    # output
+    add = parser.group("output")
     add("--out", required=True, metavar="DIR", help="run folder, and the folder for --weights")
     add("--float16", action="store_true", help="write the weights in half precision, half as large")
     add("--overwrite", action="store_true", help="replace a run folder that exists")

@@ -66,26 +66,25 @@ PUBLISHED_SECONDS = {
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    add = parser.add_argument
-    # what is trained
+    add = parser.group("what is trained")
     add("--model", required=True, metavar="NAME", help=f"one of {' '.join(MODELS)}")
     add("--strategy", "--strategies", required=True, nargs="+", metavar="NAME", help=f"of {' '.join(STRATEGIES)}; all: all but random")
     add("--r", "--lora-r", type=positive_int, nargs="+", default=[4], help="lora: ranks, each a run of its own (default 4)")
     add("--protocol", choices=PROTOCOLS, default="corrected", help="published: all as the published code did it (default corrected)")
     add("--weights", metavar="DIR", help="take the sizes from DIR/config.json (default: the model's row)")
-    # what a batch is
+    add = parser.group("what a batch is")
     add("--length", type=positive_int, metavar="TOKENS", help="of each random sequence (default 251 for nt, 300 for DNABERT)")
     add("--data", metavar="DIR", help="prepared dataset: its training sequences instead of random tokens, its classes and its number")
     add("--sequences", type=positive_int, metavar="N", help=f"in an epoch (default {TRAINING_SEQUENCES:,}, the study's, or --data's)")
-    # the search
+    add = parser.group("the search")
     add("--memory-limit", type=byte_size, metavar="SIZE", help="such as 80GiB, 500MB (default: the card; on the CPU 80%% of what is free)")
     add("--batch-sizes", type=positive_int, nargs="+", metavar="B", help="measure these and search nothing")
     add("--max-batch", type=positive_int, metavar="B", help="look no further than this")
-    add("--steps", type=positive_int, default=5, help="timed at each size, after two that are not (default 5)")
-    # machine
+    add("--steps", type=positive_int, default=5, metavar="N", help="timed at each size, after two that are not (default 5)")
+    add = parser.group("machine")
     add("--precision", choices=PRECISIONS, default="fp32", help="of matrix products (default fp32, as published)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
-    # output
+    add = parser.group("output")
     add("--out", metavar="FILE", help="write everything as one JSON document")
     add("--plot", metavar="FILE", help="bar chart of the memory by part (PNG, PDF or SVG; needs matplotlib: pip install '.[report]')")
     args = parser.parse_args(argv)

@@ -36,8 +36,18 @@ class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line without the usage, and the description keeps its layout. Flags are never abbreviated."""
 
     def __init__(self, description, epilog=None):
-        super().__init__(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
+        super().__init__(description=description, epilog=epilog, allow_abbrev=False,
+                         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
+
+    def format_usage(self):
+        """What must be given, and no more: the rest of the page says what can be."""
+        needed = [action for action in self._actions if action.required]
+        words = [" ".join([*action.option_strings[:1], action.metavar or action.dest]) for action in needed]
+        return f"usage: {' '.join([self.prog, *words, '[flags]'])}\n"
+
+    def format_help(self):
+        self.usage = self.format_usage().removeprefix("usage: ").strip().replace("%", "%%")
+        return super().format_help()
 
     def group(self, title):
         """Begin a group of flags in --help; returns what adds a flag to it."""
