@@ -259,7 +259,8 @@ def train(w, args, row, settings, signals, start=None):
             for old in (path for pattern in RUN_FILES for path in out.glob(pattern)):
                 old.unlink()
         write_json(out / "args.json", vars(args) | {"settings": settings, "base": base})
-        write_json(out / "environment.json", environment(w))
+        write_json(out / "environment.json", environment(w) | {
+            "parameters": total, "trainable": trainable, "training_sequences": len(splits["train"])})
         if base["source"] == "seed":
             print(f"{args.model} has no published weights: the backbone starts from random weights of seed {base['seed']}; "
                   "--weights DIR loads others")
