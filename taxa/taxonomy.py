@@ -96,37 +96,37 @@ class Dump:
         except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{self.path}: the archive is damaged or not a .zip or .tar.gz ({' '.join(str(error).split())})") from None
 
-    def rows(self, name):
-        """Yield (line, fields) of one member; nothing when the dump lacks it."""
+    def lines(self, name):
+        """Yield the lines of one member; nothing when the dump lacks it."""
         if name not in self._members:
             return
         with self._errors():
             member = self._members[name]
             file = self._archive.open(member) if isinstance(self._archive, zipfile.ZipFile) else self._archive.extractfile(member)
             with file, io.TextIOWrapper(file, encoding="utf-8") as text:
-                for line in text:
-                    yield line, [field.strip() for field in line.split("|")]
+                yield from text
 
     def integers(self, name, count):
-        """Yield (line, the first `count` fields as integers, all fields); InputError names a line that has none."""
-        for number, (line, fields) in enumerate(self.rows(name), start=1):
+        """Yield (line, its first `count` fields as integers); InputError names a line that has none, or does not end in '|'."""
+        for number, line in enumerate(self.lines(name), start=1):  # millions of them: no more is parsed than is needed
+            fields = line.split("|", count)
             try:
                 numbers = [int(field) for field in fields[:count]]
-                if len(fields) < count + 1 or fields[-1]:
+                if len(fields) <= count or not line.rstrip().endswith("|"):
                     raise ValueError
             except ValueError:
                 raise InputError(f"{self.path}: {name} line {number} does not start with {count} taxid(s)") from None
-            yield line, numbers, fields
+            yield line, numbers
 
     def excerpt(self, taxids, out):
         """Write a dump of only the lineages of `taxids` as a tar file `out`.
 
         Returns ({taxid: current id}, {unknown id: reason}, {taxid of a node: scientific name, as ete3 would not keep its quotes}).
         """
-        parents = {child: parent for _, (child, parent), _ in self.integers("nodes.dmp", 2)}
+        parents = {child: parent for _, (child, parent) in self.integers("nodes.dmp", 2)}
         if 1 not in parents:
             raise InputError(f"{self.path}: nodes.dmp has no root (taxid 1)")
-        merges = {old: new for _, (old, new), _ in self.integers("merged.dmp", 2)}
+        merges = {old: new for _, (old, new) in self.integers("merged.dmp", 2)}
         current, unknown = {}, {}
         for taxid in taxids:
             now, seen = taxid, set()
@@ -137,7 +137,7 @@ class Dump:
                 current[taxid] = now
             else:
                 unknown[taxid] = "unknown taxid"
-        for _, (taxid,), _ in self.integers("delnodes.dmp", 1):
+        for _, (taxid,) in self.integers("delnodes.dmp", 1):
             if taxid in unknown:
                 unknown[taxid] = "deleted taxid"
         needed = {1}
@@ -151,9 +151,9 @@ class Dump:
                 now = parent
             needed |= climbed
         lines = {
-            "nodes.dmp": [line for line, (taxid, _), _ in self.integers("nodes.dmp", 2) if taxid in needed],
-            "names.dmp": [line for line, (taxid,), fields in self.integers("names.dmp", 1)
-                          if taxid in needed and fields[3:4] == ["scientific name"]],
+            "nodes.dmp": [line for line, (taxid, _) in self.integers("nodes.dmp", 2) if taxid in needed],
+            "names.dmp": [line for line, (taxid,) in self.integers("names.dmp", 1)
+                          if taxid in needed and [field.strip() for field in line.split("|")[3:4]] == ["scientific name"]],
             "merged.dmp": [f"{old}\t|\t{new}\t|\n" for old, new in sorted(current.items()) if old != new],
         }
         unnamed = needed - {int(line.split("|")[0]) for line in lines["names.dmp"]}
