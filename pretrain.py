@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from taxa import checkpoint
-from taxa.backbones import MODELS, get_model, load_backbone
+from taxa.backbones import MODELS, get_model, load_backbone, read_config
 from taxa.cli import InputError, Parser, fraction, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
 from taxa.dataset import micro_batches
 from taxa.distributed import barrier, main_first, sum_over_ranks, world
@@ -44,8 +44,8 @@ def parse_args(argv=None):
     add("--model", required=True, metavar="NAME", help=f"one of {' '.join(MODELS)}; it starts from random weights")
     add("--weights", metavar="DIR", help="go on from this folder in the hub's format instead, its language-model head included where it has one")
     add("--mask-fraction", type=fraction, default=0.15, metavar="F", help="of the tokens (default 0.15)")
-    add("--tied", action=argparse.BooleanOptionalAction, help="the decoder's weight is the embedding table (default: as published, NT no, "
-        "DNABERT yes)")
+    add("--tied", action=argparse.BooleanOptionalAction, help="the decoder's weight is the embedding table (default: as --weights DIR has it, "
+        "else as published: NT no, DNABERT yes)")
     add = parser.group("data")
     add("--data", required=True, metavar="DIR", help="prepared dataset, or demo")
     add("--workers", type=non_negative_int, default=0, metavar="N", help="processes that load batches, per rank (default 0: in the loop)")
@@ -75,7 +75,6 @@ def parse_args(argv=None):
         parser.error("--mask-fraction 0 hides nothing: there is nothing to predict")
     if args.overwrite and args.resume:
         parser.error("--overwrite starts anew and --resume goes on: give one of them")
-    args.tied = MASKING[row.family].tied if args.tied is None else args.tied
     args.lr = args.lr or row.learning_rate
     args.batch_size = args.batch_size or row.batch_size
     return args
@@ -134,6 +133,9 @@ def pretrain(w, args):
     vocabulary = data.manifest["tokenizers"][row.tokenizer]["vocab_size"]
     if vocabulary > backbone.config.vocab_size:
         raise InputError(f"the tokenizer {row.tokenizer} has {vocabulary} ids, but the backbone only {backbone.config.vocab_size}")
+    if args.tied is None:
+        published = MASKING[row.family].tied
+        args.tied = read_config(args.weights).get("tie_word_embeddings", published) if args.weights else published
     model = MaskedLM(row.family, backbone, args.tied)
     head = "from its folder" if args.weights and load_head(model, args.weights) else "random"
     model.to(w.device)
@@ -194,7 +196,8 @@ def pretrain(w, args):
             raise InputError(f"the validation loss is {metrics['loss']} at step {step}: try a lower --lr than {args.lr}")
         return metrics
 
-    metrics = measure()
+    if not args.resume or step == total_steps:
+        metrics = measure()
     while step < total_steps:
         model.train()
         epoch, done = divmod(step, steps_per_epoch)

@@ -109,7 +109,7 @@ def find_model(name, weights=None, revision=None):
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return get_model(name)  # says which names there are
     if weights:
-        _read_config(weights)  # says what is wrong with the folder
+        read_config(weights)  # says what is wrong with the folder
     config = _model_file(name, revision, weights, "config.json")
     if config is None:
         raise InputError(f"--model {name}: cannot fetch its config.json from the hub; with no network, give --weights DIR with its files")
@@ -147,10 +147,11 @@ def backbone_config(name, weights=None):
     family = FAMILIES[row.family]
     if weights is None:
         return family.config(**row.sizes)
-    return _checked_config(family, _read_config(weights), Path(weights) / "config.json")
+    return _checked_config(family, read_config(weights), Path(weights) / "config.json")
 
 
-def _read_config(weights):
+def read_config(weights):
+    """The values of DIR/config.json. Raises InputError when it is not there or no JSON."""
     if not Path(weights).is_dir():
         raise InputError(f"--weights {weights}: no such folder; give a folder with config.json and model.safetensors or pytorch_model.bin")
     if not (Path(weights) / "config.json").is_file():
