@@ -36,6 +36,8 @@ def built(name, strategy, protocol, device="cpu", **flags):
 @pytest.mark.parametrize("strategy, protocol", CASES)
 def test_operations_are_those_that_torch_counts(name, strategy, protocol):
     flags = {"freeze_fraction": 0.9} if (strategy, protocol) == ("freeze75", "published") else {}  # a boundary elsewhere
+    if (strategy, protocol) == ("ia3", "published"):  # the first that trains stands on an input
+        flags = {"feedforward_targets": ["layer.*.output.dense" if name == "tiny-nt" else "mlp.wo"]}
     classifier, _, names = built(name, strategy, protocol, **flags)
     train_only(classifier, names)
     T = 17
