@@ -1,0 +1,338 @@
+"""The pictures of report.py. The only module that imports matplotlib; each function draws on a Figure of its own and returns it.
+
+A colour is a strategy, in every picture (Okabe and Ito's palette, told apart with any colour vision); a marker is a model; hollow and
+dashed is an adapter whose heads were frozen. Small marks are runs (seeds), large ones their mean.
+"""
+
+import math
+import statistics
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+
+COLORS = {"full": "#0072B2", "random": "#777777", "freeze75": "#009E73", "lora": "#D55E00", "ia3": "#CC79A7"}
+MARKERS = {"tiny-nt": "o", "tiny-dnabert": "s", "nt50m": "^", "nt100m": "v", "nt250m": "D", "dnabert2": "P", "dnaberts": "X"}
+OTHER_MARKERS = "<>phd*"
+FONT = 10
+WIDTH = 8  # inches
+STYLES = {1: ":", 4: "-", 20: "-."}  # of LoRA's curves, by r
+
+
+def figure(height, rows=1, columns=1, width=WIDTH, **options):
+    """(Figure, [[Axes]])."""
+    made = Figure(figsize=(width, height), layout="constrained")
+    axes = made.subplots(rows, columns, squeeze=False, **options)
+    for each in axes.flat:
+        each.spines[["top", "right"]].set_visible(False)
+        each.tick_params(labelsize=FONT)
+    return made, axes
+
+
+def marker(model, models):
+    """The marker of a model: its own, or one of the others by its place among `models`."""
+    others = sorted(set(models) - MARKERS.keys())
+    return MARKERS.get(model) or OTHER_MARKERS[others.index(model) % len(OTHER_MARKERS)]
+
+
+def unique(items):
+    return list(dict.fromkeys(items))
+
+
+def panels(groups):
+    """[(title, groups)]: one panel for each data set, the published numbers last."""
+    return [(data, [g for g in groups if g.data == data]) for data in unique(g.data for g in groups)]
+
+
+def mark(axes, values, y, group, shape, vertical=False):
+    """Runs as small marks, their mean as a large one: at height y, or, when vertical, at the place y of the x axis."""
+    color, hollow = COLORS.get(group.strategy, "#000000"), group.heads == "frozen"
+    for size, points, alpha in ((4, values if len(values) > 1 else [], 0.55), (8, [statistics.mean(values)], 1)):
+        places = [y] * len(points)
+        axes.plot(*((places, points) if vertical else (points, places)), linestyle="none", marker=shape, markersize=size, color=color,
+                  markerfacecolor="white" if hollow else color, markeredgewidth=1.4, alpha=alpha, zorder=3 if size == 8 else 4, clip_on=False)
+
+
+def legend(made, models, hollow, several, strategies=()):
+    """Below the picture: strategies by colour, models by marker, and what hollow and small marks are."""
+    def handle(label, shape="o", color="#444444", **more):
+        return Line2D([], [], linestyle="none", marker=shape, color=color, markersize=8, label=label, **more)
+
+    handles = [handle(label, color=COLORS[name]) for name, label in strategies]
+    handles += [handle(model, marker(model, models)) for model in models]
+    handles += [handle("adapter with frozen heads", markerfacecolor="white", markeredgewidth=1.4)] if hollow else []
+    handles += [Line2D([], [], linestyle="none", marker="o", color="#444444", alpha=0.55, markersize=4, label="one seed (large: mean)")] * several
+    made.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=FONT, columnspacing=1.2,
+                handletextpad=0.3)
+
+
+def several_seeds(groups):
+    return any(len(group.runs) > 1 for group in groups)
+
+
+def dot_rows(axes, groups, rows, models, values_of):
+    """One line of the axes for each row, in it the groups of that row, model under model."""
+    step = 0.72 / max(len(models), 1)
+    for group in groups:
+        values = values_of(group)
+        if values:
+            y = rows.index(group.row) + (models.index(group.model) - (len(models) - 1) / 2) * step
+            mark(axes, values, y, group, marker(group.model, models))
+    axes.set_yticks(range(len(rows)), rows, fontsize=FONT)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    for line in range(1, len(rows)):
+        axes.axhline(line - 0.5, color="#dddddd", linewidth=0.8, zorder=0)
+    axes.grid(axis="x", color="#eeeeee", zorder=0)
+    axes.set_axisbelow(True)
+
+
+
+def by_strategy(groups, values_of, label, limits=None, log=False):
+    """Figure 1b and its like: a row for each strategy, a panel for each data set and one for the published numbers."""
+    groups = [group for group in groups if values_of(group)]
+    order = list(COLORS)
+    place = {g.row: (order.index(g.strategy) if g.strategy in order else len(order), g.r or 0) for g in groups}
+    rows = sorted(place, key=lambda row: (place[row], row))
+    parts = panels(groups)
+    columns = min(len(parts), 2)
+    lines = math.ceil(len(parts) / columns)
+    most = max(len(unique(g.model for g in members)) for _, members in parts)
+    made, axes = figure(1.25 + lines * (0.55 + len(rows) * max(0.27, 0.12 * most)), lines, columns, sharex=limits is not None, sharey=True)
+    for ax, (title, members) in zip(axes.flat, parts):
+        dot_rows(ax, members, rows, unique(g.model for g in members), values_of)
+        ax.set_title(title, fontsize=FONT + 1, loc="left")
+        if log:
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+            ax.xaxis.set_minor_locator(NullLocator())
+        ax.tick_params(labelbottom=True)
+        ax.set_xlabel(label, fontsize=FONT)
+    if limits:
+        axes[0, 0].set_xlim(*limits)
+    for ax in list(axes.flat)[len(parts):]:
+        ax.set_visible(False)
+    models = unique(g.model for g in groups)
+    legend(made, models, any(g.heads == "frozen" for g in groups), several_seeds(groups))
+    return made
+
+
+def superkingdom(groups):
+    """Figure 1b."""
+    return by_strategy(groups, lambda g: g.values("superkingdom"), "superkingdom balanced accuracy", (0, 1))
+
+
+def pretraining_gain(groups):
+    """Figure 1a: phylum, the pretrained backbone fine-tuned whole against the same from random initialisation. A row for each model."""
+    parts = panels([g for g in groups if (g.strategy == "random" or (g.strategy == "full" and g.pretrained)) and g.values("phylum")])
+    rows = [unique(g.model for g in members) for _, members in parts]
+    made, axes = figure(1.3 + sum(0.5 + 0.36 * len(models) for models in rows), len(parts), 1, sharex=True,
+                        height_ratios=[len(models) + 0.4 for models in rows])
+    for ax, (title, members), models in zip(axes.flat, parts, rows):
+        for y, model in enumerate(models):
+            found = [g for g in members if g.model == model]
+            means = [statistics.mean(g.values("phylum")) for g in found]
+            ax.plot([min(means), max(means)], [y, y], color="#bbbbbb", linewidth=3, zorder=1, solid_capstyle="round")
+            for group in found:
+                mark(ax, group.values("phylum"), y, group, marker(model, models))
+            if {g.strategy for g in found} == {"full", "random"}:
+                gain = (statistics.mean(statistics.mean(g.values("phylum")) for g in found if g.strategy == "full")
+                        - statistics.mean(statistics.mean(g.values("phylum")) for g in found if g.strategy == "random"))
+                ax.annotate(f"{gain:+.3f}", (1.01, y), xycoords=("axes fraction", "data"), fontsize=FONT, va="center")
+        ax.set_yticks(range(len(models)), models, fontsize=FONT)
+        ax.set_ylim(len(models) - 0.4, -0.6)
+        ax.set_xlim(0, 1)
+        ax.grid(axis="x", color="#eeeeee")
+        ax.set_axisbelow(True)
+        ax.set_title(title, fontsize=FONT + 1, loc="left")
+    axes[-1, 0].set_xlabel("phylum balanced accuracy (at the right: pretrained minus random)", fontsize=FONT)
+    legend(made, [], False, several_seeds(groups), (("full", "pretrained, fine-tuned whole"), ("random", "random initialisation")))
+    return made
+
+
+def genus_by_r(groups):
+    """Figure 1c: genus against LoRA's r, heads trained and frozen, with full fine-tuning at the right."""
+    parts = panels([g for g in groups if g.strategy in ("lora", "full") and g.values("genus")
+                    and (g.published or any(o.strategy == "lora" and o.data == g.data for o in groups))])
+    ranks = sorted({g.r for _, members in parts for g in members if g.r})
+    columns = min(len(parts), 2)
+    lines = math.ceil(len(parts) / columns)
+    made, axes = figure(0.9 + 2.9 * lines, lines, columns, sharey=True)
+    for ax, (title, members) in zip(axes.flat, parts):
+        models = unique(g.model for g in members)
+        for i, model in enumerate(models):
+            shift = (i - (len(models) - 1) / 2) * 0.5 / len(models)
+            for heads in ("train", "frozen"):
+                lora = [g for g in members if g.model == model and g.strategy == "lora" and g.heads == heads]
+                line = sorted((ranks.index(g.r) + shift, statistics.mean(g.values("genus"))) for g in lora)
+                ax.plot(*zip(*line) if line else ((), ()), color=COLORS["lora"], linewidth=1.3, linestyle="--" if heads == "frozen" else "-",
+                        zorder=2)
+                for group in lora:
+                    mark(ax, group.values("genus"), ranks.index(group.r) + shift, group, marker(model, models), vertical=True)
+            for group in members:
+                if group.model == model and group.strategy == "full":
+                    mark(ax, group.values("genus"), len(ranks) + shift, group, marker(model, models), vertical=True)
+        ax.axvline(len(ranks) - 0.5, color="#dddddd", linewidth=0.8)
+        ax.set_xticks(range(len(ranks) + 1), [f"r={r}" for r in ranks] + ["full"], fontsize=FONT)
+        ax.set_xlim(-0.5, len(ranks) + 0.5)
+        ax.set_xlabel("rank r of LoRA's update", fontsize=FONT)
+        ax.set_ylabel("genus balanced accuracy", fontsize=FONT)
+        ax.tick_params(labelleft=True)
+        ax.grid(axis="y", color="#eeeeee")
+        ax.set_axisbelow(True)
+        ax.set_title(title, fontsize=FONT + 1, loc="left")
+    axes[0, 0].set_ylim(bottom=0)
+    for ax in list(axes.flat)[len(parts):]:
+        ax.set_visible(False)
+    used = [g for _, members in parts for g in members]
+    legend(made, unique(g.model for g in used), any(g.heads == "frozen" for g in used), several_seeds(used),
+           (("lora", "LoRA"), ("full", "full fine-tuning")))
+    return made
+
+
+def relative_seconds(groups):
+    """Values for epoch_time(): {group's place in groups: [seconds per epoch over the mean of full's (else random's) of the same model]}."""
+    found = {}
+    for i, group in enumerate(groups):
+        for strategy in ("full", "random"):
+            base = [s for g in groups if (g.data, g.model, g.strategy) == (group.data, group.model, strategy) for s in g.epoch_seconds()]
+            if base:
+                found[i] = [seconds / statistics.mean(base) for seconds in group.epoch_seconds()]
+                break
+    return found
+
+
+def epoch_time(groups):
+    """Figure 1d, time: seconds per epoch over those of full fine-tuning of the same model."""
+    ratios = relative_seconds(groups)
+    of = {id(group): ratios.get(i, []) for i, group in enumerate(groups)}
+    top = max(max(values, default=0) for values in of.values())
+    made = by_strategy(groups, lambda g: of[id(g)], "time per epoch, full fine-tuning = 1", (0, 1.08 * top))
+    for ax in made.axes:
+        ax.axvline(1, color=COLORS["full"], linewidth=1, linestyle=":", zorder=1)
+    return made
+
+
+def ceilings(groups, limits):
+    """Figure 1d, memory: the largest batch that fits, by strategy. limits: {id(group): sequences} of probe_batch.py."""
+    return by_strategy(groups, lambda g: [limits[id(g)]], "largest batch that fits (sequences)", log=True)
+
+
+def heads(groups, ranks):
+    """Adapters with trained and frozen heads, side by side: a column for each rank, a row of axes for each data set and model."""
+    pairs = {(g.data, g.model, g.row) for g in groups if g.heads == "frozen"} & {(g.data, g.model, g.row) for g in groups if g.heads == "train"}
+    places = unique((g.data, g.model) for g in groups if (g.data, g.model, g.row) in pairs)
+    rows_of = {place: unique(g.row for g in groups if (g.data, g.model) == place and (*place, g.row) in pairs) for place in places}
+    made, axes = figure(1.1 + sum(0.75 + 0.32 * len(rows) for rows in rows_of.values()), len(places), len(ranks), sharey="row", sharex="col",
+                        height_ratios=[len(rows_of[place]) + 1 for place in places])
+    for line, place in zip(axes, places):
+        rows = rows_of[place]
+        for ax, rank in zip(line, ranks):
+            for group in groups:
+                values = group.values(rank)
+                if (group.data, group.model) != place or not values:
+                    continue
+                if group.row in rows:
+                    mark(ax, values, rows.index(group.row), group, marker(group.model, [group.model]))
+                elif group.strategy == "full":
+                    ax.axvline(statistics.mean(values), color=COLORS["full"], linewidth=1.3, linestyle=":", zorder=1)
+            for y, row in enumerate(rows):
+                means = [statistics.mean(g.values(rank)) for g in groups if (g.data, g.model, g.row) == (*place, row) and g.values(rank)]
+                ax.plot(means, [y] * len(means), color="#bbbbbb", linewidth=3, zorder=1)
+            ax.set_yticks(range(len(rows)), rows, fontsize=FONT)
+            ax.set_ylim(len(rows) - 0.5, -0.5)
+            ax.set_xlim(left=0)
+            ax.xaxis.set_major_locator(MaxNLocator(4))
+            ax.grid(axis="x", color="#eeeeee")
+            ax.set_axisbelow(True)
+        line[0].set_title(f"{place[1]}, {place[0]}", fontsize=FONT + 1, loc="left")
+    for ax, rank in zip(axes[-1], ranks):
+        ax.set_xlabel(f"{rank}\nbalanced accuracy", fontsize=FONT)
+    color = "#444444"
+    handles = [Line2D([], [], linestyle="none", marker="o", markersize=8, color=color, label="heads trained"),
+               Line2D([], [], linestyle="none", marker="o", markersize=8, color=color, markerfacecolor="white", markeredgewidth=1.4,
+                      label="heads frozen"),
+               Line2D([], [], linestyle=":", color=COLORS["full"], label="full fine-tuning, mean")]
+    made.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=FONT)
+    return made
+
+
+def curves(groups):
+    """Training and validation loss of every run against training sequences passed: a row for each data set and model."""
+    places = unique((g.data, g.model) for g in groups)
+    made, axes = figure(0.9 + 2.5 * len(places), len(places), 2, sharey="row")
+    handles = {}
+    for line, place in zip(axes, places):
+        for group in (g for g in groups if (g.data, g.model) == place):
+            style = "--" if group.heads == "frozen" else STYLES.get(group.r, "-")
+            look = dict(color=COLORS.get(group.strategy, "#000000"), linestyle=style, linewidth=1.2 if group.heads == "train" else 1.0)
+            for run in group.runs:
+                steps = [entry for entry in run.steps if entry["loss"] is not None]
+                line[0].plot([e["step"] * run.batch / 1e3 for e in steps], [e["loss"] for e in steps], alpha=0.8, **look)
+                checks = run.validations
+                line[1].plot([e["step"] * run.batch / 1e3 for e in checks], [e["validation_loss"] for e in checks], marker="o", markersize=5,
+                             markerfacecolor="white" if group.heads == "frozen" else look["color"], alpha=0.8, **look)
+            handles.setdefault(group.label, Line2D([], [], **look | {"linewidth": 1.8}, label=group.label))
+        for ax, what in zip(line, ("training", "validation")):
+            ax.set_xlim(left=0)
+            ax.set_xlabel("training sequences passed (thousands)", fontsize=FONT)
+            ax.set_title(f"{what}: {place[1]}, {place[0]}", fontsize=FONT, loc="left")
+            ax.grid(color="#eeeeee")
+            ax.set_axisbelow(True)
+        line[0].set_ylabel("loss (nats, sum of the heads)", fontsize=FONT)
+        line[1].tick_params(labelleft=True)
+    made.legend(handles=list(handles.values()), loc="outside lower center", ncols=min(len(handles), 3), frameon=False, fontsize=FONT,
+                handlelength=3)
+    return made
+
+
+def pretraining(runs):
+    """Perplexity of masked tokens on validation sequences against steps, with the unigram's as a line, for runs of pretrain.py."""
+    made, axes = figure(3.2)
+    ax = axes[0, 0]
+    for color, run in zip(list(COLORS.values()) * len(runs), runs):
+        checks = [line for line in run.validations if "perplexity" in line]
+        ax.plot([e["step"] for e in checks], [e["perplexity"] for e in checks], marker="o", markersize=5, color=color, label=run.folder.name)
+        ax.axhline(checks[-1]["unigram_perplexity"], color=color, linestyle=":")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+    ax.yaxis.set_minor_formatter(lambda y, _: "")
+    ax.set_xlabel("optimizer step", fontsize=FONT)
+    ax.set_ylabel("perplexity of masked tokens", fontsize=FONT)
+    ax.plot([], [], color="#444444", linestyle=":", label="the unigram's")
+    ax.legend(frameon=False, fontsize=FONT)
+    return made
+
+
+def confusions(cells, rank):
+    """Confusion matrices, rows made shares of the truth. cells: [(title, names of the classes, matrix as lists of counts)]."""
+    most = max(len(names) for _, names, _ in cells)
+    columns = 1 if most > 12 else min(3, len(cells))
+    lines = math.ceil(len(cells) / columns)
+    side = max(2.2, 0.21 * most)
+    width = WIDTH if columns > 1 else max(4.6, side + 2.6)
+    made, axes = figure(lines * (side + 1.1) + 0.5, lines, columns, width=width)
+    font = FONT - 1 if most <= 30 else FONT - 2
+    for i, (ax, (title, names, matrix)) in enumerate(zip(axes.flat, cells)):
+        shares = [[count / max(sum(row), 1) for count in row] for row in matrix]
+        image = ax.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+        if most <= 12:
+            for y, row in enumerate(shares):
+                for x, share in enumerate(row):
+                    ax.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=FONT - 1, color="black" if share > 0.5 else "white")
+        labels = [name if len(name) <= 22 else name[:21] + "…" for name in names]
+        ax.set_xticks(range(len(names)), labels, rotation=90 if most > 12 else 40, ha="center" if most > 12 else "right", fontsize=font,
+                      rotation_mode="default" if most > 12 else "anchor")
+        ax.set_yticks(range(len(names)), labels if i % columns == 0 else [], fontsize=font)
+        ax.spines[:].set_visible(False)
+        ax.set_title(title, fontsize=FONT, loc="left" if most <= 12 else "center")
+        ax.set_xlabel(f"predicted {rank}", fontsize=FONT)
+        if i % columns == 0:
+            ax.set_ylabel(f"true {rank}", fontsize=FONT)
+    for ax in list(axes.flat)[len(cells):]:
+        ax.set_visible(False)
+    bar = made.colorbar(image, ax=axes, shrink=0.5 if lines > 1 or most > 12 else 0.8, aspect=25, format=PercentFormatter(1))
+    bar.set_label(f"share of the true {rank}", fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT)
+    bar.ax.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
+    return made

@@ -1,0 +1,239 @@
+"""Read run folders: what was run, how far it came, what came out. Runs that differ in nothing but the seed make one group."""
+
+import csv
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from taxa.cli import InputError
+
+# What sets groups of one data set, model, strategy and heads apart, as their label says it: setting -> format.
+DETAILS = {"protocol": "{}", "lr": "lr {:g}", "augment": "augment {}", "adapters": "adapters {}", "lora_alpha": "alpha {:g}", "epochs": "{} epochs",
+           "max_steps": "{} steps", "batch": "batch {}", "weights": "weights {}"}
+STRATEGY_LABELS = {"full": "full", "random": "random", "freeze75": "75% frozen", "lora": "LoRA", "ia3": "(IA)³"}
+PUBLISHED = Path(__file__).parent / "assets" / "published_results.csv"  # supplement of Berman et al. 2025, all 33 runs
+
+
+class Run(NamedTuple):
+    """One run folder. Values that a run does not have (yet) are None."""
+
+    folder: Path
+    args: dict
+    environment: dict
+    log: list
+    metrics: Optional[dict]
+
+    @property
+    def fine_tuned(self):
+        return "settings" in self.args
+
+    @property
+    def settings(self):
+        return self.args["settings"]
+
+    @property
+    def batch(self):
+        """Sequences per optimizer step."""
+        return self.args["batch_size"] * self.args["accumulate"] * self.environment.get("processes", 1)
+
+    @property
+    def steps(self):
+        """The lines of the log that tell of training steps: {"epoch", "step", "steps", "loss", "sequences_per_s", ...}."""
+        return [line for line in self.log if "steps" in line]
+
+    @property
+    def validations(self):
+        """The lines of the log that tell of a validation: {"epoch", "step", "validation_loss", ...}."""
+        return [line for line in self.log if "validation_loss" in line]
+
+    @property
+    def last_step(self):
+        return max((line["step"] for line in self.log), default=0)
+
+    @property
+    def rate(self):
+        """Mean training sequences per second over the whole log, or None."""
+        sequences = seconds = before = 0
+        for line in self.log:
+            if line.get("sequences_per_s"):
+                sequences += self.batch * (line["step"] - before)
+                seconds += self.batch * (line["step"] - before) / line["sequences_per_s"]
+            before = line["step"]
+        return sequences / seconds if seconds else None
+
+    @property
+    def epoch_seconds(self):
+        """Mean seconds per epoch of training, validation not counted, or None."""
+        rate, sequences = self.rate, self.environment.get("training_sequences")
+        return sequences / rate if rate and sequences else None
+
+    @property
+    def epochs(self):
+        """Epochs trained: part of one when --max-steps ended it."""
+        sequences = self.environment.get("training_sequences")
+        if sequences:
+            per_epoch = -(-sequences // self.batch)
+            return self.last_step / per_epoch
+        return max((line["epoch"] for line in self.log), default=0)
+
+    @property
+    def trainable_fraction(self):
+        """Parameters that train over those held, or None."""
+        return self.environment["trainable"] / self.environment["parameters"] if "trainable" in self.environment else None
+
+    def balanced_accuracy(self, rank):
+        """On the test split, or None."""
+        return ((self.metrics or {}).get("ranks", {}).get(rank) or {}).get("balanced_accuracy")
+
+    def confusion(self, rank):
+        """(class ids, matrix as lists; rows are the truth) of the test split, or None."""
+        path = self.folder / f"confusion_{rank}.csv"
+        if not path.is_file():
+            return None
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+        try:
+            matrix = [[int(count) for count in row[1:]] for row in rows]
+        except ValueError:
+            raise InputError(f"{path} is not a table of counts") from None
+        if [row[0] for row in rows] != header[1:] or any(len(row) != len(header) - 1 for row in matrix):
+            raise InputError(f"{path} is not a square table: the same classes as rows and as columns")
+        return header[1:], matrix
+
+    def class_names(self, rank):
+        """{class id: name} of per_class.csv; empty where that is missing."""
+        path = self.folder / "per_class.csv"
+        if not path.is_file():
+            return {}
+        with open(path, newline="", encoding="utf-8") as file:
+            return {row["taxid"] or row["name"]: row["name"] for row in csv.DictReader(file) if row["rank"] == rank}
+
+
+class Group(NamedTuple):
+    """Runs that differ in nothing but the seed, or rows of the published table. heads: "train" or "frozen"."""
+
+    data: str
+    model: str
+    strategy: str
+    r: Optional[int]
+    heads: str
+    row: str  # what stands beside it in a picture: strategy, r, and what sets it apart from the others
+    pretrained: bool
+    runs: tuple = ()
+    published: tuple = ()
+
+    @property
+    def label(self):
+        return self.row + (", heads frozen" if self.heads == "frozen" else "")
+
+    def values(self, rank):
+        """Balanced accuracies on the test split, one per finished run."""
+        found = [run.balanced_accuracy(rank) for run in self.runs] + [float(row[rank]) for row in self.published]
+        return [value for value in found if value is not None]
+
+    def epoch_seconds(self):
+        found = [run.epoch_seconds for run in self.runs] + [float(row["epoch_seconds"]) for row in self.published]
+        return [value for value in found if value is not None]
+
+
+def find_runs(paths):
+    """The run folders among `paths` and in them, in natural order. Raises InputError for a path that is none and holds none."""
+    found = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise InputError(f"{path} is not a folder: give run folders of train.py, or folders that contain them")
+        inside = []
+        for folder, folders, files in os.walk(path):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if "args.json" in files:
+                inside.append(Path(folder))
+        if not inside:
+            raise InputError(f"no run in {path}: there is no args.json in it or below it")
+        found += inside
+    unique = {folder.resolve(): folder for folder in found}
+    return sorted(unique.values(), key=lambda folder: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(folder))])
+
+
+def read_run(folder):
+    """Run of a folder. Raises InputError that names a damaged file. A last line that is being written is left out of the log."""
+    args = _json(folder / "args.json")
+    if not isinstance(args, dict) or not {"model", "batch_size", "accumulate", "seed", "lr"} <= args.keys():
+        raise InputError(f"{folder / 'args.json'} is not of a run of train.py or pretrain.py")
+    log, path = [], folder / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        if line.endswith("\n"):
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                raise InputError(f"{path}, line {number}: not JSON") from None
+            if not isinstance(entry, dict) or "step" not in entry or "epoch" not in entry:
+                raise InputError(f"{path}, line {number}: not a line of train.py's log")
+            log.append(entry)
+    return Run(folder, args, _json(folder / "environment.json", {}), log, _json(folder / "metrics.json", None))
+
+
+def _json(path, *missing):
+    """The document in a file; where there is no such file, what `missing` holds."""
+    if missing and not path.is_file():
+        return missing[0]
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+
+
+def strategy_row(strategy, r=None):
+    """ "LoRA r=4": a strategy as pictures and tables call it."""
+    return STRATEGY_LABELS.get(strategy, strategy) + (f" r={r}" if r else "")
+
+
+def data_names(runs):
+    """{--data as given: a short name}: the folder's last name, or all of it where two folders end alike."""
+    folders = {run.args["data"] for run in runs}
+    last = [Path(folder).name for folder in folders]
+    return {folder: Path(folder).name if last.count(Path(folder).name) == 1 else folder for folder in folders}
+
+
+def _details(run):
+    """What else must be equal for two runs to differ only in their seed: {setting: value}."""
+    base = run.args["base"]
+    return {**{name: run.args.get(name) for name in DETAILS}, **{name: run.settings.get(name) for name in ("protocol", "lora_alpha")},
+            "batch": run.batch, "weights": Path(base["folder"]).name if base.get("folder") else base.get("revision"),
+            "digest": base.get("digest"), "rest": json.dumps(run.settings, sort_keys=True)}
+
+
+def group_runs(runs):
+    """Groups of the fine-tuning runs, in the order data, model, strategy, r, heads."""
+    names = data_names(runs)
+    cells = {}
+    for run in runs:
+        key = (names[run.args["data"]], run.args["model"], run.settings["strategy"], run.settings.get("r"), run.settings["heads"])
+        cells.setdefault(key, {}).setdefault(tuple(_details(run).values()), []).append(run)
+    groups = []
+    for (data, model, strategy, r, heads), variants in cells.items():
+        details = [_details(members[0]) for members in variants.values()]
+        apart = [name for name in DETAILS if len({each[name] for each in details}) > 1]
+        for each, members in zip(details, variants.values()):
+            base = members[0].args["base"]["source"]
+            words = [strategy_row(strategy, r)]
+            words += ["random base"] if base == "seed" else []  # a model without published weights starts from a fixed seed
+            words += [DETAILS[name].format(each[name]) for name in apart if each[name] is not None]
+            groups.append(Group(data, model, strategy, r, heads, ", ".join(words), base not in ("none", "seed"), tuple(members)))
+    order = list(STRATEGY_LABELS)
+    return sorted(groups, key=lambda g: (g.data, g.model, order.index(g.strategy) if g.strategy in order else 9, g.r or 0, g.heads, g.row))
+
+
+def published_groups():
+    """Groups of the published runs on all data. Their LoRA and (IA)3 heads were frozen (docs/PROTOCOL.md)."""
+    with open(PUBLISHED, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["data_fraction"] == "1"]
+    cells = {}
+    for row in rows:
+        cells.setdefault((row["model"], row["strategy"], int(row["r"]) if row["r"] else None), []).append(row)
+    order, models = list(STRATEGY_LABELS), ["nt50m", "nt100m", "nt250m", "dnabert2", "dnaberts"]
+    groups = [Group("published (Berman et al. 2025)", model, strategy, r, "frozen" if strategy in ("lora", "ia3") else "train", strategy_row(strategy, r),
+                    strategy != "random", (), tuple(members)) for (model, strategy, r), members in cells.items()]
+    return sorted(groups, key=lambda g: (models.index(g.model), order.index(g.strategy), g.r or 0))
