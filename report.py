@@ -207,8 +207,9 @@ def read_probes(paths):
     for path in map(Path, paths):
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
+            title = f"{document['model']}, {document['memory_limit_bytes'] / 2**30:.3g} GiB, {document['device']}"
             for found in document["runs"]:
-                group = Group(f"{document['model']}, {document['device']}", document["model"], found["strategy"], found["r"],
+                group = Group(title, document["model"], found["strategy"], found["r"],
                               found["settings"]["heads"], strategy_row(found["strategy"], found["r"]), False)
                 groups.append(group)
                 limits[id(group)] = found["ceiling"]
@@ -279,9 +280,9 @@ def sections(groups, published, probes, pretraining_runs):
             "Filled: the heads train with the adapter, the default here. Hollow: they stay random, as in the published code. " + " ".join(text),
             pairs, figures.heads, done, ranks)
     section("curves", "Training curves",
-            "One line a run. Dashed: heads frozen; of LoRA's lines dotted is r=1, solid r=4, dash-dotted r=20.",
+            "One line a run; pale: heads frozen; of LoRA's lines dotted is r=1, solid r=4, dash-dotted r=20.",
             any(each.steps for g in groups for each in g.runs), figures.curves, groups)
-    checked = [each for each in pretraining_runs if any("perplexity" in line for line in each.validations)]
+    checked = [each for each in pretraining_runs if sum("perplexity" in line for line in each.validations) > 1]
     if checked:
         section("pretraining", "Masked-token pretraining", "Perplexity of masked tokens on the validation split.", True, figures.pretraining,
                 checked)
@@ -298,7 +299,7 @@ def sections(groups, published, probes, pretraining_runs):
         if cell:
             found.append((f"phyla_{slug(group.model)}_{slug(group.data)}", f"Phyla confused: {group.model}, {group.data}",
                           f"The strategy with the best {group_rank(group)} of this model on this data: {group.label}.",
-                          figures.confusions([(f"{group.model}, {group.label}", *cell[1:])], "phylum")))
+                          figures.confusions([(group.label, *cell[1:])], "phylum")))
     return found
 
 

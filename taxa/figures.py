@@ -9,7 +9,7 @@ import statistics
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 COLORS = {"full": "#0072B2", "random": "#777777", "freeze75": "#009E73", "lora": "#D55E00", "ia3": "#CC79A7"}
 MARKERS = {"tiny-nt": "o", "tiny-dnabert": "s", "nt50m": "^", "nt100m": "v", "nt250m": "D", "dnabert2": "P", "dnaberts": "X"}
@@ -41,16 +41,26 @@ def unique(items):
 
 def panels(groups):
     """[(title, groups)]: one panel for each data set, the published numbers last."""
-    return [(data, [g for g in groups if g.data == data]) for data in unique(g.data for g in groups)]
+    parts = [[g for g in groups if g.data == data and bool(g.published) == published] for data, published in unique(map(_source, groups))]
+    return [(short(f"our runs: {part[0].data}" if part[0].runs else part[0].data), part) for part in parts]
 
 
-def mark(axes, values, y, group, shape, vertical=False):
+def _source(group):
+    return group.data, bool(group.published)
+
+
+def short(text, letters=36):
+    """The end of a text that is too long for a title."""
+    return text if len(text) <= letters else "…" + text[1 - letters:]
+
+
+def mark(axes, values, y, group, shape, vertical=False, large=8):
     """Runs as small marks, their mean as a large one: at height y, or, when vertical, at the place y of the x axis."""
     color, hollow = COLORS.get(group.strategy, "#000000"), group.heads == "frozen"
-    for size, points, alpha in ((4, values if len(values) > 1 else [], 0.55), (8, [statistics.mean(values)], 1)):
+    for size, points, alpha in ((large / 2, values, 0.55), (large, [statistics.mean(values)], 1))[len(values) == 1:]:
         places = [y] * len(points)
         axes.plot(*((places, points) if vertical else (points, places)), linestyle="none", marker=shape, markersize=size, color=color,
-                  markerfacecolor="white" if hollow else color, markeredgewidth=1.4, alpha=alpha, zorder=3 if size == 8 else 4, clip_on=False)
+                  markerfacecolor="white" if hollow else color, markeredgewidth=1.4, alpha=alpha, zorder=3 if size == large else 4, clip_on=False)
 
 
 def legend(made, models, hollow, several, strategies=()):
@@ -62,8 +72,9 @@ def legend(made, models, hollow, several, strategies=()):
     handles += [handle(model, marker(model, models)) for model in models]
     handles += [handle("adapter with frozen heads", markerfacecolor="white", markeredgewidth=1.4)] if hollow else []
     handles += [Line2D([], [], linestyle="none", marker="o", color="#444444", alpha=0.55, markersize=4, label="one seed (large: mean)")] * several
-    made.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=FONT, columnspacing=1.2,
-                handletextpad=0.3)
+    if len(handles) > 1:
+        made.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=FONT, columnspacing=1.2,
+                    handletextpad=0.3)
 
 
 def several_seeds(groups):
@@ -77,7 +88,7 @@ def dot_rows(axes, groups, rows, models, values_of):
         values = values_of(group)
         if values:
             y = rows.index(group.row) + (models.index(group.model) - (len(models) - 1) / 2) * step
-            mark(axes, values, y, group, marker(group.model, models))
+            mark(axes, values, y, group, marker(group.model, models), large=8 if len(models) < 3 else 6)
     axes.set_yticks(range(len(rows)), rows, fontsize=FONT)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -88,7 +99,7 @@ def dot_rows(axes, groups, rows, models, values_of):
 
 
 
-def by_strategy(groups, values_of, label, limits=None, log=False):
+def by_strategy(groups, values_of, label, right):
     """Figure 1b and its like: a row for each strategy, a panel for each data set and one for the published numbers."""
     groups = [group for group in groups if values_of(group)]
     order = list(COLORS)
@@ -98,18 +109,13 @@ def by_strategy(groups, values_of, label, limits=None, log=False):
     columns = min(len(parts), 2)
     lines = math.ceil(len(parts) / columns)
     most = max(len(unique(g.model for g in members)) for _, members in parts)
-    made, axes = figure(1.25 + lines * (0.55 + len(rows) * max(0.27, 0.12 * most)), lines, columns, sharex=limits is not None, sharey=True)
+    made, axes = figure(1.25 + lines * (0.55 + len(rows) * max(0.27, 0.12 * most)), lines, columns, sharex=True, sharey=True)
     for ax, (title, members) in zip(axes.flat, parts):
         dot_rows(ax, members, rows, unique(g.model for g in members), values_of)
         ax.set_title(title, fontsize=FONT + 1, loc="left")
-        if log:
-            ax.set_xscale("log", base=2)
-            ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-            ax.xaxis.set_minor_locator(NullLocator())
         ax.tick_params(labelbottom=True)
         ax.set_xlabel(label, fontsize=FONT)
-    if limits:
-        axes[0, 0].set_xlim(*limits)
+    axes[0, 0].set_xlim(0, right)
     for ax in list(axes.flat)[len(parts):]:
         ax.set_visible(False)
     models = unique(g.model for g in groups)
@@ -119,7 +125,7 @@ def by_strategy(groups, values_of, label, limits=None, log=False):
 
 def superkingdom(groups):
     """Figure 1b."""
-    return by_strategy(groups, lambda g: g.values("superkingdom"), "superkingdom balanced accuracy", (0, 1))
+    return by_strategy(groups, lambda g: g.values("superkingdom"), "superkingdom balanced accuracy", 1)
 
 
 def pretraining_gain(groups):
@@ -131,13 +137,12 @@ def pretraining_gain(groups):
     for ax, (title, members), models in zip(axes.flat, parts, rows):
         for y, model in enumerate(models):
             found = [g for g in members if g.model == model]
-            means = [statistics.mean(g.values("phylum")) for g in found]
-            ax.plot([min(means), max(means)], [y, y], color="#bbbbbb", linewidth=3, zorder=1, solid_capstyle="round")
             for group in found:
                 mark(ax, group.values("phylum"), y, group, marker(model, models))
-            if {g.strategy for g in found} == {"full", "random"}:
-                gain = (statistics.mean(statistics.mean(g.values("phylum")) for g in found if g.strategy == "full")
-                        - statistics.mean(statistics.mean(g.values("phylum")) for g in found if g.strategy == "random"))
+            if sorted(g.strategy for g in found) == ["full", "random"]:
+                means = {g.strategy: statistics.mean(g.values("phylum")) for g in found}
+                gain = means["full"] - means["random"]
+                ax.plot(list(means.values()), [y, y], color="#bbbbbb", linewidth=3, zorder=1)
                 ax.annotate(f"{gain:+.3f}", (1.01, y), xycoords=("axes fraction", "data"), fontsize=FONT, va="center")
         ax.set_yticks(range(len(models)), models, fontsize=FONT)
         ax.set_ylim(len(models) - 0.4, -0.6)
@@ -168,10 +173,10 @@ def genus_by_r(groups):
                 ax.plot(*zip(*line) if line else ((), ()), color=COLORS["lora"], linewidth=1.3, linestyle="--" if heads == "frozen" else "-",
                         zorder=2)
                 for group in lora:
-                    mark(ax, group.values("genus"), ranks.index(group.r) + shift, group, marker(model, models), vertical=True)
+                    mark(ax, group.values("genus"), ranks.index(group.r) + shift, group, marker(model, models), True, 8 if len(models) < 3 else 6)
             for group in members:
                 if group.model == model and group.strategy == "full":
-                    mark(ax, group.values("genus"), len(ranks) + shift, group, marker(model, models), vertical=True)
+                    mark(ax, group.values("genus"), len(ranks) + shift, group, marker(model, models), True, 8 if len(models) < 3 else 6)
         ax.axvline(len(ranks) - 0.5, color="#dddddd", linewidth=0.8)
         ax.set_xticks(range(len(ranks) + 1), [f"r={r}" for r in ranks] + ["full"], fontsize=FONT)
         ax.set_xlim(-0.5, len(ranks) + 0.5)
@@ -207,7 +212,7 @@ def epoch_time(groups):
     ratios = relative_seconds(groups)
     of = {id(group): ratios.get(i, []) for i, group in enumerate(groups)}
     top = max(max(values, default=0) for values in of.values())
-    made = by_strategy(groups, lambda g: of[id(g)], "time per epoch, full fine-tuning = 1", (0, 1.08 * top))
+    made = by_strategy(groups, lambda g: of[id(g)], "time per epoch, full fine-tuning = 1", 1.08 * top)
     for ax in made.axes:
         ax.axvline(1, color=COLORS["full"], linewidth=1, linestyle=":", zorder=1)
     return made
@@ -215,7 +220,7 @@ def epoch_time(groups):
 
 def ceilings(groups, limits):
     """Figure 1d, memory: the largest batch that fits, by strategy. limits: {id(group): sequences} of probe_batch.py."""
-    return by_strategy(groups, lambda g: [limits[id(g)]], "largest batch that fits (sequences)", log=True)
+    return by_strategy(groups, lambda g: [limits[id(g)]], "largest batch that fits (sequences)", 1.08 * max(limits.values()))
 
 
 def heads(groups, ranks):
@@ -264,14 +269,14 @@ def curves(groups):
     handles = {}
     for line, place in zip(axes, places):
         for group in (g for g in groups if (g.data, g.model) == place):
-            style = "--" if group.heads == "frozen" else STYLES.get(group.r, "-")
-            look = dict(color=COLORS.get(group.strategy, "#000000"), linestyle=style, linewidth=1.2 if group.heads == "train" else 1.0)
+            look = dict(color=COLORS.get(group.strategy, "#000000"), linestyle=STYLES.get(group.r, "-"), linewidth=1.3,
+                        alpha=0.9 if group.heads == "train" else 0.4)
             for run in group.runs:
                 steps = [entry for entry in run.steps if entry["loss"] is not None]
-                line[0].plot([e["step"] * run.batch / 1e3 for e in steps], [e["loss"] for e in steps], alpha=0.8, **look)
+                line[0].plot([e["step"] * run.batch / 1e3 for e in steps], [e["loss"] for e in steps], **look)
                 checks = run.validations
                 line[1].plot([e["step"] * run.batch / 1e3 for e in checks], [e["validation_loss"] for e in checks], marker="o", markersize=5,
-                             markerfacecolor="white" if group.heads == "frozen" else look["color"], alpha=0.8, **look)
+                             markerfacecolor="white" if group.heads == "frozen" else look["color"], **look)
             handles.setdefault(group.label, Line2D([], [], **look | {"linewidth": 1.8}, label=group.label))
         for ax, what in zip(line, ("training", "validation")):
             ax.set_xlim(left=0)
@@ -279,7 +284,7 @@ def curves(groups):
             ax.set_title(f"{what}: {place[1]}, {place[0]}", fontsize=FONT, loc="left")
             ax.grid(color="#eeeeee")
             ax.set_axisbelow(True)
-        line[0].set_ylabel("loss (nats, sum of the heads)", fontsize=FONT)
+        line[0].set_ylabel("loss (nats)", fontsize=FONT)
         line[1].tick_params(labelleft=True)
     made.legend(handles=list(handles.values()), loc="outside lower center", ncols=min(len(handles), 3), frameon=False, fontsize=FONT,
                 handlelength=3)
@@ -294,9 +299,9 @@ def pretraining(runs):
         checks = [line for line in run.validations if "perplexity" in line]
         ax.plot([e["step"] for e in checks], [e["perplexity"] for e in checks], marker="o", markersize=5, color=color, label=run.folder.name)
         ax.axhline(checks[-1]["unigram_perplexity"], color=color, linestyle=":")
-    ax.set_yscale("log")
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
-    ax.yaxis.set_minor_formatter(lambda y, _: "")
+    ax.set_ylim(bottom=0)
+    ax.set_xlim(left=0)
     ax.set_xlabel("optimizer step", fontsize=FONT)
     ax.set_ylabel("perplexity of masked tokens", fontsize=FONT)
     ax.plot([], [], color="#444444", linestyle=":", label="the unigram's")
@@ -307,31 +312,29 @@ def pretraining(runs):
 def confusions(cells, rank):
     """Confusion matrices, rows made shares of the truth. cells: [(title, names of the classes, matrix as lists of counts)]."""
     most = max(len(names) for _, names, _ in cells)
-    columns = 1 if most > 12 else min(3, len(cells))
+    numbers = most <= 12  # that many fit as numbers in the cells
+    columns = min(4, len(cells))
     lines = math.ceil(len(cells) / columns)
-    side = max(2.2, 0.21 * most)
-    width = WIDTH if columns > 1 else max(4.6, side + 2.6)
-    made, axes = figure(lines * (side + 1.1) + 0.5, lines, columns, width=width)
+    side = max(1.7 if len(cells) > 1 else 2.4, (0.37 if numbers else 0.21) * most)
+    made, axes = figure(lines * (side + 0.55) + 1.1 + 0.4 * (most > 4), lines, columns, width=columns * (side + 0.15) + 2.6)
     font = FONT - 1 if most <= 30 else FONT - 2
     for i, (ax, (title, names, matrix)) in enumerate(zip(axes.flat, cells)):
         shares = [[count / max(sum(row), 1) for count in row] for row in matrix]
         image = ax.imshow(shares, cmap="cividis", vmin=0, vmax=1)
-        if most <= 12:
-            for y, row in enumerate(shares):
-                for x, share in enumerate(row):
-                    ax.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=FONT - 1, color="black" if share > 0.5 else "white")
+        for y, x in ((y, x) for y in range(len(names)) for x in range(len(names)) if numbers):
+            ax.text(x, y, f"{shares[y][x]:.0%}", ha="center", va="center", fontsize=FONT - 2, color="black" if shares[y][x] > 0.5 else "white")
         labels = [name if len(name) <= 22 else name[:21] + "…" for name in names]
-        ax.set_xticks(range(len(names)), labels, rotation=90 if most > 12 else 40, ha="center" if most > 12 else "right", fontsize=font,
-                      rotation_mode="default" if most > 12 else "anchor")
-        ax.set_yticks(range(len(names)), labels if i % columns == 0 else [], fontsize=font)
+        lowest = i + columns >= len(cells)
+        ax.set_xticks(range(len(names)), labels if lowest else [""] * len(names), rotation=90, fontsize=font)
+        ax.set_yticks(range(len(names)), labels if i % columns == 0 else [""] * len(names), fontsize=font)
         ax.spines[:].set_visible(False)
-        ax.set_title(title, fontsize=FONT, loc="left" if most <= 12 else "center")
-        ax.set_xlabel(f"predicted {rank}", fontsize=FONT)
-        if i % columns == 0:
-            ax.set_ylabel(f"true {rank}", fontsize=FONT)
+        ax.tick_params(length=0)
+        ax.set_title(title.replace(", ", "\n"), fontsize=FONT, loc="left")
+    made.supxlabel(f"predicted {rank}", fontsize=FONT)
+    made.supylabel(f"true {rank}", fontsize=FONT)
     for ax in list(axes.flat)[len(cells):]:
         ax.set_visible(False)
-    bar = made.colorbar(image, ax=axes, shrink=0.5 if lines > 1 or most > 12 else 0.8, aspect=25, format=PercentFormatter(1))
+    bar = made.colorbar(image, ax=axes, shrink=0.6, aspect=25, format=PercentFormatter(1))
     bar.set_label(f"share of the true {rank}", fontsize=FONT)
     bar.ax.tick_params(labelsize=FONT)
     bar.ax.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))

@@ -10,8 +10,8 @@ from typing import NamedTuple, Optional
 from taxa.cli import InputError
 
 # What sets groups of one data set, model, strategy and heads apart, as their label says it: setting -> format.
-DETAILS = {"protocol": "{}", "lr": "lr {:g}", "augment": "augment {}", "adapters": "adapters {}", "lora_alpha": "alpha {:g}", "epochs": "{} epochs",
-           "max_steps": "{} steps", "batch": "batch {}", "weights": "weights {}"}
+DETAILS = {"protocol": "{}", "lr": "lr {:g}", "augment": "augment {}", "adapters": "adapters {}", "lora_alpha": "alpha {:g}", "epochs": "epochs {}",
+           "max_steps": "steps {}", "batch": "batch {}", "weights": "weights {}"}
 STRATEGY_LABELS = {"full": "full", "random": "random", "freeze75": "75% frozen", "lora": "LoRA", "ia3": "(IA)³"}
 PUBLISHED = Path(__file__).parent / "assets" / "published_results.csv"  # supplement of Berman et al. 2025, all 33 runs
 
@@ -234,6 +234,6 @@ def published_groups():
     for row in rows:
         cells.setdefault((row["model"], row["strategy"], int(row["r"]) if row["r"] else None), []).append(row)
     order, models = list(STRATEGY_LABELS), ["nt50m", "nt100m", "nt250m", "dnabert2", "dnaberts"]
-    groups = [Group("published (Berman et al. 2025)", model, strategy, r, "frozen" if strategy in ("lora", "ia3") else "train", strategy_row(strategy, r),
+    groups = [Group("published", model, strategy, r, "frozen" if strategy in ("lora", "ia3") else "train", strategy_row(strategy, r),
                     strategy != "random", (), tuple(members)) for (model, strategy, r), members in cells.items()]
     return sorted(groups, key=lambda g: (models.index(g.model), order.index(g.strategy), g.r or 0))
