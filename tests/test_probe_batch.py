@@ -80,7 +80,7 @@ def test_wrong_input_is_one_line(flags, says):
 
 def test_all_strategies_as_a_user_runs_it(tmp_path):
     """One run of the script; then the ceiling it names is tried again: it fits, and 2% + 1 above it does not."""
-    limit, tokens = "180MiB", 1000  # a sequence takes about 20 MB, far more than what the heap may have left over from elsewhere
+    limit, tokens = "100MiB", 400  # a sequence takes about 8 MB, far more than what the heap may have left over from elsewhere
     flags = ["--model", "tiny-nt", "--length", tokens, "--device", "cpu", "--steps", 1, "--memory-limit", limit]
     done = script(*flags, "--strategies", "all", "--out", tmp_path / "probe.json", "--plot", tmp_path / "memory.png")
     assert done.returncode == 0, done.stderr
