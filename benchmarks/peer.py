@@ -10,7 +10,6 @@ from peft import IA3Config, LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import EsmConfig, EsmForMaskedLM
 
-from taxa.backbones import backbone_config
 from taxa.model import masked_mean
 from taxa.strategies import trainable_names
 
@@ -45,9 +44,8 @@ class PeerClassifier(nn.Module):
         return {rank: head(pooled) for rank, head in self.heads.items()}
 
 
-def peer_config(name):
-    """transformers' EsmConfig with the sizes of one of our Nucleotide Transformers."""
-    ours = backbone_config(name)
+def peer_config(ours):
+    """transformers' EsmConfig with the sizes of one of our NucleotideTransformerConfig."""
     return EsmConfig(
         vocab_size=ours.vocab_size, hidden_size=ours.hidden_size, num_hidden_layers=ours.num_hidden_layers,
         num_attention_heads=ours.num_attention_heads, intermediate_size=ours.intermediate_size,
@@ -56,12 +54,12 @@ def peer_config(name):
         attention_probs_dropout_prob=0.0, tie_word_embeddings=False, attn_implementation="eager")
 
 
-def make_peer(name, classifier, settings):
+def make_peer(classifier, settings):
     """The peer of one of our classifiers that has no adapters yet, in train mode, with its weights, adapted and frozen by `settings`.
 
     Returns the peer. Raises ValueError when a weight of the classifier has no counterpart.
     """
-    peer = PeerClassifier(peer_config(name), {rank: head.out_features for rank, head in classifier.heads.items()})
+    peer = PeerClassifier(peer_config(classifier.backbone.config), {rank: head.out_features for rank, head in classifier.heads.items()})
     state = {("esm.esm." + key.removeprefix("backbone.") if key.startswith("backbone.") else key): p
              for key, p in classifier.state_dict().items()}
     unknown = peer.load_state_dict(state, strict=False).unexpected_keys

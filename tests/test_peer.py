@@ -17,12 +17,11 @@ from peer import make_peer  # noqa: E402
 
 
 @pytest.mark.parametrize("strategy", ["full", "lora", "ia3", "freeze75"])
-def test_the_peer_computes_the_same(strategy, monkeypatch):
+def test_the_peer_computes_the_same(strategy):
     backbone = scrambled("tiny-nt")
-    monkeypatch.setattr("peer.backbone_config", lambda name: backbone.config)
     classifier = TaxonClassifier(backbone, (4, 5, 6))
     settings = settings_from_flags("tiny-nt", strategy, **({"lora_dropout": 0.0} if strategy == "lora" else {}))
-    peer = make_peer("tiny-nt", classifier, settings)
+    peer = make_peer(classifier, settings)
     ours = copy.deepcopy(classifier).train()
     inject(ours, settings)
     train_only(ours, trainable_names(ours, settings))
