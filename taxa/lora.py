@@ -32,7 +32,8 @@ class LoRALinear(nn.Linear):
         """x (..., in) -> (..., out)."""
         y = F.linear(x, self.weight, self.bias)
         down = F.linear(self.lora_dropout(x), self.lora_A)  # (..., r)
-        return y + F.linear(down, self.lora_B) * self.scaling
+        # y + scaling * down B^T in one pass over y
+        return torch.addmm(y.flatten(0, -2), down.flatten(0, -2), self.lora_B.t(), alpha=self.scaling).view(y.shape)
 
     @torch.no_grad()
     def merge(self):

@@ -6,8 +6,8 @@ import torch
 
 
 def adamw(parameters, lr, weight_decay=0.0):
-    """AdamW over the parameters that train: betas (0.9, 0.999), eps 1e-8."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+    """AdamW over the parameters that train: betas (0.9, 0.999), eps 1e-8. Fused: one pass over memory per parameter."""
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True)
 
 
 def cosine_rate(step, total_steps, lr, warmup_steps=0):

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from taxa.recompute import gated, recomputed
+
 LICENSE = "cc-by-nc-sa-4.0"  # of the published weights
 LORA_TARGETS = ("attention.self.query", "attention.self.value")
 # (IA)3 as its authors place it (Liu et al. 2022, section 3.3): keys, values, and the input of the feed-forward's second projection.
@@ -98,7 +100,7 @@ class Attention(nn.Module):
         self.LayerNorm = nn.LayerNorm(H, eps=config.layer_norm_eps)
 
     def forward(self, x, mask, cos, sin):
-        return x + self.output.dense(self.self(self.LayerNorm(x), mask, cos, sin))
+        return x + self.output.dense(recomputed(self.LayerNorm, x, then=lambda y: self.self(y, mask, cos, sin)))
 
 
 class Layer(nn.Module):
@@ -112,8 +114,13 @@ class Layer(nn.Module):
 
     def forward(self, x, mask, cos, sin):
         x = self.attention(x, mask, cos, sin)
-        gate, value = self.intermediate.dense(self.LayerNorm(x)).chunk(2, dim=-1)  # each (B, T, I)
-        return x + self.output.dense(F.silu(gate) * value)
+        h = recomputed(self.LayerNorm, x, then=self.intermediate.dense)  # (B, T, 2I): gate, value
+        return x + recomputed(swiglu, h, then=self.output.dense)
+
+
+def swiglu(h):
+    """silu(gate) * value of h (B, T, 2I) = (gate, value) -> (B, T, I)."""
+    return gated("silu", h)
 
 
 class Embeddings(nn.Module):
