@@ -14,11 +14,33 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from taxa.cli import InputError
 from taxa.inject import plain_linear, replace_linears, share_linear
 
 THIRDS = ("query", "key", "value")  # of the rows of a fused Wqkv
+
+
+class Scale(torch.autograd.Function):
+    """y = l * u. The gradient of l needs u; it is taken as y / l, since attention keeps y anyway, so that u need not be kept too.
+
+    (An l of exactly 0 gets no gradient. They start at 1.)
+    """
+
+    @staticmethod
+    def forward(ctx, u, l):
+        y = (u * l).to(u.dtype)  # under bf16 autocast l stays float32: the product is rounded, not the vector
+        ctx.save_for_backward(y, l)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        y, l = ctx.saved_tensors
+        du = (dy * l).to(dy.dtype) if ctx.needs_input_grad[0] else None
+        dl = (dy * y).sum(dim=tuple(range(dy.dim() - 1)), dtype=l.dtype)
+        return du, torch.where(l == 0, 0.0, dl / l)
 
 
 class IA3Linear(nn.Linear):
@@ -43,7 +65,7 @@ class IA3Linear(nn.Linear):
         """x (..., in) -> (..., out)."""
         if self.feedforward:
             return F.linear(x * self.ia3_l, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias) * self.output_scale()
+        return Scale.apply(F.linear(x, self.weight, self.bias), self.output_scale())
 
     @torch.no_grad()
     def merge(self):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from taxa.inject import plain_linear, replace_linears, share_linear
+from taxa.recompute import dropout, recomputed
 
 
 class LoRALinear(nn.Linear):
@@ -23,7 +24,7 @@ class LoRALinear(nn.Linear):
         share_linear(self, linear)
         self.r, self.lora_alpha = r, lora_alpha
         self.scaling = lora_alpha / r
-        self.lora_dropout = nn.Dropout(lora_dropout)
+        self.lora_dropout = lora_dropout
         self.lora_A = nn.Parameter(linear.weight.new_empty(r, linear.in_features))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, r))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as microsoft/LoRA and PEFT: uniform in +-1/sqrt(in)
@@ -31,7 +32,10 @@ class LoRALinear(nn.Linear):
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         y = F.linear(x, self.weight, self.bias)
-        down = F.linear(self.lora_dropout(x), self.lora_A)  # (..., r)
+        if self.training and self.lora_dropout > 0:  # the dropped x is not kept for A's gradient but dropped again
+            down = recomputed(dropout(self.lora_dropout), x, then=lambda dropped: F.linear(dropped, self.lora_A))
+        else:
+            down = F.linear(x, self.lora_A)  # (..., r)
         # y + scaling * down B^T in one pass over y
         return torch.addmm(y.flatten(0, -2), down.flatten(0, -2), self.lora_B.t(), alpha=self.scaling).view(y.shape)
 

@@ -7,7 +7,8 @@
 
 A tensor counts as the bytes of its storage, once, however many views of it there are, from its birth until its storage is freed. A
 saved tensor belongs to the innermost module that was running when autograd saved it, the first one when several save the same (the
-normalised input of query, key and value, say); a saved parameter stays a parameter. What is computed inside a layer but in none of its
+normalised input of query, key and value, say); a saved parameter stays a parameter. What taxa/recompute.py holds for the modules inside
+a recomputed() belongs to the module that calls it. What is computed inside a layer but in none of its
 modules (the product of SwiGLU) is the feed-forward's. What a kernel allocates and frees inside itself is not seen.
 
 Tests compare the sum's peak with the allocator's own, to 10%.

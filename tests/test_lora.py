@@ -119,19 +119,28 @@ def test_formula_in_the_whole_network(name, r):
 
 
 def test_dropout_is_on_the_adapters_input_alone():
+    """With A and B the identity, the adapter adds scaling * dropout(x): each element 0 or x / (1 - p)."""
     torch.manual_seed(2)
-    adapted = LoRALinear(nn.Linear(6, 5), 3, 6.0, lora_dropout=0.5)
-    nn.init.normal_(adapted.lora_B)
-    x = torch.randn(4, 6)
-    torch.manual_seed(3)
-    found = adapted.train()(x)
-    torch.manual_seed(3)
-    dropped = F.dropout(x, 0.5)
+    adapted = LoRALinear(nn.Linear(50, 50), 50, 100.0, lora_dropout=0.25)
+    with torch.no_grad():
+        adapted.lora_A.copy_(torch.eye(50))
+        adapted.lora_B.copy_(torch.eye(50))
+    x = torch.randn(400, 50, requires_grad=True)
     base = x @ adapted.weight.T + adapted.bias
-    expected = base + 2.0 * dropped @ adapted.lora_A.T @ adapted.lora_B.T
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    expected = base + 2.0 * x @ adapted.lora_A.T @ adapted.lora_B.T
-    torch.testing.assert_close(adapted.eval()(x), expected, rtol=0, atol=1e-5)
+    dropped = (adapted.train()(x) - base) / 2.0
+    kept = dropped.abs() > 1e-3 * x.abs()
+    torch.testing.assert_close(dropped, x * kept / 0.75, rtol=0, atol=1e-5)
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
+    assert not torch.equal(kept, (adapted(x) - base).abs() > 2e-3 * x.abs())  # another mask each time
+    torch.testing.assert_close(adapted.eval()(x), base + 2.0 * x, rtol=0, atol=1e-5)
+
+    torch.manual_seed(3)
+    y = adapted.train()(x)
+    torch.manual_seed(3)
+    dropped = ((adapted(x) - base) / 2.0).detach()
+    found = torch.autograd.grad(y.sum(), (adapted.lora_A, x))  # of the forward's own mask
+    torch.testing.assert_close(found[0], 2.0 * dropped.sum(dim=0).expand(50, 50), rtol=0, atol=2e-3)
+    torch.testing.assert_close(found[1], adapted.weight.sum(dim=0) + 2.0 * (dropped != 0) / 0.75, rtol=0, atol=1e-3)
 
 
 @both_families
