@@ -36,7 +36,7 @@ from taxa.files import write_json
 from taxa.flags import add_classes, add_model, add_strategy, check_strategy, classes_of
 from taxa.model import TaxonClassifier, sequence_losses
 from taxa.optim import adamw, cosine_rate
-from taxa.precision import PRECISIONS, autocast, set_precision
+from taxa.precision import PRECISIONS, autocast, compile_in_place, set_precision
 from taxa.progress import print_line, progress
 from taxa.random_init import reinitialize
 from taxa.signals import Signals
@@ -77,6 +77,8 @@ def parse_args(argv=None):
     add = parser.group("machine")
     add("--precision", choices=PRECISIONS, default="fp32", help="of matrix products (default fp32, as published)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
+    add("--recompute", action="store_true", help="keep only each layer's input for the backward: far less memory, a third more time")
+    add("--compile", action="store_true", help="torch.compile; minutes at the start, faster steps on a GPU")
     add = parser.group("output")
     add("--out", metavar="DIR", help="run folder (default runs/MODEL-STRATEGY...)")
     add("--overwrite", action="store_true", help="replace a run folder that exists")
@@ -222,7 +224,10 @@ def train(w, args, row, settings, signals, start=None):
     started = peft_format.start_from(model, args.adapters, start, base, data.classes) if start else None
     names = trainable_names(model, settings)
     train_only(model, names)
+    backbone.recompute = args.recompute
     model.to(w.device)
+    if args.compile:
+        compile_in_place(model, w.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(parameters, args.lr, args.weight_decay)
     ddp = DistributedDataParallel(model, device_ids=[w.device.index] if w.device.type == "cuda" else None) if w.size > 1 else model

@@ -1,4 +1,4 @@
-"""--precision: what the matrix products compute in. Weights, gradients and the optimizer stay float32."""
+"""--precision: what the matrix products compute in (weights, gradients and the optimizer stay float32); and --compile."""
 
 import contextlib
 
@@ -19,3 +19,19 @@ def set_precision(precision, device):
 def autocast(device, precision):
     """The context in which the forward runs: bfloat16 autocast for bf16, nothing otherwise."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def product_dtype(x):
+    """What autocast lets a matrix product of x compute in right now; the dtype of x itself outside autocast."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def compile_in_place(model, device):
+    """torch.compile the model where it stands (no name changes). Raises InputError where there is nothing to compile with."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except RuntimeError as error:  # what torch's compilers raise is derived from it
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--compile: torch.compile does not work here ({first}); it needs a C++ compiler on the CPU and Triton on "
+                         "CUDA: install that, or leave out --compile") from None
+    model.compile()

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from taxa.precision import product_dtype
 
 
 def recomputed(function, *inputs, then):
@@ -22,9 +25,7 @@ def recomputed(function, *inputs, then):
     autocast the result is cast once, before `then`. torch.compile decides itself what to compute again, so it sees the plain composition.
     """
     y = function(*inputs)
-    device = y.device.type
-    if torch.is_autocast_enabled(device):
-        y = y.to(torch.get_autocast_dtype(device))
+    y = y.to(product_dtype(y))
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return then(y)
     shelf = Shelf(function, y)
@@ -35,6 +36,13 @@ def recomputed(function, *inputs, then):
     kept = [tensor.detach() for tensor in (*shelf.others, *(inputs if shelf.asked else ()))]
     shelf.n, shelf.others = len(shelf.others), None
     return Keep.apply(shelf, kept, out)
+
+
+def run_layers(layers, x, *args, whole):
+    """Pass x through the layers, each called with (x, *args). whole: keep only each layer's input and run the layer again in the backward."""
+    for layer in layers:
+        x = checkpoint(layer, x, *args, use_reentrant=False) if whole and torch.is_grad_enabled() else layer(x, *args)
+    return x
 
 
 class Shelf:
@@ -128,7 +136,7 @@ def dropout(p):
     if torch.compiler.is_compiling():
         return lambda x: F.dropout(x, p)
     seed = int(torch.randint(2**62, (), device="cpu"))
-    return lambda x: Dropout.apply(x, round(p * 2**16), seed)
+    return lambda x: Dropout.apply(x, max(round(p * 2**16), 1), seed)
 
 
 class Dropout(torch.autograd.Function):
@@ -139,7 +147,7 @@ class Dropout(torch.autograd.Function):
         ctx.dropped, ctx.seed = dropped, seed
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)  # 4 numbers of 16 bits each
         words.random_(-2**63, None, generator=torch.Generator(x.device).manual_seed(seed))
-        mask = words.view(torch.int16)[:x.numel()].view(x.shape) >= dropped - 2**15
+        mask = words.view(torch.int16)[:x.numel()].view(x.shape) > dropped - 2**15 - 1
         return (x * mask).mul_(2**16 / max(2**16 - dropped, 1))
 
     @staticmethod

@@ -305,7 +305,7 @@ def test_equals_naive_loops(name, heads, training):
 
 @pytest.mark.parametrize("nh", SLOPES)
 def test_alibi_slopes_and_bias(nh):
-    assert dnabert2.alibi_slopes(nh) == pytest.approx(SLOPES[nh], rel=1e-12)
+    assert dnabert2.alibi_slopes(nh).tolist() == pytest.approx(SLOPES[nh], rel=1e-6)
     bias = dnabert2.alibi_bias(5, nh, "cpu")
     assert bias.shape == (1, nh, 5, 5)
     for h in range(nh):

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_backbones import batch, logits, scrambled
 from torch import nn
 

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from taxa.precision import product_dtype
+from taxa.recompute import gated, recomputed, run_layers
+
 LICENSE = "apache-2.0"  # of the published weights
 LORA_TARGETS = ("attention.self.Wqkv",)
 # (IA)3 as its authors place it (Liu et al. 2022, section 3.3): keys, values (the last two thirds of Wqkv), and the input of the
@@ -54,21 +57,18 @@ SIGN, SIGN_MEANS = "alibi_starting_size", "only DNABERT-2's has that: its positi
 FIXED = {"hidden_act": "gelu"}
 
 
-def alibi_slopes(nh):
-    """One slope per head: 2^(-8i/nh) for a power of two; else those of the power below, then every second one of the power above."""
+def alibi_slopes(nh, device="cpu"):
+    """One slope per head, (nh,): 2^(-8i/nh) for a power of two; else those of the power below, then every second one of the power above."""
     below = 2 ** math.floor(math.log2(nh))
-    slopes = [2.0 ** (-8.0 * i / below) for i in range(1, below + 1)]
-    if below < nh:
-        slopes += alibi_slopes(2 * below)[0::2][: nh - below]
-    return slopes
+    i = torch.arange(1, below + 1, device=device, dtype=torch.float32)
+    return torch.exp2(-torch.cat((8 / below * i, 4 / below * (2 * i - 1)))[:nh])
 
 
 def alibi_bias(T, nh, device):
-    """-slope * |i - j| for query i and key j: (1, nh, T, T), float32."""
+    """-slope * |i - j| for query i and key j: (1, nh, T, T), float32. Made on the device: nothing is copied to it."""
     position = torch.arange(T, device=device, dtype=torch.float32)
     distance = (position[None, :] - position[:, None]).abs()  # (T, T)
-    slopes = torch.tensor(alibi_slopes(nh), device=device, dtype=torch.float32)
-    return -(slopes[:, None, None] * distance)[None]
+    return -(alibi_slopes(nh, device)[:, None, None] * distance)[None]
 
 
 class SelfAttention(nn.Module):
@@ -84,7 +84,7 @@ class SelfAttention(nn.Module):
         qkv = self.Wqkv(x).view(B, T, 3, self.num_heads, -1)  # (B, T, 3, nh, hs)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         dropout_p = self.dropout_p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout_p)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
         return y.transpose(1, 2).reshape(B, T, H)
 
 
@@ -109,6 +109,11 @@ class Attention(nn.Module):
         return self.output(self.self(x, bias), x)
 
 
+def geglu(h):
+    """gelu(gate) * value of h (B, T, 2I) = (gate, value) -> (B, T, I)."""
+    return gated("gelu", h)
+
+
 class GatedMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -119,8 +124,8 @@ class GatedMLP(nn.Module):
         self.layernorm = nn.LayerNorm(H, eps=config.layer_norm_eps)
 
     def forward(self, x):
-        gate, value = self.gated_layers(x).chunk(2, dim=-1)  # each (B, T, I)
-        return self.layernorm(x + self.wo(self.dropout(F.gelu(gate) * value)))
+        h = self.gated_layers(x)  # (B, T, 2I): gate, value
+        return self.layernorm(x + recomputed(geglu, h, then=lambda y: self.wo(self.dropout(y))))
 
 
 class Layer(nn.Module):
@@ -158,6 +163,7 @@ class DNABert2(PreTrainedModel):
     config_class = DNABert2Config
     base_model_prefix = "bert"
     main_input_name = "input_ids"
+    recompute = False  # True: keep only each layer's input for the backward
 
     def __init__(self, config):
         super().__init__(config)
@@ -173,9 +179,7 @@ class DNABert2(PreTrainedModel):
         bias = alibi_bias(input_ids.shape[1], self.config.num_attention_heads, input_ids.device)
         bias = bias.masked_fill(~attention_mask.bool()[:, None, None, :], float("-inf"))  # (B, nh, T, T): no query looks at padding
         x = self.embeddings(input_ids)
-        for layer in self.encoder.layer:
-            x = layer(x, bias)
-        return x
+        return run_layers(self.encoder.layer, x, bias.to(product_dtype(x)), whole=self.recompute)
 
     def published_parameters(self, held):
         """Yield (name, elements) of every parameter of the published model (BertModel with its pooler), in registration order.

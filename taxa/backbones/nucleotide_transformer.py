@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from taxa.recompute import gated, recomputed
+from taxa.precision import product_dtype
+from taxa.recompute import gated, recomputed, run_layers
 
 LICENSE = "cc-by-nc-sa-4.0"  # of the published weights
 LORA_TARGETS = ("attention.self.query", "attention.self.value")
@@ -101,7 +102,6 @@ class SelfAttention(nn.Module):
     def forward(self, x, mask, cos, sin):
         B, T, H = x.shape
         q, k, v = (proj(x).view(B, T, self.num_heads, -1).transpose(1, 2) for proj in (self.query, self.key, self.value))
-        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         q = rotate(q, cos, sin)
         # k is kept as projected, which (IA)3 on keys needs too, and rotated again in the backward
         y = recomputed(lambda k: rotate(k, cos, sin), k,
@@ -168,6 +168,7 @@ class NucleotideTransformer(PreTrainedModel):
     config_class = NucleotideTransformerConfig
     base_model_prefix = "esm"
     main_input_name = "input_ids"
+    recompute = False  # True: keep only each layer's input for the backward
 
     def __init__(self, config):
         super().__init__(config)
@@ -182,10 +183,10 @@ class NucleotideTransformer(PreTrainedModel):
         """input_ids (B, T), attention_mask (B, T) with 1 at real tokens -> last_hidden_state (B, T, H)."""
         T, config = input_ids.shape[1], self.config
         mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T): no query looks at padding
-        cos, sin = rotary_table(T, config.hidden_size // config.num_attention_heads, input_ids.device)
         x = self.embeddings.word_embeddings(input_ids)
-        for layer in self.encoder.layer:
-            x = layer(x, mask, cos, sin)
+        table = rotary_table(T, config.hidden_size // config.num_attention_heads, input_ids.device)
+        cos, sin = (angles.to(product_dtype(x)) for angles in table)
+        x = run_layers(self.encoder.layer, x, mask, cos, sin, whole=self.recompute)
         return self.encoder.emb_layer_norm_after(x)
 
     def published_parameters(self, held):
