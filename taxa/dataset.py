@@ -176,10 +176,11 @@ class TokenSplit(torch.utils.data.Dataset):
         return {**self.__dict__, "_offsets": None, "_ids": None}
 
     def _open(self):
-        self._offsets = np.load(self.folder / f"{self.tokenizer}.npy", mmap_mode="r")
+        self._offsets = np.asarray(np.load(self.folder / f"{self.tokenizer}.npy", mmap_mode="r"))
         size = (self.folder / f"{self.tokenizer}.bin").stat().st_size
         empty = np.empty(0, dtype="<u2")
-        self._ids = np.memmap(self.folder / f"{self.tokenizer}.bin", dtype="<u2", mode="r") if size else empty
+        # a plain array over the map: slicing a np.memmap costs more than reading a sequence
+        self._ids = np.asarray(np.memmap(self.folder / f"{self.tokenizer}.bin", dtype="<u2", mode="r")) if size else empty
 
     def tokens(self, i):
         """ids (T_i,) of sequence i, uint16, without copying."""
@@ -189,7 +190,17 @@ class TokenSplit(torch.utils.data.Dataset):
 
     def __getitem__(self, indices):
         """A list of B numbers -> {"input_ids" (B, T) int64, "attention_mask" (B, T) int64, "labels" (B, R) int64}, padded right."""
-        return padded_batch([self.tokens(i) for i in indices], self.pad_token_id, self.labels[indices])
+        if self._offsets is None:
+            self._open()
+        indices = np.asarray(indices)
+        starts = self._offsets[indices]
+        lengths = self._offsets[indices + 1] - starts
+        position = np.arange(lengths.max())
+        here = position < lengths[:, None]  # (B, T)
+        ids = self._ids.take(starts[:, None] + position, mode="clip")  # past a sequence's end: the next one's, masked below
+        return {"input_ids": torch.from_numpy(np.where(here, ids, np.int64(self.pad_token_id))),
+                "attention_mask": torch.from_numpy(here.astype(np.int64)),
+                "labels": torch.from_numpy(self.labels[indices].astype(np.int64))}
 
 
 def padded_batch(rows, pad_token_id, labels):
