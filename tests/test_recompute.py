@@ -1,22 +1,19 @@
 """What is computed again instead of kept: the same gradients as the plain formulas, and the bytes that are saved, by hand."""
 
-import copy
 import gc
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_backbones import batch, logits, scrambled
+from test_backbones import batch, scrambled
 from torch import nn
 from torch.autograd import gradcheck
 
-from taxa import recompute
 from taxa.backbones import dnabert2, nucleotide_transformer
 from taxa.ia3 import IA3Linear
 from taxa.lora import LoRALinear
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.optim import adamw
 from taxa.recompute import dropout, gated, recomputed
 from taxa.strategies import inject, settings_from_flags, train_only, trainable_names
 

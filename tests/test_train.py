@@ -1,5 +1,6 @@
 """train.py and evaluate.py as a user runs them: every strategy, one process and two, interrupted and resumed."""
 
+import functools
 import json
 import os
 import re
@@ -176,6 +177,32 @@ def test_precision_bf16_trains(demo, weights, tmp_path):
     assert all(tensor.dtype == torch.float32 for tensor in bf16["state"].values())
     assert any(not torch.equal(bf16["state"][name], fp32["state"][name]) for name in fp32["state"])
     assert bf16["metrics"]["loss"] == pytest.approx(fp32["metrics"]["loss"], rel=0.02)
+
+
+def first_losses(folder):
+    return [entry["loss"] for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in entry]
+
+
+@pytest.mark.parametrize("model, strategy, flag", [
+    ("tiny-nt", "lora", "--recompute"), ("tiny-dnabert", "ia3", "--recompute"),
+    ("tiny-nt", "full", "--compile")])
+def test_recompute_and_compile_give_the_same_losses(model, strategy, flag, demo, weights, tmp_path, monkeypatch):
+    """Compiled as far as the graph; making machine code of it would take minutes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    more = ("--max-steps", "2", "--log-every", "1")
+    train.main(command(model, strategy, demo, weights, tmp_path / "plain", *more))
+    train.main(command(model, strategy, demo, weights, tmp_path / "flag", *more, flag))
+    assert first_losses(tmp_path / "flag") == pytest.approx(first_losses(tmp_path / "plain"), abs=2e-5)
+    assert json.loads((tmp_path / "flag" / "args.json").read_text())[flag.strip("-")] is True
+
+
+def test_compile_without_a_compiler_is_one_line(demo, weights, tmp_path, monkeypatch):
+    def broken(function):
+        raise RuntimeError("no C++ compiler found\nand more lines")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(train.InputError, match=r"^--compile: .*\(no C\+\+ compiler found\).*leave out --compile$"):
+        train.main(command("tiny-nt", "full", demo, weights, tmp_path / "run", "--compile"))
 
 
 def test_workers_give_the_same_run(demo, weights, tmp_path):
