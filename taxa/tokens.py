@@ -50,11 +50,38 @@ class NTTokenizer:
 
     def encode(self, letters, lengths):
         """letters: bytes in ACGTN, sequences of `lengths` joined. Returns (ids joined, uint16; ids per sequence, int64)."""
-        codes = self._code[np.frombuffer(letters, dtype=np.uint8)].astype(np.uint16)
-        lengths = np.asarray(lengths, dtype=np.int64)
+        codes, lengths = self._code[np.frombuffer(letters, dtype=np.uint8)], np.asarray(lengths, dtype=np.int64)
+        n, L = len(lengths), int(lengths[0]) if len(lengths) else 0
+        if L == 0 or (lengths != L).any():
+            return self._encode_any(codes, lengths)
+        codes = codes.reshape(n, L)  # one length: quick where a sequence has no N
+        has_n = codes.max(axis=1) == 4
+        clean, (ids_n, counts_n) = self._encode_clean(codes[~has_n]), self._encode_any(codes[has_n].reshape(-1), lengths[has_n])
+        counts = np.full(n, clean.shape[1], dtype=np.int64)
+        counts[has_n] = counts_n
+        ids, of_n = np.empty(counts.sum(), dtype=np.uint16), np.repeat(has_n, counts)
+        ids[~of_n], ids[of_n] = clean.reshape(-1), ids_n
+        return ids, counts
+
+    def _encode_clean(self, codes):
+        """codes (n, L), no N -> ids (n, 1 + L // 6 + L % 6): 6-mers while six letters are left, then single letters."""
+        n, L = codes.shape
+        ids = np.full((n, 1 + L // 6 + L % 6), self.cls_token_id, dtype=np.uint16)
+        kmers, whole = ids[:, 1:1 + L // 6], L - L % 6
+        kmers[:] = codes[:, 0:whole:6]
+        for letter in range(1, 6):
+            kmers *= 4
+            kmers += codes[:, letter:whole:6]
+        kmers += self.first_kmer
+        ids[:, 1 + L // 6:] = codes[:, whole:] + np.uint16(self.first_letter)
+        return ids
+
+    def _encode_any(self, codes, lengths):
+        """As encode: codes (letters,) of sequences of any `lengths` with Ns anywhere. An N touches only the 6-mers that it is in."""
+        codes = codes.astype(np.uint16)
         twos = codes[:-1] * 4 + codes[1:]
         fours = twos[:-2] * 16 + twos[2:]
-        sixes = fours[:-2] * 16 + twos[4:]  # the 6-mer from each letter on, first letter slowest; wrong where there is an N
+        sixes = fours[:-2] * 16 + twos[4:]  # the 6-mer from each letter on, wrong where there is an N
         ends, n_at = np.cumsum(lengths), np.flatnonzero(codes == 4)
         # stretches without an N: their starts and ends, both in order
         start = np.sort(np.concatenate((ends - lengths, n_at + 1)))
