@@ -248,7 +248,7 @@ def sections(groups, published, probes, pretraining_runs):
     possible_reason = {
         "1a": "no finished run at rank phylum is full fine-tuning of pretrained weights, or random initialisation",
         "1b": "no finished run has the rank superkingdom", "1c": "no finished run of LoRA has the rank genus",
-        "1d_time": "no run logged its speed and the number of its training sequences, or none of them is of full or random",
+        "1d_time": "no two strategies, one of them full or random, logged their speed and the number of their training sequences",
         "1d_batch": "no --probe FILE of probe_batch.py was given", "heads": "no adapter was run with its heads trained and with them frozen",
         "curves": "no run has logged a step", "pretraining": "no run of pretrain.py is among the folders"}
 
@@ -268,7 +268,7 @@ def sections(groups, published, probes, pretraining_runs):
             "Seconds per epoch, from the speed that the run logged, over the mean of full fine-tuning (where there is none: random "
             "initialisation, which trains the same) of the same model on the same data. Runs that shared their machine with others are "
             "slower than they would be alone. Seconds are in the table.",
-            figures.relative_seconds(timed), figures.epoch_time, timed + published)
+            len({g.strategy for g in timed}) > 1 and figures.relative_seconds(timed), figures.epoch_time, timed + published)
     section("1d_batch", "Figure 1d: batch ceiling by strategy",
             "The largest batch that fits the memory limit, by probe_batch.py. The paper reports only that the largest power of two was the "
             "same for all strategies.", probes[0], figures.ceilings, *probes)

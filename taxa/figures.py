@@ -49,7 +49,7 @@ def _source(group):
     return group.data, bool(group.published)
 
 
-def short(text, letters=36):
+def short(text, letters=44):
     """The end of a text that is too long for a title."""
     return text if len(text) <= letters else "…" + text[1 - letters:]
 
@@ -60,7 +60,7 @@ def mark(axes, values, y, group, shape, vertical=False, large=8):
     for size, points, alpha in ((large / 2, values, 0.55), (large, [statistics.mean(values)], 1))[len(values) == 1:]:
         places = [y] * len(points)
         axes.plot(*((places, points) if vertical else (points, places)), linestyle="none", marker=shape, markersize=size, color=color,
-                  markerfacecolor="white" if hollow else color, markeredgewidth=1.4, alpha=alpha, zorder=3 if size == large else 4, clip_on=False)
+                  markerfacecolor="white" if hollow else color, markeredgewidth=size / 6, alpha=alpha, zorder=3 if size == large else 4, clip_on=False)
 
 
 def legend(made, models, hollow, several, strategies=()):
@@ -106,16 +106,17 @@ def by_strategy(groups, values_of, label, right):
     place = {g.row: (order.index(g.strategy) if g.strategy in order else len(order), g.r or 0) for g in groups}
     rows = sorted(place, key=lambda row: (place[row], row))
     parts = panels(groups)
-    columns = min(len(parts), 2)
+    columns = len(parts) if len(parts) < 4 else 2
     lines = math.ceil(len(parts) / columns)
     most = max(len(unique(g.model for g in members)) for _, members in parts)
-    made, axes = figure(1.25 + lines * (0.55 + len(rows) * max(0.27, 0.12 * most)), lines, columns, sharex=True, sharey=True)
+    made, axes = figure(1.45 + lines * (0.6 + len(rows) * max(0.27, 0.1 * most)), lines, columns, sharex=True, sharey=True)
     for ax, (title, members) in zip(axes.flat, parts):
         dot_rows(ax, members, rows, unique(g.model for g in members), values_of)
         ax.set_title(title, fontsize=FONT + 1, loc="left")
         ax.tick_params(labelbottom=True)
         ax.set_xlabel(label, fontsize=FONT)
     axes[0, 0].set_xlim(0, right)
+    axes[0, 0].xaxis.set_major_locator(MaxNLocator(5 if columns < 3 else 4))
     for ax in list(axes.flat)[len(parts):]:
         ax.set_visible(False)
     models = unique(g.model for g in groups)
@@ -125,7 +126,7 @@ def by_strategy(groups, values_of, label, right):
 
 def superkingdom(groups):
     """Figure 1b."""
-    return by_strategy(groups, lambda g: g.values("superkingdom"), "superkingdom balanced accuracy", 1)
+    return by_strategy(groups, lambda g: g.values("superkingdom"), "superkingdom\nbalanced accuracy", 1)
 
 
 def pretraining_gain(groups):
@@ -162,7 +163,7 @@ def genus_by_r(groups):
     ranks = sorted({g.r for _, members in parts for g in members if g.r})
     columns = min(len(parts), 2)
     lines = math.ceil(len(parts) / columns)
-    made, axes = figure(0.9 + 2.9 * lines, lines, columns, sharey=True)
+    made, axes = figure(1.2 + 2.7 * lines, lines, columns, sharey=True)
     for ax, (title, members) in zip(axes.flat, parts):
         models = unique(g.model for g in members)
         for i, model in enumerate(models):
@@ -212,7 +213,7 @@ def epoch_time(groups):
     ratios = relative_seconds(groups)
     of = {id(group): ratios.get(i, []) for i, group in enumerate(groups)}
     top = max(max(values, default=0) for values in of.values())
-    made = by_strategy(groups, lambda g: of[id(g)], "time per epoch, full fine-tuning = 1", 1.08 * top)
+    made = by_strategy(groups, lambda g: of[id(g)], "time per epoch\n(full fine-tuning = 1)", 1.08 * top)
     for ax in made.axes:
         ax.axvline(1, color=COLORS["full"], linewidth=1, linestyle=":", zorder=1)
     return made
@@ -316,14 +317,15 @@ def confusions(cells, rank):
     columns = min(4, len(cells))
     lines = math.ceil(len(cells) / columns)
     side = max(1.7 if len(cells) > 1 else 2.4, (0.37 if numbers else 0.21) * most)
-    made, axes = figure(lines * (side + 0.55) + 1.1 + 0.4 * (most > 4), lines, columns, width=columns * (side + 0.15) + 2.6)
+    made, axes = figure(lines * (side + 0.7) + 1.5 + 0.4 * (most > 4), lines, columns, width=columns * (side + 0.15) + 2.6)
     font = FONT - 1 if most <= 30 else FONT - 2
     for i, (ax, (title, names, matrix)) in enumerate(zip(axes.flat, cells)):
         shares = [[count / max(sum(row), 1) for count in row] for row in matrix]
         image = ax.imshow(shares, cmap="cividis", vmin=0, vmax=1)
         for y, x in ((y, x) for y in range(len(names)) for x in range(len(names)) if numbers):
             ax.text(x, y, f"{shares[y][x]:.0%}", ha="center", va="center", fontsize=FONT - 2, color="black" if shares[y][x] > 0.5 else "white")
-        labels = [name if len(name) <= 22 else name[:21] + "…" for name in names]
+        labels = [name.replace("Candidatus ", "Ca. ") for name in names]
+        labels = [name if len(name) <= 22 else name[:21] + "…" for name in labels]
         lowest = i + columns >= len(cells)
         ax.set_xticks(range(len(names)), labels if lowest else [""] * len(names), rotation=90, fontsize=font)
         ax.set_yticks(range(len(names)), labels if i % columns == 0 else [""] * len(names), fontsize=font)

@@ -223,7 +223,7 @@ def group_runs(runs):
             words += [DETAILS[name].format(each[name]) for name in apart if each[name] is not None]
             groups.append(Group(data, model, strategy, r, heads, ", ".join(words), base not in ("none", "seed"), tuple(members)))
     order = list(STRATEGY_LABELS)
-    return sorted(groups, key=lambda g: (g.data, g.model, order.index(g.strategy) if g.strategy in order else 9, g.r or 0, g.heads, g.row))
+    return sorted(groups, key=lambda g: (g.data, g.model, order.index(g.strategy) if g.strategy in order else 9, g.r or 0, g.heads == "frozen", g.row))
 
 
 def published_groups():

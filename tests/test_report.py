@@ -1,0 +1,305 @@
+"""report.py on small run folders that hold what train.py leaves: args, environment, log, and the tables of taxa.evaluation."""
+
+import base64
+import csv
+import html.parser
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import report
+from taxa.cli import InputError
+from taxa.evaluation import Outcome, summarize, write_tables
+from taxa.run_folders import find_runs, group_runs, published_groups, read_run
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = {"superkingdom": [{"taxid": i, "name": n} for i, n in ((2, "Bacteria"), (2157, "Archaea"), (2759, "Eukaryota"), (10239, "Viruses"))],
+           "phylum": [{"taxid": 100 + i, "name": f"Phylum <{i}>"} for i in range(12)],
+           "genus": [{"taxid": 1000 + i, "name": f"Genus{i}"} for i in range(36)]}
+
+
+def make_run(folder, strategy="full", r=None, heads="train", seed=1, model="tiny-nt", data="data/few", source="folder", skill=0.6, test=400,
+             steps=40, finished=True, **more):
+    """A run folder as train.py leaves it; predictions are right with the probability `skill`, else a class at random."""
+    folder.mkdir(parents=True)
+    settings = {"strategy": strategy, "protocol": "corrected"} | ({"r": r, "lora_alpha": 32.0} if r else {}) | {"heads": heads}
+    base = {"source": "none", "config": None} if strategy == "random" else {"source": source, "folder": "/w/tiny", "digest": "ab"}
+    args = {"model": model, "strategy": strategy, "r": r, "data": data, "batch_size": 16, "accumulate": 1, "lr": 1e-3, "seed": seed, "epochs": 2,
+            "max_steps": None, "settings": settings, "base": base} | more
+    (folder / "args.json").write_text(json.dumps(args))
+    (folder / "environment.json").write_text(json.dumps(
+        {"processes": 1, "threads": 1, "parameters": 1000, "trainable": 17 * (r or 58), "training_sequences": 320}))
+    rng = np.random.default_rng(seed + sum(map(ord, f"{strategy}{r}{heads}{model}{data}")))
+    speed = {"freeze75": 80, "ia3": 52, "lora": 48}.get(strategy, 40)
+    log = []
+    for step in range(5, steps + 1, 5):
+        loss = 7 - 4 * skill * (1 - np.exp(-step / 15)) + rng.normal(0, 0.08)
+        log.append({"epoch": 1 + (step > 20), "step": step, "steps": 40, "loss": loss, "lr": 1e-3, "grad_norm": 1.0,
+                    "sequences_per_s": speed + rng.normal(0, 1)})
+        if step % 20 == 0:
+            log.append({"epoch": step // 20, "step": step, "validation_loss": loss + 0.2, "balanced_accuracy": {"genus": 0.25 + step / 1000}})
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    if finished:
+        genus = rng.integers(0, 36, test)
+        truth = np.stack([genus // 9, genus // 3, genus], 1)
+        wrong = np.stack([rng.integers(0, n, test) for n in (4, 12, 36)], 1)
+        chances = np.clip(np.array([skill + 0.25, skill + 0.1, skill]) + rng.normal(0, 0.03), 0, 1)
+        predicted = np.where(rng.random((test, 3)) < chances, truth, wrong)
+        outcome = Outcome(1.5, truth, predicted)
+        metrics = summarize("test", outcome, {rank: len(rows) for rank, rows in CLASSES.items()})
+        write_tables(folder, metrics, outcome, CLASSES)
+    return folder
+
+
+GRID = [("full", None, "train", 0.6), ("random", None, "train", 0.5), ("freeze75", None, "train", 0.55), ("lora", 1, "train", 0.3),
+        ("lora", 4, "train", 0.35), ("lora", 20, "train", 0.45), ("ia3", None, "train", 0.25), ("lora", 4, "frozen", 0.15),
+        ("lora", 20, "frozen", 0.2), ("ia3", None, "frozen", 0.1)]
+
+
+def make_grid(folder, models=("tiny-nt",), data=("data/few",), seeds=(1, 2), grid=GRID):
+    for model in models:
+        for where in data:
+            for strategy, r, heads, skill in grid:
+                for seed in seeds:
+                    name = "-".join(map(str, filter(None, (Path(where).name, model, strategy, r and f"r{r}", heads, f"seed{seed}"))))
+                    make_run(folder / name, strategy, r, heads, seed, model, where, skill=skill - 0.05 * (model != "tiny-nt"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Twenty finished runs, one that is not, and one of pretrain.py."""
+    folder = make_grid(tmp_path_factory.mktemp("report") / "runs")
+    make_run(folder / "unfinished", seed=9, steps=10, finished=False)
+    pretraining = folder / "pretrain"
+    pretraining.mkdir()
+    (pretraining / "args.json").write_text(json.dumps({"model": "tiny-nt", "batch_size": 16, "accumulate": 1, "seed": 1, "lr": 1e-3}))
+    (pretraining / "log.jsonl").write_text("".join(json.dumps(
+        {"epoch": step // 50, "step": step, "validation_loss": 8.0, "perplexity": 3000 - step, "unigram_perplexity": 2950}) + "\n"
+        for step in (0, 50, 100)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def written(runs, tmp_path_factory):
+    """The report of `runs`, with a probe's ceilings."""
+    pytest.importorskip("matplotlib", reason="the report's pictures need matplotlib: pip install '.[report]'")
+    folder = tmp_path_factory.mktemp("out")
+    entry = [{"strategy": s, "r": r, "settings": {"heads": "train"}, "ceiling": n} for s, r, n in (("full", None, 16), ("lora", 4, 20))]
+    (folder / "probe.json").write_text(json.dumps({"model": "tiny-nt", "device": "CPU", "memory_limit_bytes": 2**28, "runs": entry}))
+    report.main([str(runs), "--out", str(folder / "report"), "--probe", str(folder / "probe.json")])
+    return folder / "report"
+
+
+def test_table_says_what_the_runs_say(runs, written):
+    with open(written / "table.csv", newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 2 * len(GRID) + 1 and tuple(next(iter(rows.values()))) == report.COLUMNS
+    for name, row in rows.items():
+        args = json.loads((runs / name / "args.json").read_text())
+        assert (row["model"], row["strategy"], row["heads"], int(row["seed"])) == (
+            args["model"], args["strategy"], args["settings"]["heads"], args["seed"])
+        assert row["r"] == str(args["r"] or "") and float(row["learning_rate"]) == args["lr"]
+        if name != "unfinished":
+            ranks = json.loads((runs / name / "metrics.json").read_text())["ranks"]
+            assert all(float(row[rank]) == ranks[rank]["balanced_accuracy"] for rank in ranks)
+            assert float(row["epochs"]) == 2 and float(row["data_fraction"]) == 1
+            assert float(row["trainable_fraction"]) == 17 * (args["r"] or 58) / 1000
+            speeds = [json.loads(line).get("sequences_per_s") for line in open(runs / name / "log.jsonl")]
+            slowness = np.mean([1 / speed for speed in speeds if speed])  # every line is of five steps
+            assert float(row["epoch_seconds"]) == pytest.approx(320 * slowness, rel=1e-12)
+    unfinished = rows["unfinished"]
+    assert (unfinished["genus"], unfinished["epochs"], unfinished["data_fraction"]) == ("", "0.5", "0.5")
+    lines = (written / "table.md").read_text().splitlines()
+    assert len(lines) == len(rows) + 2 and all(line.count("|") == len(report.COLUMNS) + 1 for line in lines)
+    genus = float(rows["few-tiny-nt-full-train-seed1"]["genus"])
+    assert f" {genus:.4f} " in next(line for line in lines if "few-tiny-nt-full-train-seed1" in line)
+
+
+def test_summary_is_over_seeds(runs, written):
+    with open(written / "summary.csv", newline="") as file:
+        row = next(row for row in csv.DictReader(file) if row["strategy"] == "LoRA r=4, heads frozen")
+    values = [json.loads((runs / f"few-tiny-nt-lora-r4-frozen-seed{seed}" / "metrics.json").read_text())["ranks"]["genus"]["balanced_accuracy"]
+              for seed in (1, 2)]
+    assert [float(row[f"genus {what}"]) for what in ("mean", "lowest", "highest")] == pytest.approx([np.mean(values), min(values), max(values)])
+    assert row["seeds"] == "2"
+
+
+def test_confused_pairs_against_a_plain_count(runs, written):
+    with open(written / "confused_genera.csv", newline="") as file:
+        first = next(csv.DictReader(file))
+    best = next(group for group in group_runs([read_run(folder) for folder in find_runs([runs]) if "seed" in folder.name])
+                if group.label == first["strategy"])
+    total = sum(np.array(each.confusion("genus")[1]) for each in best.runs)
+    both = np.triu(total + total.T, 1)
+    assert int(first["A as B"]) + int(first["B as A"]) == both.max()
+    a, b = int(first["A"].removeprefix("Genus")), int(first["B"].removeprefix("Genus"))
+    assert (int(first["A as B"]), int(first["B as A"])) == (total[a, b], total[b, a])
+    assert (int(first["A tested"]), int(first["B tested"])) == (total[a].sum(), total[b].sum())
+
+
+class Images(html.parser.HTMLParser):
+    """Collects the sources of images, and the tags that are open."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sources, self.open, self.links = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.sources += [attributes["src"]] if tag == "img" else []
+        self.links += [attributes[name] for name in ("href", "src") if name in attributes and tag != "img"]
+        if tag not in ("img", "meta", "!doctype"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_pictures_and_page(written):
+    names = {path.name for path in written.glob("figure_*.png")}
+    assert names == {f"figure_{name}.png" for name in ("1a", "1b", "1c", "1d_time", "1d_batch", "heads", "curves", "pretraining",
+                                                       "superkingdoms_tiny-nt_few", "phyla_tiny-nt_few")}
+    for name in names:
+        data = (written / name).read_bytes()
+        width, height = struct.unpack(">II", data[16:24])
+        assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 10_000 and 600 < width < 1700 and 350 < height < 1700, name
+    text = (written / "report.html").read_text(encoding="utf-8")
+    page = Images(text)
+    assert page.open == [] and page.links == []
+    embedded = {base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in page.sources}
+    assert embedded == {(written / name).read_bytes() for name in names}
+    assert "http" not in re.sub(r"data:image/png;base64,[^\"]*", "", text)
+    assert "unfinished is not finished (its log ends at step 10 of 40)" in text
+    assert "Genus" in text and "tiny-nt on few, phylum: full " in text
+
+
+def test_groups_keep_apart_what_is_not_a_seed(tmp_path):
+    for name, more in {"a": {"seed": 1}, "b": {"seed": 2}, "c": {"seed": 1, "lr": 0.003}, "d": {"seed": 1, "source": "seed", "data": "x/few"}}.items():
+        make_run(tmp_path / name, **more)
+    groups = group_runs([read_run(folder) for folder in find_runs([tmp_path])])
+    assert sorted((group.data, group.label, len(group.runs), group.pretrained) for group in groups) == [
+        ("data/few", "full, lr 0.001", 2, True), ("data/few", "full, lr 0.003", 1, True), ("x/few", "full, random base", 1, False)]
+
+
+def test_published_numbers():
+    groups = published_groups()
+    assert sum(len(group.published) for group in groups) == 28  # of 33: five are of 3% of the data
+    nt50m = {group.label: group.values("genus") for group in groups if group.model == "nt50m"}
+    assert nt50m["full"] == [0.7164] and nt50m["LoRA r=4, heads frozen"] == [0.0329, 0.0386] and nt50m["LoRA r=20, heads frozen"] == [0.0881]
+
+
+def test_one_unfinished_run_gives_a_report_that_says_so(tmp_path):
+    pytest.importorskip("matplotlib")
+    make_run(tmp_path / "run", steps=10, finished=False)
+    report.main([str(tmp_path / "run"), "--out", str(tmp_path / "report")])
+    assert [path.name for path in (tmp_path / "report").glob("*.png")] == ["figure_curves.png"]
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert "run is not finished" in text and text.count("Not drawn: ") == 6
+
+
+def test_what_stands_in_out_is_kept_unless_it_is_a_report(runs, written, tmp_path):
+    make_run(tmp_path / "run")
+    before = (written / "report.html").read_bytes()
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds notes.txt"):
+        report.main([str(tmp_path / "run"), "--out", str(tmp_path / "report")])
+    shutil.copytree(written, tmp_path / "again")
+    report.main([str(tmp_path / "run"), "--out", str(tmp_path / "again")])
+    assert not (tmp_path / "again" / "figure_heads.png").exists() and (tmp_path / "again" / "report.html").read_bytes() != before
+    assert (tmp_path / "report" / "notes.txt").read_text() == "mine"
+
+
+def damaged(folder, name, text):
+    (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda run: shutil.rmtree(run), "is not a folder"),
+    (lambda run: (run / "args.json").unlink(), "no run in"),
+    (lambda run: damaged(run, "args.json", "{"), r"args.json is not JSON"),
+    (lambda run: damaged(run, "args.json", "{}"), r"args.json is not of a run"),
+    (lambda run: damaged(run, "metrics.json", "nonsense"), r"metrics.json is not JSON"),
+    (lambda run: damaged(run, "log.jsonl", '{"epoch": 1, "step": 1}\n?\n'), r"log.jsonl, line 2: not JSON"),
+    (lambda run: damaged(run, "confusion_phylum.csv", "truth,1,2\n1,3,4\n"), r"confusion_phylum.csv is not a square table"),
+])
+def test_wrong_input_is_one_line_and_nothing_is_written(tmp_path, spoil, message):
+    pytest.importorskip("matplotlib")
+    run = make_run(tmp_path / "run")
+    spoil(run)
+    with pytest.raises(InputError, match=message):
+        report.main([str(run), "--out", str(tmp_path / "report")])
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("flags, message", [(["--watch", "--out", "x"], "give one of them"), (["--probe", "x"], "--out DIR"),
+                                            (["--out", "x", "--probe", "args.json"], "not a document of probe_batch.py"),
+                                            (["--out", "x", "--probe", "none"], "no such file")])
+def test_wrong_flags(tmp_path, monkeypatch, flags, message):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(make_run(tmp_path / "run"))
+    with pytest.raises(InputError, match=message):
+        report.main([".", *flags])
+    assert not Path("x").exists()
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    make_run(tmp_path / "run")
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install '.\[report\]'"):
+        report.main([str(tmp_path / "run"), "--out", str(tmp_path / "report")])
+
+
+def test_status(runs, tmp_path, capsys):
+    report.main([str(runs)])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert len(lines) == 2 * len(GRID) + 3
+    assert "10/40" in lines["unfinished"] and lines["unfinished"].endswith("running")
+    finished = lines["few-tiny-nt-full-train-seed1"]
+    best = min(json.loads(line).get("validation_loss", 99) for line in open(runs / "few-tiny-nt-full-train-seed1" / "log.jsonl"))
+    assert "40/40" in finished and f"{best:.4f}" in finished and finished.endswith("finished")
+    half = make_run(tmp_path / "half", steps=10, finished=False)
+    with open(half / "log.jsonl", "a") as file:
+        file.write('{"epoch": 1, "st')  # a line that is being written
+    report.main([str(half)])
+    assert "10/40" in capsys.readouterr().out
+
+
+def test_watch_goes_on_until_interrupted(tmp_path):
+    make_run(tmp_path / "run", steps=10, finished=False)
+    with subprocess.Popen([sys.executable, str(ROOT / "report.py"), "run", "--watch", "--every", "0.1"], cwd=tmp_path, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        seen = [process.stdout.readline() for _ in range(4)]  # two tables of two lines
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    assert sum(line.endswith("state\n") for line in seen) == 2 and sum("10/40" in line for line in seen) == 2
+    assert process.returncode == 130 and said == "report.py: interrupted\n"
+
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium, to see the report rendered")
+def test_chromium_renders_every_picture(written, tmp_path):
+    text = (written / "report.html").read_text(encoding="utf-8")
+    check = """<script>addEventListener("load", () => {
+      const images = [...document.images], broken = images.filter(i => !i.complete || i.naturalWidth < 300 || i.clientWidth < 300)
+      document.body.innerHTML = `<p id="found">${images.length} images, ${broken.length} broken</p>` })</script>"""
+    (tmp_path / "page.html").write_text(text.replace("</body>", check + "</body>"), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage",
+             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]
+    done = subprocess.run([CHROMIUM, *flags, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=90,
+                          env=os.environ | {"HOME": str(tmp_path)})
+    pictures = len(list(written.glob("figure_*.png")))
+    assert f"{pictures} images, 0 broken" in done.stdout, done.stderr[-2000:]
