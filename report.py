@@ -249,7 +249,8 @@ def sections(groups, published, probes, pretraining_runs):
         "1a": "no finished run at rank phylum is full fine-tuning of pretrained weights, or random initialisation",
         "1b": "no finished run has the rank superkingdom", "1c": "no finished run of LoRA has the rank genus",
         "1d_time": "no two strategies, one of them full or random, logged their speed and the number of their training sequences",
-        "1d_batch": "no --probe FILE of probe_batch.py was given", "heads": "no adapter was run with its heads trained and with them frozen",
+        "1d_batch": "no --probe FILE of probe_batch.py was given",
+        "heads": "no adapter was run with its heads trained and with them frozen",
         "curves": "no run has logged a step", "pretraining": "no run of pretrain.py is among the folders"}
 
     gains = [g for g in done if g.values("phylum") and (g.strategy == "random" or (g.strategy == "full" and g.pretrained))]
@@ -277,15 +278,16 @@ def sections(groups, published, probes, pretraining_runs):
     text = seeds_sentence(done, ranks[-1] if ranks else "genus", lambda g: g.strategy in ("lora", "ia3") and g.heads == "train",
                           lambda g, a: g.heads == "frozen" and g.row == a.row)
     section("heads", "Adapters with trained and with frozen heads",
-            "Filled: the heads train with the adapter, the default here. Hollow: they stay random, as in the published code. " + " ".join(text),
+            "Filled: the heads train with the adapter, the default here. Hollow: they stay random, as in the published code. "
+            + " ".join(text),
             pairs, figures.heads, done, ranks)
     section("curves", "Training curves",
             "One line a run; pale: heads frozen; of LoRA's lines dotted is r=1, solid r=4, dash-dotted r=20.",
             any(each.steps for g in groups for each in g.runs), figures.curves, groups)
     checked = [each for each in pretraining_runs if sum("perplexity" in line for line in each.validations) > 1]
     if checked:
-        section("pretraining", "Masked-token pretraining", "Perplexity of masked tokens on the validation split.", True, figures.pretraining,
-                checked)
+        section("pretraining", "Masked-token pretraining", "Perplexity of masked tokens on the validation split.", True,
+                figures.pretraining, checked)
 
     for data, model in figures.unique((g.data, g.model) for g in done):
         cells = [(g.label, summed_confusion(g, "superkingdom")) for g in done if (g.data, g.model) == (data, model)]
@@ -320,15 +322,16 @@ def notes(runs, rows):
             found.append(f"{each.folder.name} has no confusion_RANK.csv: evaluate.py writes them.")
     old = [row["run"] for row in rows if row["trainable_fraction"] is None]
     if old:
-        found.append(f"Without trainable_fraction, data_fraction and epoch_seconds, which their environment.json does not say: {', '.join(old)}.")
+        found.append(f"Without trainable_fraction, data_fraction and epoch_seconds, which their environment.json does not say: "
+                     f"{', '.join(old)}.")
     return found
 
 
 def page(parts, rows, summary, pairs, remarks, pngs):
     """report.html."""
     body = ["<h1>Runs beside the published numbers</h1>",
-            f"<p>{len(rows)} fine-tuning runs, {time.strftime('%Y-%m-%d')}. Published numbers: Berman et al. 2025, bioRxiv 10.1101/2025.08.21.671544, "
-            "supplement, runs on all of its data (4.56 million training sequences). Other models, other data and other hardware are other "
+            f"<p>{len(rows)} fine-tuning runs, {time.strftime('%Y-%m-%d')}. Published numbers: Berman et al. 2025, "
+            "bioRxiv 10.1101/2025.08.21.671544, supplement, runs on all of its data (4.56 million training sequences). Other models, other data and other hardware are other "
             "experiments: compare orders, not digits. In all published LoRA and (IA)³ runs the heads were frozen.</p>"]
     if remarks:
         body += ["<h2>What is missing</h2>", "<ul>", *(f"<li>{html.escape(remark)}</li>" for remark in remarks), "</ul>"]
@@ -339,11 +342,13 @@ def page(parts, rows, summary, pairs, remarks, pngs):
             body.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
         body.append(f"<figcaption>{html.escape(caption)}</figcaption>\n</figure>")
     if pairs:
-        body += ["<h2>Genera most often confused</h2>", "<p>Of the best strategy of each model and data set, on the test split, seeds added.</p>",
+        body += ["<h2>Genera most often confused</h2>",
+                 "<p>Of the best strategy of each model and data set, on the test split, seeds added.</p>",
                  html_table(pairs, tuple(pairs[0]))]
     body += ["<h2>Seeds put together</h2>", html_table(summary, tuple(summary[0]))] if summary else []
-    body += ["<h2>Every run</h2>", "<p>The columns of the paper's supplement; – where the run does not say. Metrics are balanced accuracy on the "
-             "test split, trainable_fraction is of the parameters held, epoch_seconds is training without validation.</p>", html_table(rows, COLUMNS)]
+    body += ["<h2>Every run</h2>", "<p>The columns of the paper's supplement; – where the run does not say. Metrics are balanced accuracy on "
+             "the test split, trainable_fraction is of the parameters held, epoch_seconds is training without validation.</p>",
+             html_table(rows, COLUMNS)]
     return ('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>taxa: report</title>\n'
             f"<style>\n{STYLE}\n</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n")
 
@@ -378,7 +383,8 @@ def write_report(args, runs):
             (folder / "confused_genera.csv").write_text(csv_text(pairs, tuple(pairs[0])), encoding="utf-8")
         remarks = notes(tuned, rows)
         (folder / "report.html").write_text(page(parts, rows, summary, pairs, remarks, pngs), encoding="utf-8")
-    print(f"{out / 'report.html'}: {len(tuned)} runs, {len(pngs)} pictures" + (f"; {len(remarks)} remarks on what is missing" if remarks else ""))
+    print(f"{out / 'report.html'}: {len(tuned)} runs, {len(pngs)} pictures"
+          + (f"; {len(remarks)} remarks on what is missing" if remarks else ""))
 
 
 def main(argv=None):

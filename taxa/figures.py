@@ -60,7 +60,8 @@ def mark(axes, values, y, group, shape, vertical=False, large=8):
     for size, points, alpha in ((large / 2, values, 0.55), (large, [statistics.mean(values)], 1))[len(values) == 1:]:
         places = [y] * len(points)
         axes.plot(*((places, points) if vertical else (points, places)), linestyle="none", marker=shape, markersize=size, color=color,
-                  markerfacecolor="white" if hollow else color, markeredgewidth=size / 6, alpha=alpha, zorder=3 if size == large else 4, clip_on=False)
+                  markerfacecolor="white" if hollow else color, markeredgewidth=size / 6, alpha=alpha, clip_on=False,
+                  zorder=3 if size == large else 4)
 
 
 def legend(made, models, hollow, several, strategies=()):
@@ -71,10 +72,11 @@ def legend(made, models, hollow, several, strategies=()):
     handles = [handle(label, color=COLORS[name]) for name, label in strategies]
     handles += [handle(model, marker(model, models)) for model in models]
     handles += [handle("adapter with frozen heads", markerfacecolor="white", markeredgewidth=1.4)] if hollow else []
-    handles += [Line2D([], [], linestyle="none", marker="o", color="#444444", alpha=0.55, markersize=4, label="one seed (large: mean)")] * several
+    small = Line2D([], [], linestyle="none", marker="o", color="#444444", alpha=0.55, markersize=4, label="one seed (large: mean)")
+    handles += [small] * several
     if len(handles) > 1:
-        made.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=FONT, columnspacing=1.2,
-                    handletextpad=0.3)
+        made.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=FONT,
+                    columnspacing=1.2, handletextpad=0.3)
 
 
 def several_seeds(groups):
@@ -166,18 +168,19 @@ def genus_by_r(groups):
     made, axes = figure(1.2 + 2.7 * lines, lines, columns, sharey=True)
     for ax, (title, members) in zip(axes.flat, parts):
         models = unique(g.model for g in members)
+        large = 8 if len(models) < 3 else 6
         for i, model in enumerate(models):
             shift = (i - (len(models) - 1) / 2) * 0.5 / len(models)
             for heads in ("train", "frozen"):
                 lora = [g for g in members if g.model == model and g.strategy == "lora" and g.heads == heads]
                 line = sorted((ranks.index(g.r) + shift, statistics.mean(g.values("genus"))) for g in lora)
-                ax.plot(*zip(*line) if line else ((), ()), color=COLORS["lora"], linewidth=1.3, linestyle="--" if heads == "frozen" else "-",
-                        zorder=2)
+                ax.plot(*zip(*line) if line else ((), ()), color=COLORS["lora"], linewidth=1.3, zorder=2,
+                        linestyle="--" if heads == "frozen" else "-")
                 for group in lora:
-                    mark(ax, group.values("genus"), ranks.index(group.r) + shift, group, marker(model, models), True, 8 if len(models) < 3 else 6)
+                    mark(ax, group.values("genus"), ranks.index(group.r) + shift, group, marker(model, models), True, large)
             for group in members:
                 if group.model == model and group.strategy == "full":
-                    mark(ax, group.values("genus"), len(ranks) + shift, group, marker(model, models), True, 8 if len(models) < 3 else 6)
+                    mark(ax, group.values("genus"), len(ranks) + shift, group, marker(model, models), True, large)
         ax.axvline(len(ranks) - 0.5, color="#dddddd", linewidth=0.8)
         ax.set_xticks(range(len(ranks) + 1), [f"r={r}" for r in ranks] + ["full"], fontsize=FONT)
         ax.set_xlim(-0.5, len(ranks) + 0.5)
@@ -226,11 +229,12 @@ def ceilings(groups, limits):
 
 def heads(groups, ranks):
     """Adapters with trained and frozen heads, side by side: a column for each rank, a row of axes for each data set and model."""
-    pairs = {(g.data, g.model, g.row) for g in groups if g.heads == "frozen"} & {(g.data, g.model, g.row) for g in groups if g.heads == "train"}
+    frozen, trained = ({(g.data, g.model, g.row) for g in groups if g.heads == heads} for heads in ("frozen", "train"))
+    pairs = frozen & trained
     places = unique((g.data, g.model) for g in groups if (g.data, g.model, g.row) in pairs)
     rows_of = {place: unique(g.row for g in groups if (g.data, g.model) == place and (*place, g.row) in pairs) for place in places}
-    made, axes = figure(1.1 + sum(0.75 + 0.32 * len(rows) for rows in rows_of.values()), len(places), len(ranks), sharey="row", sharex="col",
-                        height_ratios=[len(rows_of[place]) + 1 for place in places])
+    made, axes = figure(1.1 + sum(0.75 + 0.32 * len(rows) for rows in rows_of.values()), len(places), len(ranks),
+                        sharey="row", sharex="col", height_ratios=[len(rows_of[place]) + 1 for place in places])
     for line, place in zip(axes, places):
         rows = rows_of[place]
         for ax, rank in zip(line, ranks):
@@ -276,8 +280,8 @@ def curves(groups):
                 steps = [entry for entry in run.steps if entry["loss"] is not None]
                 line[0].plot([e["step"] * run.batch / 1e3 for e in steps], [e["loss"] for e in steps], **look)
                 checks = run.validations
-                line[1].plot([e["step"] * run.batch / 1e3 for e in checks], [e["validation_loss"] for e in checks], marker="o", markersize=5,
-                             markerfacecolor="white" if group.heads == "frozen" else look["color"], **look)
+                line[1].plot([e["step"] * run.batch / 1e3 for e in checks], [e["validation_loss"] for e in checks], marker="o",
+                             markersize=5, markerfacecolor="white" if group.heads == "frozen" else look["color"], **look)
             handles.setdefault(group.label, Line2D([], [], **look | {"linewidth": 1.8}, label=group.label))
         for ax, what in zip(line, ("training", "validation")):
             ax.set_xlim(left=0)
@@ -298,7 +302,8 @@ def pretraining(runs):
     ax = axes[0, 0]
     for color, run in zip(list(COLORS.values()) * len(runs), runs):
         checks = [line for line in run.validations if "perplexity" in line]
-        ax.plot([e["step"] for e in checks], [e["perplexity"] for e in checks], marker="o", markersize=5, color=color, label=run.folder.name)
+        ax.plot([e["step"] for e in checks], [e["perplexity"] for e in checks], marker="o", markersize=5, color=color,
+                label=run.folder.name)
         ax.axhline(checks[-1]["unigram_perplexity"], color=color, linestyle=":")
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
     ax.set_ylim(bottom=0)
@@ -323,7 +328,8 @@ def confusions(cells, rank):
         shares = [[count / max(sum(row), 1) for count in row] for row in matrix]
         image = ax.imshow(shares, cmap="cividis", vmin=0, vmax=1)
         for y, x in ((y, x) for y in range(len(names)) for x in range(len(names)) if numbers):
-            ax.text(x, y, f"{shares[y][x]:.0%}", ha="center", va="center", fontsize=FONT - 2, color="black" if shares[y][x] > 0.5 else "white")
+            ax.text(x, y, f"{shares[y][x]:.0%}", ha="center", va="center", fontsize=FONT - 2,
+                    color="black" if shares[y][x] > 0.5 else "white")
         labels = [name.replace("Candidatus ", "Ca. ") for name in names]
         labels = [name if len(name) <= 22 else name[:21] + "…" for name in labels]
         lowest = i + columns >= len(cells)

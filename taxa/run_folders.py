@@ -10,8 +10,8 @@ from typing import NamedTuple, Optional
 from taxa.cli import InputError
 
 # What sets groups of one data set, model, strategy and heads apart, as their label says it: setting -> format.
-DETAILS = {"protocol": "{}", "lr": "lr {:g}", "augment": "augment {}", "adapters": "adapters {}", "lora_alpha": "alpha {:g}", "epochs": "epochs {}",
-           "max_steps": "steps {}", "batch": "batch {}", "weights": "weights {}"}
+DETAILS = {"protocol": "{}", "lr": "lr {:g}", "augment": "augment {}", "adapters": "adapters {}", "lora_alpha": "alpha {:g}",
+           "epochs": "epochs {}", "max_steps": "steps {}", "batch": "batch {}", "weights": "weights {}"}
 STRATEGY_LABELS = {"full": "full", "random": "random", "freeze75": "75% frozen", "lora": "LoRA", "ia3": "(IA)³"}
 PUBLISHED = Path(__file__).parent / "assets" / "published_results.csv"  # supplement of Berman et al. 2025, all 33 runs
 
@@ -223,7 +223,7 @@ def group_runs(runs):
             words += [DETAILS[name].format(each[name]) for name in apart if each[name] is not None]
             groups.append(Group(data, model, strategy, r, heads, ", ".join(words), base not in ("none", "seed"), tuple(members)))
     order = list(STRATEGY_LABELS)
-    return sorted(groups, key=lambda g: (g.data, g.model, order.index(g.strategy) if g.strategy in order else 9, g.r or 0, g.heads == "frozen", g.row))
+    return sorted(groups, key=lambda g: (g.data, g.model, order.index(g.strategy), g.r or 0, g.heads == "frozen", g.row))
 
 
 def published_groups():

@@ -22,7 +22,8 @@ from taxa.evaluation import Outcome, summarize, write_tables
 from taxa.run_folders import find_runs, group_runs, published_groups, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
-CLASSES = {"superkingdom": [{"taxid": i, "name": n} for i, n in ((2, "Bacteria"), (2157, "Archaea"), (2759, "Eukaryota"), (10239, "Viruses"))],
+CLASSES = {"superkingdom": [{"taxid": i, "name": n} for i, n in (
+               (2, "Bacteria"), (2157, "Archaea"), (2759, "Eukaryota"), (10239, "Viruses"))],
            "phylum": [{"taxid": 100 + i, "name": f"Phylum <{i}>"} for i in range(12)],
            "genus": [{"taxid": 1000 + i, "name": f"Genus{i}"} for i in range(36)]}
 
@@ -33,8 +34,8 @@ def make_run(folder, strategy="full", r=None, heads="train", seed=1, model="tiny
     folder.mkdir(parents=True)
     settings = {"strategy": strategy, "protocol": "corrected"} | ({"r": r, "lora_alpha": 32.0} if r else {}) | {"heads": heads}
     base = {"source": "none", "config": None} if strategy == "random" else {"source": source, "folder": "/w/tiny", "digest": "ab"}
-    args = {"model": model, "strategy": strategy, "r": r, "data": data, "batch_size": 16, "accumulate": 1, "lr": 1e-3, "seed": seed, "epochs": 2,
-            "max_steps": None, "settings": settings, "base": base} | more
+    args = {"model": model, "strategy": strategy, "r": r, "data": data, "batch_size": 16, "accumulate": 1, "lr": 1e-3, "seed": seed,
+            "epochs": 2, "max_steps": None, "settings": settings, "base": base} | more
     (folder / "args.json").write_text(json.dumps(args))
     (folder / "environment.json").write_text(json.dumps(
         {"processes": 1, "threads": 1, "parameters": 1000, "trainable": 17 * (r or 58), "training_sequences": 320}))
@@ -46,7 +47,8 @@ def make_run(folder, strategy="full", r=None, heads="train", seed=1, model="tiny
         log.append({"epoch": 1 + (step > 20), "step": step, "steps": 40, "loss": loss, "lr": 1e-3, "grad_norm": 1.0,
                     "sequences_per_s": speed + rng.normal(0, 1)})
         if step % 20 == 0:
-            log.append({"epoch": step // 20, "step": step, "validation_loss": loss + 0.2, "balanced_accuracy": {"genus": 0.25 + step / 1000}})
+            log.append({"epoch": step // 20, "step": step, "validation_loss": loss + 0.2,
+                        "balanced_accuracy": {"genus": 0.25 + step / 1000}})
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     if finished:
         genus = rng.integers(0, 36, test)
@@ -128,9 +130,10 @@ def test_table_says_what_the_runs_say(runs, written):
 def test_summary_is_over_seeds(runs, written):
     with open(written / "summary.csv", newline="") as file:
         row = next(row for row in csv.DictReader(file) if row["strategy"] == "LoRA r=4, heads frozen")
-    values = [json.loads((runs / f"few-tiny-nt-lora-r4-frozen-seed{seed}" / "metrics.json").read_text())["ranks"]["genus"]["balanced_accuracy"]
-              for seed in (1, 2)]
-    assert [float(row[f"genus {what}"]) for what in ("mean", "lowest", "highest")] == pytest.approx([np.mean(values), min(values), max(values)])
+    values = [json.loads((runs / f"few-tiny-nt-lora-r4-frozen-seed{seed}" / "metrics.json").read_text())["ranks"]["genus"]
+              ["balanced_accuracy"] for seed in (1, 2)]
+    said = [float(row[f"genus {what}"]) for what in ("mean", "lowest", "highest")]
+    assert said == pytest.approx([np.mean(values), min(values), max(values)])
     assert row["seeds"] == "2"
 
 
@@ -185,7 +188,8 @@ def test_pictures_and_page(written):
 
 
 def test_groups_keep_apart_what_is_not_a_seed(tmp_path):
-    for name, more in {"a": {"seed": 1}, "b": {"seed": 2}, "c": {"seed": 1, "lr": 0.003}, "d": {"seed": 1, "source": "seed", "data": "x/few"}}.items():
+    for name, more in {"a": {"seed": 1}, "b": {"seed": 2}, "c": {"seed": 1, "lr": 0.003},
+                       "d": {"seed": 1, "source": "seed", "data": "x/few"}}.items():
         make_run(tmp_path / name, **more)
     groups = group_runs([read_run(folder) for folder in find_runs([tmp_path])])
     assert sorted((group.data, group.label, len(group.runs), group.pretrained) for group in groups) == [
@@ -196,7 +200,8 @@ def test_published_numbers():
     groups = published_groups()
     assert sum(len(group.published) for group in groups) == 28  # of 33: five are of 3% of the data
     nt50m = {group.label: group.values("genus") for group in groups if group.model == "nt50m"}
-    assert nt50m["full"] == [0.7164] and nt50m["LoRA r=4, heads frozen"] == [0.0329, 0.0386] and nt50m["LoRA r=20, heads frozen"] == [0.0881]
+    assert nt50m["full"] == [0.7164] and nt50m["LoRA r=4, heads frozen"] == [0.0329, 0.0386]
+    assert nt50m["LoRA r=20, heads frozen"] == [0.0881]
 
 
 def test_one_unfinished_run_gives_a_report_that_says_so(tmp_path):
