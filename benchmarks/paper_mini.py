@@ -120,7 +120,8 @@ def commands(args, data, weights):
                 if model == "tiny-dnabert" and seed > 1:  # twice as slow: one seed
                     continue
                 for strategy, flags in cells:
-                    parts = [folder.name, model, strategy, *[f"r{flags[1]}"] * (strategy == "lora"), *["frozen-heads"] * ("frozen" in flags)]
+                    parts = [folder.name, model, strategy] + ([f"r{flags[1]}"] if strategy == "lora" else [])
+                    parts += ["frozen-heads"] if "frozen" in flags else []
                     out = Path(args.out).resolve() / "-".join([*parts, f"seed{seed}"])
                     arguments = ["--model", model, "--strategy", strategy, *flags, "--data", folder, "--batch-size", BATCH,
                                  "--lr", f"{RATES[strategy]:g}", "--epochs", 1, "--seed", seed, "--out", out]
