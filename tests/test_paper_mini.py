@@ -1,0 +1,75 @@
+"""The runner of the miniature: what it runs, that it goes on where it stopped, its table. Training itself is replaced by a stand-in."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from taxa.cli import InputError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import paper_mini  # noqa: E402
+
+RANKS = ("superkingdom", "phylum", "genus")
+
+
+def value_of(flag, arguments):
+    return arguments[arguments.index(flag) + 1]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Scripts that the runner starts, each standing in for its output file; balanced accuracy is the seed over 10."""
+    made = []
+
+    def python(script, *arguments):
+        arguments = [str(argument) for argument in arguments]
+        made.append((script, arguments))
+        if script == "report.py":
+            return ""
+        out = Path(value_of("--out", arguments))
+        out.mkdir(parents=True, exist_ok=True)
+        seed = int(value_of("--seed", arguments)) if script == "train.py" else 0
+        metrics = {"ranks": {rank: {"balanced_accuracy": seed / 10} for rank in RANKS}}
+        (out / {"prepare.py": "manifest.json"}.get(script, "metrics.json")).write_text(json.dumps(metrics))
+        return "done\n"
+
+    monkeypatch.setattr(paper_mini, "python", python)
+    return made
+
+
+def test_every_cell_once_then_nothing_and_what_was_cut_short_again(calls, tmp_path, capsys):
+    flags = ["--quick", "--jobs", "2", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "runs")]
+    paper_mini.main(flags)
+    runs = [arguments for script, arguments in calls if script == "train.py"]
+    folders = {value_of("--out", arguments) for arguments in runs}
+    assert len(folders) == len(runs) == 11 * 2 + 11  # tiny-nt on two seeds, tiny-dnabert on one
+    for arguments in runs:  # each is a command line that train.py takes
+        assert train.parse_args(arguments).batch_size == paper_mini.BATCH
+        assert ("--weights" in arguments) == ("tiny-dnabert" in arguments and "random" not in arguments)
+    table = (tmp_path / "runs" / "paper-quick.md").read_text()
+    assert "| few-quick-tiny-nt-lora-r20-frozen-heads | 2 | 0.150 ± 0.071 | 0.150 ± 0.071 | 0.150 ± 0.071 |" in table
+    assert "| few-quick-tiny-dnabert-random | 1 | 0.100 | 0.100 | 0.100 |" in table
+
+    calls.clear()
+    cut = Path(sorted(folders)[3])
+    (cut / "metrics.json").unlink()
+    paper_mini.main(flags)
+    again = [(script, arguments) for script, arguments in calls if script != "report.py"]
+    assert [script for script, _ in again] == ["train.py"] and value_of("--out", again[0][1]) == str(cut) and "--overwrite" in again[0][1]
+
+
+def test_the_heads_grid_has_few_and_many_genera_and_real_fragments(capsys):
+    paper_mini.main(["--grid", "heads", "--real", "somewhere", "--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 * 3 * 10 and len(set(lines)) == len(lines)
+    assert sum("--max-steps" in line for line in lines) == 30 and not any("--strategy random" in line for line in lines)
+
+
+def test_a_run_that_fails_is_named(monkeypatch, tmp_path):
+    with pytest.raises(InputError, match="no-such-flag"):
+        paper_mini.python("train.py", "--no-such-flag")
+    with pytest.raises(InputError, match="--grid heads"):
+        paper_mini.main(["--real", "x"])
