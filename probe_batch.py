@@ -84,6 +84,7 @@ def parse_args(argv=None):
     add("--steps", type=positive_int, default=5, metavar="N", help="timed at each size, after two that are not (default 5)")
     add = parser.group("machine")
     add("--precision", choices=PRECISIONS, default="fp32", help="of matrix products (default fp32, as published)")
+    add("--recompute", action="store_true", help="keep only each layer's input for the backward, as train.py's flag does")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
     add = parser.group("output")
     add("--out", metavar="FILE", help="write everything as one JSON document")
@@ -121,6 +122,7 @@ def build(args, settings, device, lr):
     """The model in train mode and its optimizer, as train.py makes them: load, inject, freeze, optimizer."""
     torch.manual_seed(0)
     backbone = load_backbone(args.model, args.weights, pretrained=False)
+    backbone.recompute = args.recompute
     model = TaxonClassifier(backbone, args.data.num_classes if args.data else NUM_CLASSES)
     inject(model, settings)
     train_only(model, trainable_names(model, settings))
@@ -400,7 +402,7 @@ def plot(args, runs, path):
     axes.set_xlim(0, 1.12 * max(left))
     axes.set_xlabel(f"memory at the peak of a training step ({unit})")
     length = "" if args.data else f", {args.length} tokens"
-    axes.set_title(f"{args.model}, batch {runs[0]['memory']['batch']}{length}, {args.precision}")
+    axes.set_title(f"{args.model}, batch {runs[0]['memory']['batch']}{length}, {args.precision}{', recomputed' if args.recompute else ''}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     with replacing(path) as temporary:
@@ -438,7 +440,8 @@ def main(argv=None):
         print(f"\nbatch {batch}\n{memory_table(runs)}", flush=True)
     if args.out:
         write_json(args.out, {
-            "model": args.model, "device": name, "torch": torch.__version__, "precision": args.precision, "date": time.strftime("%Y-%m-%d"),
+            "model": args.model, "device": name, "torch": torch.__version__, "precision": args.precision, "recompute": args.recompute,
+            "date": time.strftime("%Y-%m-%d"),
             "command": ["probe_batch.py", *(sys.argv[1:] if argv is None else argv)], "length": None if args.data else args.length,
             "data": args.data and str(args.data.folder), "sequences": args.sequences, "memory_limit_bytes": limit,
             "activations": ACTIVATIONS, "published_epoch_s": PUBLISHED_SECONDS.get(args.model), "runs": runs})

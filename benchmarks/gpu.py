@@ -31,7 +31,7 @@ from taxa.backbones import get_model  # noqa: E402
 from taxa.cli import InputError, Parser, byte_size, positive_float, run  # noqa: E402
 from taxa.files import write_json  # noqa: E402
 from taxa.optim import adamw  # noqa: E402
-from taxa.precision import set_precision  # noqa: E402
+from taxa.precision import compile_in_place, set_precision  # noqa: E402
 from taxa.strategies import settings_from_flags  # noqa: E402
 
 STRATEGIES = ("full", "lora", "ia3", "freeze75")  # lora with its default r = 4
@@ -90,10 +90,10 @@ def build(args, cell, settings, device, lr):
         from peer import make_peer  # transformers' and PEFT's parts
 
         plain, _ = probe_batch.build(args, settings_from_flags(cell["model"], "full"), torch.device("cpu"), lr)
-        model = make_peer(cell["model"], plain, settings).to(device)
+        model = make_peer(plain, settings).to(device)
         optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr)
     if cell["compile"]:
-        model = torch.compile(model, backend="eager" if args.tiny else "inductor")
+        model.compile(backend="eager") if args.tiny else compile_in_place(model, device)
     return model, optimizer
 
 
@@ -173,7 +173,7 @@ def run_cell(args, cell, device, limit, deadline):
         return cell | {"status": f"not run: {error.name} is not installed"}
     except TimeoutError as error:
         return cell | {"status": f"not run: {error}"}
-    except RuntimeError as error:  # a cell that breaks (a kernel that does not compile, say) leaves the others their turn
+    except (InputError, RuntimeError) as error:  # a cell that breaks (a kernel that does not compile, say) leaves the others their turn
         return cell | {"status": "out of memory" if probe_batch.is_out_of_memory(error) else f"failed: {type(error).__name__}: {error}"}
     return cell | {"status": "done", **found}
 
@@ -194,7 +194,7 @@ def line(cell):
 
 def main(argv=None):
     args = parse_args(argv)
-    args.data = args.weights = None  # what probe_batch.build() reads besides
+    args.data = args.weights = args.recompute = None  # what probe_batch.build() reads besides
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("torch sees no CUDA device here; --device cpu --tiny tries every path")
     if args.device == "cpu" and not args.tiny:

@@ -78,30 +78,36 @@ def test_wrong_input_is_one_line(flags, says):
         probe_batch.main(flags)
 
 
-def test_all_strategies_as_a_user_runs_it(tmp_path):
-    """One run of the script; then the ceiling it names is tried again: it fits, and 2% + 1 above it does not."""
-    limit, tokens = "100MiB", 400  # a sequence takes about 8 MB, far more than what the heap may have left over from elsewhere
-    flags = ["--model", "tiny-nt", "--length", tokens, "--device", "cpu", "--steps", 1, "--memory-limit", limit]
-    done = script(*flags, "--strategies", "all", "--out", tmp_path / "probe.json", "--plot", tmp_path / "memory.png")
+def probed(tmp_path, *flags):
+    """The script's output and its JSON document."""
+    done = script("--model", "tiny-nt", "--device", "cpu", "--steps", 1, "--out", tmp_path / "probe.json", *flags)
     assert done.returncode == 0, done.stderr
-    assert "published s/epoch to full" in done.stdout and "allocator's peak" in done.stdout
-    document = json.loads((tmp_path / "probe.json").read_text())
-    by_label = {found["label"]: found for found in document["runs"]}
-    assert list(by_label) == ["full", "lora r=4", "ia3", "freeze75"]
-    assert by_label["freeze75"]["ceiling"] > 1.5 * by_label["full"]["ceiling"] > 0
-    for found in by_label.values():
+    return done.stdout, json.loads((tmp_path / "probe.json").read_text())
+
+
+def test_the_ceiling_fits_and_two_percent_more_does_not(tmp_path):
+    """Every size is a process of its own, under a limit that its kernel enforces."""
+    tokens, limit = 400, "90MiB"  # a sequence takes about 5 MB, more than what a process may find left over
+    stdout, document = probed(tmp_path, "--strategy", "full", "--length", tokens, "--memory-limit", limit)
+    (found,) = document["runs"]
+    verdicts = {entry["batch"]: entry["verdict"] for entry in found["sizes"]}
+    assert verdicts[found["ceiling"]] == "fits" and verdicts[found["smallest_that_fails"]] == "out of memory"
+    assert found["smallest_that_fails"] <= math.floor(1.02 * found["ceiling"]) + 1
+    assert f"largest batch {found['ceiling']}; {found['smallest_that_fails']} does not fit" in stdout
+    for entry in found["sizes"]:
+        assert entry["lr"] == pytest.approx(3e-3 * entry["batch"] / 32)
+        assert (entry["verdict"] == "fits") == ("step_s" in entry) == (entry["batch"] <= found["ceiling"])
+
+
+def test_all_strategies_as_a_user_runs_them(tmp_path):
+    stdout, document = probed(tmp_path, "--strategies", "all", "--length", 32, "--batch-sizes", 2, 4, "--plot", tmp_path / "memory.png")
+    assert "published s/epoch to full" in stdout and "allocator's peak" in stdout
+    assert [found["label"] for found in document["runs"]] == ["full", "lora r=4", "ia3", "freeze75"]
+    for found in document["runs"]:
+        assert found["ceiling"] == 4 and found["memory"]["batch"] == 4
         assert found["memory"]["peak"] == pytest.approx(found["memory"]["allocator_peak"], rel=0.1)
         for entry in found["sizes"]:
-            assert entry["lr"] == pytest.approx(3e-3 * entry["batch"] / 32)
-            assert (entry["verdict"] == "fits") == ("step_s" in entry) == (entry["batch"] <= found["ceiling"])
-            if entry["verdict"] == "fits":
-                assert len(entry["step_s"]) == 1
-                assert entry["epoch_s"] == pytest.approx(entry["median_step_s"] * math.ceil(4_560_000 / entry["batch"]))
+            assert len(entry["step_s"]) == 1
+            assert entry["epoch_s"] == pytest.approx(entry["median_step_s"] * math.ceil(4_560_000 / entry["batch"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.png", "probe.json"]
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
-
-    ceiling = by_label["full"]["ceiling"]
-    done = script(*flags, "--strategy", "full", "--batch-sizes", ceiling, math.floor(1.02 * ceiling) + 1, "--out", tmp_path / "again.json")
-    assert done.returncode == 0, done.stderr
-    sizes = json.loads((tmp_path / "again.json").read_text())["runs"][0]["sizes"]
-    assert [entry["verdict"] for entry in sizes] == ["fits", "out of memory"]
