@@ -331,8 +331,8 @@ def page(parts, rows, summary, pairs, remarks, pngs):
     """report.html."""
     body = ["<h1>Runs beside the published numbers</h1>",
             f"<p>{len(rows)} fine-tuning runs, {time.strftime('%Y-%m-%d')}. Published numbers: Berman et al. 2025, "
-            "bioRxiv 10.1101/2025.08.21.671544, supplement, runs on all of its data (4.56 million training sequences). Other models, other data and other hardware are other "
-            "experiments: compare orders, not digits. In all published LoRA and (IA)³ runs the heads were frozen.</p>"]
+            "bioRxiv 10.1101/2025.08.21.671544, supplement, runs on all of its data (4.56 million training sequences). Other models, "
+            "other data and other hardware are other experiments: compare orders, not digits. In all published LoRA and (IA)³ runs the heads were frozen.</p>"]
     if remarks:
         body += ["<h2>What is missing</h2>", "<ul>", *(f"<li>{html.escape(remark)}</li>" for remark in remarks), "</ul>"]
     for name, title, caption, picture in parts:
@@ -346,8 +346,8 @@ def page(parts, rows, summary, pairs, remarks, pngs):
                  "<p>Of the best strategy of each model and data set, on the test split, seeds added.</p>",
                  html_table(pairs, tuple(pairs[0]))]
     body += ["<h2>Seeds put together</h2>", html_table(summary, tuple(summary[0]))] if summary else []
-    body += ["<h2>Every run</h2>", "<p>The columns of the paper's supplement; – where the run does not say. Metrics are balanced accuracy on "
-             "the test split, trainable_fraction is of the parameters held, epoch_seconds is training without validation.</p>",
+    body += ["<h2>Every run</h2>", "<p>The columns of the paper's supplement; – where the run does not say. Metrics are balanced accuracy "
+             "on the test split, trainable_fraction is of the parameters held, epoch_seconds is training without validation.</p>",
              html_table(rows, COLUMNS)]
     return ('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>taxa: report</title>\n'
             f"<style>\n{STYLE}\n</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n")
