@@ -1,6 +1,7 @@
-"""The benchmarks' peer computes what our classifier computes: same weights, same logits, same gradients, same parameters that train."""
+"""The benchmarks' peer computes what our classifier computes: same weights, logits, gradients, parameters that train. And both benchmarks run."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from taxa.strategies import inject, settings_from_flags, train_only, trainable_n
 
 pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import loader  # noqa: E402
+import step  # noqa: E402
 from peer import make_peer  # noqa: E402
 
 
@@ -43,3 +46,23 @@ def test_the_peer_computes_the_same(strategy):
     with torch.no_grad():
         for z, other in zip(ours(ids, mask).values(), peer(ids, mask).values()):
             torch.testing.assert_close(z, other, rtol=0, atol=1e-5)
+
+
+def test_step_benchmark(tmp_path, capsys):
+    rows = step.main(["--model", "tiny-nt", "--batch-size", "2", "--tokens", "20", "--rounds", "1", "--out", str(tmp_path / "step.json")])
+    written = json.loads((tmp_path / "step.json").read_text())
+    assert written["rows"] == rows and {"machine", "versions", "date", "rounds"} < written.keys()
+    assert [(row["impl"], row["strategy"], row["r"]) for row in rows] == [
+        (impl, strategy, r) for strategy, r in step.VARIANTS for impl in ("peer", "ours")]
+    by = {(row["impl"], row["strategy"], row["r"]): row for row in rows}
+    assert by["peer", "full", None]["vs_peer_full"] == by["ours", "full", None]["vs_own_full"] == 1
+    for strategy, r in step.VARIANTS:
+        assert by["ours", strategy, r]["saved_mb_per_sequence"] < by["peer", strategy, r]["saved_mb_per_sequence"]
+    assert "saved MB/seq" in capsys.readouterr().out
+    with pytest.raises(step.InputError, match="Nucleotide Transformer"):
+        step.main(["--model", "tiny-dnabert"])
+
+
+def test_loader_benchmark(capsys):
+    assert len(loader.main(["--sequences", "300", "--rounds", "2", "--batch-size", "32"])) == 2
+    assert json.loads(capsys.readouterr().out)["sequences"] == 300
