@@ -5,8 +5,7 @@ the residual stream, SwiGLU of the two halves of the feed-forward), the input ne
 
     recomputed(swiglu, h, then=self.output.dense)      # = self.output.dense(swiglu(h)), keeping h alone
 
-No matrix product is computed twice. Adapters need not know: whatever `then` saves of the function's result, the result is computed again when
-the backward asks for it. nt50m at 251 tokens saves 87 MB per sequence so, and 149 without; docs/PERFORMANCE.md has the table.
+No matrix product is computed twice. Adapters need not know: where `then` saves the function's result, the backward computes it again. A layer of nt50m so keeps 14 tensors of one (B, T, H) instead of 24; docs/PERFORMANCE.md counts them.
 """
 
 import torch
@@ -39,7 +38,7 @@ def recomputed(function, *inputs, then):
 
 
 def run_layers(layers, x, *args, whole):
-    """Pass x through the layers, each called with (x, *args). whole: keep only each layer's input and run the layer again in the backward."""
+    """Pass x through the layers, each called with (x, *args). whole: keep only a layer's input and run the layer again in the backward."""
     for layer in layers:
         x = checkpoint(layer, x, *args, use_reentrant=False) if whole and torch.is_grad_enabled() else layer(x, *args)
     return x
@@ -131,7 +130,7 @@ def dropout(p):
     """A function x -> dropout(x) with its mask drawn now: called again it drops the same elements, so the mask need not be kept.
 
     p: probability, rounded to a multiple of 2^-16. Drawn from torch's CPU generator by way of a seed, on whatever device x is. On a CPU the
-    16 bits per element cost a seventh of what torch's own bernoulli_ does.
+    16 bits per element are far cheaper than torch's own bernoulli_ (docs/PERFORMANCE.md).
     """
     if torch.compiler.is_compiling():
         return lambda x: F.dropout(x, p)

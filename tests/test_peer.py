@@ -1,4 +1,4 @@
-"""The benchmarks' peer computes what our classifier computes: same weights, logits, gradients, parameters that train. And both benchmarks run."""
+"""The benchmarks' peer computes what our classifier does: same weights, logits, gradients, parameters that train. Both benchmarks run."""
 
 import copy
 import json

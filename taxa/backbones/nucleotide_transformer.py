@@ -72,7 +72,7 @@ def turn(x, cos, sin):
 
 
 class Rotate(torch.autograd.Function):
-    """turn(); its gradient is the turn back, where autograd alone would join and split the halves (nt50m: a third of the time)."""
+    """turn(); its gradient is the turn back, where autograd alone would join and split the halves."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
