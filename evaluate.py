@@ -5,15 +5,17 @@
   python evaluate.py runs/tiny-nt-random/ckpt.pt --temperature      # temperature.json, for predict.py --temperature
 """
 
+import os
 from pathlib import Path
 
 from taxa import checkpoint
 from taxa.cli import InputError, Parser, non_negative_int, positive_int, run
 from taxa.dataset import PreparedDataset
-from taxa.distributed import world
+from taxa.distributed import main_first, world
 from taxa.evaluation import details, run_split, split_temperature, summarize, table, write_tables
 from taxa.files import write_json
 from taxa.precision import PRECISIONS, set_precision
+from taxa.progress import progress
 from taxa.splits import SPLITS
 from taxa.taxonomy import class_id
 
@@ -60,6 +62,9 @@ def main(argv=None):
         raise InputError(f"{data.folder}: --temperature is fitted on the validation split, which is empty")
     out = Path(args.out or (args.checkpoint if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent))
     with world(args.device) as w:
+        with main_first(w):
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
+                data.verify(tokenizer, sorted({args.split, "validation"} if args.temperature else {args.split}), progress)
         precision = args.precision or content["precision"]
         set_precision(precision, w.device)
         out.mkdir(parents=True, exist_ok=True)

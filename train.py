@@ -40,6 +40,7 @@ from taxa.precision import PRECISIONS, autocast, compile_in_place, set_precision
 from taxa.progress import print_line, progress
 from taxa.random_init import reinitialize
 from taxa.signals import Signals
+from taxa.splits import SPLITS
 from taxa.strategies import (STRATEGY_FLAGS, inject, published_fraction, settings_from_flags, train_only,
                              trainable_names)
 from taxa.tokens import get_tokenizer
@@ -174,7 +175,9 @@ def open_data(w, args, row):
         if w.is_main and not data.has_tokens(tokenizer):
             print(f"{args.data}: adding tokens of {tokenizer}", flush=True)
             data.add_tokens(row_tokenizer(row), progress)
-    for name in ("train", "validation", "test"):
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine, each may have its own copy
+            data.verify(tokenizer, SPLITS, progress)
+    for name in SPLITS:
         if data.manifest["splits"][name] == 0:
             raise InputError(f"{args.data}: the {name} split is empty; prepare more sequences")
     return data
@@ -202,7 +205,7 @@ def train(w, args, row, settings, signals, start=None):
         resume.begin(out, args.resume, args.overwrite)
     data = open_data(w, args, row)
     tokenizer = row.tokenizer
-    splits = {name: data.split(name, tokenizer) for name in ("train", "validation", "test")}
+    splits = {name: data.split(name, tokenizer) for name in SPLITS}
     retokenize = row_tokenizer(row) if args.augment else None
 
     # load -> re-initialise if asked -> inject -> freeze -> optimizer -> DDP
@@ -215,7 +218,8 @@ def train(w, args, row, settings, signals, start=None):
     if base["source"] != "none":
         base["digest"] = checkpoint.weights_digest(backbone)
     flags = {name: value for name, value in vars(args).items() if name not in ("data", "weights", "out")}  # paths may differ
-    same_on_all(w, {**flags, "dataset": data.digest, "base weights": base.get("digest"), "taxa": __version__, "torch": torch.__version__})
+    same_on_all(w, {**flags, "dataset": data.digest, "tokenizer": data.manifest["tokenizers"][tokenizer],
+                    "base weights": base.get("digest"), "taxa": __version__, "torch": torch.__version__})
     torch.manual_seed(args.seed)
     model = TaxonClassifier(backbone, data.num_classes)
     if args.strategy == "random":

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from taxa.cli import InputError
-from taxa.files import replacing, save_array, sha256, write_json
+from taxa.files import read_text, replacing, save_array, sha256, write_json
 from taxa.splits import SPLITS
 from taxa.tokens import nt_tokenizer
 
@@ -77,8 +77,19 @@ def write_manifest(folder, manifest, tokenizer):
     digest = hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()
     manifest = {"format": FORMAT, "version": VERSION, "digest": digest, **manifest,
                 "tokenizers": {tokenizer.name: _describe(tokenizer)}, "files": files}
-    write_json(Path(folder) / "manifest.json", manifest)
+    _write(folder, manifest)
     return manifest
+
+
+def _write(folder, manifest):
+    """Write manifest.json, its own digest included, so that a byte that changes in it later is seen."""
+    manifest["sha256"] = _own_digest(manifest)
+    write_json(Path(folder) / "manifest.json", manifest)
+
+
+def _own_digest(manifest):
+    others = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _describe(tokenizer):
@@ -95,10 +106,12 @@ class PreparedDataset:
         if not self.folder.is_dir():
             raise InputError(f"{folder}: no such folder; make it with prepare.py --out {folder}")
         try:
-            self.manifest = json.loads(path.read_text(encoding="utf-8"))
+            self.manifest = json.loads(read_text(path))
             if self.manifest["format"] != FORMAT or self.manifest["version"] != VERSION:
                 raise ValueError(f"format {self.manifest['format']} {self.manifest['version']}, not {FORMAT} {VERSION}")
             self.classes, self.digest = self.manifest["classes"], self.manifest["digest"]
+            if self.manifest.get("sha256", _own_digest(self.manifest)) != _own_digest(self.manifest):  # older ones lack it
+                raise ValueError("damaged: its bytes are not those that were written")
             sizes = {name: file["bytes"] for name, file in self.manifest["files"].items()}
         except FileNotFoundError:
             raise InputError(f"{folder}: no manifest.json: not a prepared dataset; make it with prepare.py") from None
@@ -114,6 +127,25 @@ class PreparedDataset:
     def num_classes(self):
         """{rank: number of classes}."""
         return {rank: len(table) for rank, table in self.classes.items()}
+
+    def verify(self, tokenizer, splits, progress):
+        """Read the files of these splits once, at the speed of SHA-256. progress: wraps an iterable.
+
+        Raises InputError for a byte that is not the one written, and for ids or offsets that no tokenizer of this vocabulary writes.
+        """
+        described = self.manifest["tokenizers"][tokenizer]
+        for split in progress(splits, "checking the data", unit="split"):
+            for ending in ("labels.npy", "records.npy", f"{tokenizer}.npy", f"{tokenizer}.bin"):
+                name = f"{split}/{ending}"
+                if sha256(self.folder / name) != self.manifest["files"][name]["sha256"]:
+                    raise InputError(f"{self.folder / name}: damaged: its bytes are not those that were written; prepare the folder again")
+            tokens = self.split(split, tokenizer)
+            offsets, ids = tokens.arrays()
+            if len(offsets) != len(tokens) + 1 or offsets[0] != 0 or offsets[-1] != len(ids) or (np.diff(offsets) < 0).any():
+                raise InputError(f"{self.folder}/{split}/{tokenizer}.npy: does not fit {tokenizer}.bin: prepare the folder again")
+            if len(ids) and int(ids.max()) >= described["vocab_size"]:
+                raise InputError(f"{self.folder}/{split}/{tokenizer}.bin: id {int(ids.max())}, but the vocabulary has "
+                                 f"{described['vocab_size']} entries: prepare the folder again")
 
     def has_tokens(self, tokenizer):
         return tokenizer in self.manifest["tokenizers"]
@@ -140,10 +172,10 @@ class PreparedDataset:
                 for ids, counts in in_order(functools.partial(_encode_spelled, tokenizer), jobs):
                     writer.append(ids, counts)
             if self.manifest["tokenizers"].pop(tokenizer.name, None):  # the old files go one by one now
-                write_json(self.folder / "manifest.json", self.manifest)
+                _write(self.folder, self.manifest)
         self.manifest["tokenizers"][tokenizer.name] = _describe(tokenizer)
         self.manifest["files"].update(file_digests(self.folder, token_files(tokenizer.name)))
-        write_json(self.folder / "manifest.json", self.manifest)
+        _write(self.folder, self.manifest)
 
 
 def _encode_spelled(tokenizer, job):
@@ -162,8 +194,11 @@ class TokenSplit(torch.utils.data.Dataset):
 
     def __init__(self, folder, split, tokenizer, pad_token_id, num_classes):
         self.folder, self.name, self.tokenizer, self.pad_token_id = Path(folder) / split, split, tokenizer, pad_token_id
-        self.labels = np.load(self.folder / "labels.npy", mmap_mode="r")
+        self.labels = _mapped(self.folder / "labels.npy", ndim=2)
         self._offsets = self._ids = None
+        if self.labels.shape[1] != len(num_classes):
+            raise InputError(f"{self.folder / 'labels.npy'}: {self.labels.shape[1]} labels per sequence, but the manifest has "
+                             f"{len(num_classes)} ranks: prepare the folder again")
         highest = self.labels.max(axis=0, initial=0).tolist()
         if any(label >= count for label, count in zip(highest, num_classes.values())):
             raise InputError(f"{self.folder / 'labels.npy'}: labels up to {highest}, but the manifest has "
@@ -176,11 +211,17 @@ class TokenSplit(torch.utils.data.Dataset):
         return {**self.__dict__, "_offsets": None, "_ids": None}
 
     def _open(self):
-        self._offsets = np.asarray(np.load(self.folder / f"{self.tokenizer}.npy", mmap_mode="r"))
+        self._offsets = np.asarray(_mapped(self.folder / f"{self.tokenizer}.npy", ndim=1))
         size = (self.folder / f"{self.tokenizer}.bin").stat().st_size
         empty = np.empty(0, dtype="<u2")
         # a plain array over the map: slicing a np.memmap costs more than reading a sequence
         self._ids = np.asarray(np.memmap(self.folder / f"{self.tokenizer}.bin", dtype="<u2", mode="r")) if size else empty
+
+    def arrays(self):
+        """Where each sequence starts (N + 1,), and the ids of all of them joined, both mapped."""
+        if self._offsets is None:
+            self._open()
+        return self._offsets, self._ids
 
     def tokens(self, i):
         """ids (T_i,) of sequence i, uint16, without copying."""
@@ -201,6 +242,17 @@ class TokenSplit(torch.utils.data.Dataset):
         return {"input_ids": torch.from_numpy(np.where(here, ids, np.int64(self.pad_token_id))),
                 "attention_mask": torch.from_numpy(here.astype(np.int64)),
                 "labels": torch.from_numpy(self.labels[indices].astype(np.int64))}
+
+
+def _mapped(path, ndim):
+    """An .npy file of integers, memory-mapped: its header is checked against the file, so it cannot ask for more memory than that."""
+    try:
+        array = np.load(path, mmap_mode="r")
+        if array.ndim != ndim or array.dtype.kind not in "iu":
+            raise ValueError(f"{array.ndim} dimensions of {array.dtype}")
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path}: not an array that prepare.py wrote ({' '.join(str(error).split())}): prepare the folder again") from None
+    return array
 
 
 def padded_batch(rows, pad_token_id, labels):

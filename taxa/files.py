@@ -122,6 +122,14 @@ def _umask():
     return mask
 
 
+def read_text(path, limit=1 << 28):
+    """The text of a small file. Raises ValueError for one of more than `limit` bytes, which is not what it is taken for."""
+    with open(path, encoding="utf-8") as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise ValueError(f"more than {limit:,} bytes")
+        return file.read()
+
+
 def write_json(path, value):
     """Write one JSON document, indented, under a temporary name and then renamed."""
     with replacing(path) as temporary:

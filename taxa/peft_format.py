@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from taxa.cli import InputError
-from taxa.files import UNREADABLE, write_json
+from taxa.files import UNREADABLE, read_text, write_json
 from taxa.ia3 import IA3Linear, rows_of, split_target
 from taxa.inject import matches
 from taxa.lora import LoRALinear
@@ -183,7 +183,7 @@ def _class_ids(classes):
 
 def _json(path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a PEFT folder holds {CONFIG} and {ADAPTERS}") from None
     except (ValueError, OSError) as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from taxa.cli import InputError, choose
+from taxa.files import read_text
 
 TOKENIZERS = ("nt", "dnabert", "tiny-dnabert", "bpe")  # bpe: any tokenizer.json; its tokens go by the vocabulary's digest
 TINY_BPE = Path(__file__).parent / "assets" / "tiny_dnabert_tokenizer.json"
@@ -127,7 +128,7 @@ class BPETokenizer:
         from tokenizers import Tokenizer
 
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_text(path)
             model = json.loads(text)["model"]
         except FileNotFoundError:
             raise InputError(f"{path}: no such tokenizer file") from None

@@ -22,6 +22,14 @@ def demo(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def short(tmp_path_factory):
+    """As `demo`, but of 90 letters: for tests in which what is learnt does not matter, and runs are many."""
+    out = tmp_path_factory.mktemp("short") / "demo"
+    prepare.main(["--demo", "--demo-sequences", "400", "--length", "90", "--tokenizers", "nt", "tiny-dnabert", "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     """{"tiny-nt": folder, "tiny-dnabert": folder}: random backbones without dropout, as the hub lays them out (prefix, unused heads)."""
     folders = {}

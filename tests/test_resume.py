@@ -11,7 +11,6 @@ import torch
 from runs import dies, in_step
 from test_train import ROOT, STRATEGIES, command, torchrun
 
-import prepare
 import train
 from taxa import checkpoint, cli, resume
 
@@ -52,26 +51,18 @@ def assert_same_end(one, other):
     assert log_of(one) == log_of(other)
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """400 simulated sequences, as everywhere in these tests, but of 90 letters: what is tested here is not what they teach."""
-    out = tmp_path_factory.mktemp("data") / "demo"
-    prepare.main(["--demo", "--demo-sequences", "400", "--length", "90", "--tokenizers", "nt", "tiny-dnabert", "--out", str(out)])
-    return out
-
-
 # ------------------------------------------------------------------ killed and resumed
 
 
 @pytest.fixture(scope="module")
-def two(demo, weights, tmp_path_factory):
+def two(short, weights, tmp_path_factory):
     """Runs by two processes, a whole one and one killed in the middle of step 7, per strategy; and one begun by one process."""
     root, runs = tmp_path_factory.mktemp("two"), []
     for strategy in STRATEGIES:
-        arguments = command("tiny-dnabert", strategy, demo, weights, root / f"{strategy}-killed", *MORE)
+        arguments = command("tiny-dnabert", strategy, short, weights, root / f"{strategy}-killed", *MORE)
         runs += [["dies", 7, *arguments], ["train", *arguments, "--resume"],
-                 ["train", *command("tiny-dnabert", strategy, demo, weights, root / strategy, *MORE)]]
-    one = command("tiny-nt", "full", demo, weights, root / "one", *MORE)
+                 ["train", *command("tiny-dnabert", strategy, short, weights, root / strategy, *MORE)]]
+    one = command("tiny-nt", "full", short, weights, root / "one", *MORE)
     dies(6, [*one, "--batch-size", "16", "--accumulate", "4"])
     runs.append(["train", *one, "--resume"])
     done = torchrun(2, ROOT / "tests" / "runs.py", json.dumps(runs), cwd=root)
@@ -80,8 +71,9 @@ def two(demo, weights, tmp_path_factory):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_one_process_killed_and_resumed_ends_bit_for_bit_the_same(strategy, demo, weights, tmp_path):
-    arguments = command("tiny-nt", strategy, demo, weights, tmp_path / "killed", *MORE, *(["--lora-dropout", "0.1"] * (strategy == "lora")))
+def test_one_process_killed_and_resumed_ends_bit_for_bit_the_same(strategy, short, weights, tmp_path):
+    dropout = ["--lora-dropout", "0.1"] if strategy == "lora" else []
+    arguments = command("tiny-nt", strategy, short, weights, tmp_path / "killed", *MORE, *dropout)
     whole = [str(tmp_path / "whole") if text == str(tmp_path / "killed") else text for text in arguments]
     dies(3, arguments)  # before the first save: it begins anew
     dies(6, [*arguments, "--resume"])  # from the start; saved at step 4
@@ -96,18 +88,18 @@ def test_two_processes_killed_and_resumed_end_bit_for_bit_the_same(strategy, two
     assert_same_end(two / f"{strategy}-killed", two / strategy)
 
 
-def test_begun_by_one_process_and_ended_by_two(two, demo, weights, tmp_path):
+def test_begun_by_one_process_and_ended_by_two(two, short, weights, tmp_path):
     """16 sequences in 4 micro-batches by one process, then 32 by each of two: the same steps, so the same weights but for rounding."""
-    train.main(command("tiny-nt", "full", demo, weights, tmp_path / "whole", *MORE, "--batch-size", "64"))
+    train.main(command("tiny-nt", "full", short, weights, tmp_path / "whole", *MORE, "--batch-size", "64"))
     whole, both = (checkpoint.read(folder / "last.pt", RESUME) for folder in (tmp_path / "whole", two / "one"))
     assert whole["step"] == both["step"] == 10
     for name in whole["state"]:
         torch.testing.assert_close(both["state"][name], whole["state"][name], rtol=1e-3, atol=2e-4)
 
 
-def test_killed_in_the_validation(demo, weights, tmp_path, monkeypatch):
+def test_killed_in_the_validation(short, weights, tmp_path, monkeypatch):
     """All steps of the epoch are saved before it, so none is taken again."""
-    arguments = command("tiny-nt", "lora", demo, weights, tmp_path / "run", *MORE)
+    arguments = command("tiny-nt", "lora", short, weights, tmp_path / "run", *MORE)
     run_split = train.run_split
 
     def dies_there(*_, **__):
@@ -120,13 +112,13 @@ def test_killed_in_the_validation(demo, weights, tmp_path, monkeypatch):
     assert last["step"] == 10 and last["epoch"] == 0 and not (tmp_path / "run" / "ckpt.pt").exists()
     monkeypatch.setattr(train, "run_split", run_split)
     train.main([*arguments, "--resume"])
-    train.main(command("tiny-nt", "lora", demo, weights, tmp_path / "whole", *MORE))
+    train.main(command("tiny-nt", "lora", short, weights, tmp_path / "whole", *MORE))
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_leaves_with_75(number, demo, weights, tmp_path, capsys):
-    arguments = command("tiny-nt", "ia3", demo, weights, tmp_path / "run", *MORE, "--save-every", "1000")
+def test_a_signal_saves_and_leaves_with_75(number, short, weights, tmp_path, capsys):
+    arguments = command("tiny-nt", "ia3", short, weights, tmp_path / "run", *MORE, "--save-every", "1000")
     before = signal.getsignal(number)
     with in_step(3, lambda: os.kill(os.getpid(), number)), pytest.raises(SystemExit) as left:
         cli.run(lambda: train.main(arguments))
@@ -135,13 +127,13 @@ def test_a_signal_saves_and_leaves_with_75(number, demo, weights, tmp_path, caps
     assert signal.getsignal(number) == before
     assert checkpoint.read(tmp_path / "run" / "last.pt", RESUME)["step"] in (3, 4)
     train.main([*arguments, "--resume"])
-    train.main(command("tiny-nt", "ia3", demo, weights, tmp_path / "whole", *MORE))
+    train.main(command("tiny-nt", "ia3", short, weights, tmp_path / "whole", *MORE))
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_restarted_command_resumes_unasked(variable, demo, weights, tmp_path, monkeypatch, capsys):
-    arguments = command("tiny-nt", "ia3", demo, weights, tmp_path / "run", *MORE, "--overwrite")
+def test_a_restarted_command_resumes_unasked(variable, short, weights, tmp_path, monkeypatch, capsys):
+    arguments = command("tiny-nt", "ia3", short, weights, tmp_path / "run", *MORE, "--overwrite")
     monkeypatch.setenv(variable, "0")
     dies(7, arguments)
     monkeypatch.setenv(variable, "1")
@@ -150,8 +142,8 @@ def test_a_restarted_command_resumes_unasked(variable, demo, weights, tmp_path, 
     assert not resume.begin(tmp_path / "other", False, False)
 
 
-def test_minutes_between_saves(demo, weights, tmp_path):
-    arguments = command("tiny-nt", "ia3", demo, weights, tmp_path / "run", *MORE, "--save-every", "0.000001m")
+def test_minutes_between_saves(short, weights, tmp_path):
+    arguments = command("tiny-nt", "ia3", short, weights, tmp_path / "run", *MORE, "--save-every", "0.000001m")
     dies(8, arguments)
     assert checkpoint.read(tmp_path / "run" / "last.pt", RESUME)["step"] == 7
 
@@ -160,10 +152,10 @@ def test_minutes_between_saves(demo, weights, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def stopped(demo, weights, tmp_path_factory):
+def stopped(short, weights, tmp_path_factory):
     """(arguments, folder) of a run killed in step 7 of 10 of its first epoch, saved at 4."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    arguments = command("tiny-nt", "lora", demo, weights, folder, *MORE)
+    arguments = command("tiny-nt", "lora", short, weights, folder, *MORE)
     dies(7, arguments)
     return arguments, folder
 
@@ -189,8 +181,8 @@ def test_other_settings_are_refused_with_the_difference(flags, message, stopped)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
-def test_more_epochs_follow_the_cosine_of_all_of_them(demo, weights, tmp_path, capsys):
-    arguments = command("tiny-nt", "ia3", demo, weights, tmp_path / "run", *MORE, "--log-every", "1", "--batch-size", "128")
+def test_more_epochs_follow_the_cosine_of_all_of_them(short, weights, tmp_path, capsys):
+    arguments = command("tiny-nt", "ia3", short, weights, tmp_path / "run", *MORE, "--log-every", "1", "--batch-size", "128")
     train.main(arguments)  # 3 steps an epoch
     train.main([*arguments, "--epochs", "3", "--resume"])
     assert "the cosine is now that of 3 epochs" in capsys.readouterr().out
@@ -223,8 +215,8 @@ def test_a_damaged_last_pt_gives_way_to_the_one_before(damage, stopped, tmp_path
         resume.read_last(tmp_path)
 
 
-def test_a_damaged_ckpt_pt_is_seen_before_training_goes_on(demo, weights, tmp_path):
-    arguments = command("tiny-nt", "ia3", demo, weights, tmp_path / "run", *MORE)
+def test_a_damaged_ckpt_pt_is_seen_before_training_goes_on(short, weights, tmp_path):
+    arguments = command("tiny-nt", "ia3", short, weights, tmp_path / "run", *MORE)
     dies(12, arguments)
     path = tmp_path / "run" / "ckpt.pt"
     whole = path.read_bytes()

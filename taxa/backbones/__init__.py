@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from taxa.backbones import dnabert2, nucleotide_transformer
 from taxa.cli import InputError, choose
-from taxa.files import UNREADABLE
+from taxa.files import UNREADABLE, read_text
 from taxa.random_init import reinitialize
 from taxa.tokens import NTTokenizer, get_tokenizer
 
@@ -161,7 +161,7 @@ def read_config(weights):
 
 def _read_json(path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
 

@@ -1,0 +1,306 @@
+"""Disks that fill, bytes that change, ranks that die or differ, numbers that are not finite: each ends in one line, and nothing is lost."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from runs import in_step
+from test_resume import RESUME
+from test_train import ROOT, command, torchrun
+
+import evaluate
+import train
+from taxa import checkpoint, cli, resume
+from taxa.dataset import PreparedDataset
+
+SHORT = ("--max-steps", "4", "--batch-size", "32")
+
+
+def flip(path, at):
+    """Change one bit of a file; returns what undoes it."""
+    whole = path.read_bytes()
+    at %= len(whole)
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 2]) + whole[at + 1:])
+    return lambda: path.write_bytes(whole)
+
+
+# ------------------------------------------------------------------ data that changed
+
+
+@pytest.fixture(scope="module")
+def trained(short, weights, tmp_path_factory):
+    """(arguments, run folder) of a short run that ended well."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    arguments = command("tiny-nt", "ia3", short, weights, folder, *SHORT)
+    train.main(arguments)
+    return arguments, folder
+
+
+@pytest.mark.parametrize("name", ["train/nt.bin", "train/nt.npy", "train/labels.npy", "train/records.npy", "validation/nt.bin",
+                                  "test/nt.bin"])
+def test_a_flipped_bit_of_the_data_is_seen_before_training(name, trained, short, weights, tmp_path):
+    data = shutil.copytree(short, tmp_path / "data")
+    flip(data / name, -3)
+    with pytest.raises(cli.InputError, match=f"{name}: (damaged|labels up to)"):
+        train.main(command("tiny-nt", "ia3", data, weights, tmp_path / "run", *SHORT))
+    assert not (tmp_path / "run").exists()
+    if name.startswith("test"):
+        with pytest.raises(cli.InputError, match="damaged"):
+            evaluate.main([str(trained[1] / "ckpt.pt"), "--data", str(data), "--out", str(tmp_path / "out")])
+
+
+def test_a_flipped_bit_anywhere_in_the_manifest_is_seen(short, tmp_path):
+    data = shutil.copytree(short, tmp_path / "data")
+    path = data / "manifest.json"
+    PreparedDataset(data)
+    values = [i for i, byte in enumerate(path.read_bytes()) if byte not in b" \n"]
+    for at in np.random.RandomState(0).choice(values, 60, replace=False):
+        undo = flip(path, int(at))
+        try:
+            changed = json.loads(path.read_text(encoding="utf-8"))
+            harmless = "sha256" not in changed  # the digest's own name: all else is whole
+        except ValueError:
+            harmless = False
+        if not harmless:
+            with pytest.raises(cli.InputError, match="manifest"):
+                PreparedDataset(data)
+        undo()
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(short, tmp_path):
+    """A folder whose digests are right, but which no prepare.py wrote."""
+    data = PreparedDataset(shutil.copytree(short, tmp_path / "data"))
+    path = tmp_path / "data" / "test" / "nt.bin"
+    ids = np.fromfile(path, dtype="<u2")
+    ids[7] = 4107
+    ids.tofile(path)
+    data.manifest["files"]["test/nt.bin"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(cli.InputError, match="id 4107, but the vocabulary has 4107 entries"):
+        data.verify("nt", ["test"], lambda items, *_, **__: items)
+
+
+@pytest.mark.parametrize("header", [b"(10000000000, 3)", b"(3,)", b"(-1, 3)"])
+def test_a_hostile_array_header_asks_for_nothing(header, short, tmp_path):
+    data = shutil.copytree(short, tmp_path / "data")
+    path = data / "train" / "labels.npy"
+    whole = path.read_bytes()
+    text = b"{'descr': '<u2', 'fortran_order': False, 'shape': " + header + b", }"
+    path.write_bytes(whole[:10] + text.ljust(117) + b"\n" + whole[128:])
+    with pytest.raises(cli.InputError, match="labels.npy: not an array"):
+        PreparedDataset(data).split("train", "nt")
+
+
+# ------------------------------------------------------------------ numbers that are not finite
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_step_is_not_applied_and_names_its_records(value, short, weights, tmp_path, monkeypatch):
+    losses, calls = train.sequence_losses, []
+
+    def bad_in_steps_2_and_4(logits, labels):
+        calls.append(1)
+        return losses(logits, labels) + (value if len(calls) in (2, 4) else 0)
+
+    monkeypatch.setattr(train, "sequence_losses", bad_in_steps_2_and_4)
+    arguments = command("tiny-nt", "ia3", short, weights, tmp_path / "run", "--batch-size", "32", "--save-every", "1")
+    with pytest.raises(cli.InputError, match="2 step.s. had a loss or gradient that is not finite, the last one step 4; .*bad_steps.jsonl"):
+        train.main([*arguments, "--max-bad-steps", "2"])
+    first, second = map(json.loads, (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines())
+    assert (first["step"], second["step"]) == (2, 4) and first["loss"] == str(value)
+
+    order = np.random.RandomState([42, 0]).permutation(292)
+    assert [record["row"] for record in second["records"]] == order[96:128].tolist()
+    at = second["records"][5]
+    headers = [line[1:] for line in (short / "source" / at["file"]).read_text().splitlines() if line.startswith(">")]
+    assert int(headers[at["record"] - 1].split()[0]) == at["taxid"]
+
+    calls.clear()  # the step before is saved, and those that were not applied left the weights as they were
+    last = checkpoint.read(tmp_path / "run" / "last.pt", RESUME)
+    assert last["step"] == 3 and last["bad_steps"] == 1
+    assert all(torch.isfinite(tensor).all() for tensor in last["state"].values())
+    assert all(entry["step"] == 2 for entry in last["optimizer"]["state"].values())
+    monkeypatch.setattr(train, "sequence_losses", losses)
+    train.main([*arguments, "--resume"])
+    assert len((tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()) == 1  # step 4 was taken again, and was good
+
+
+# ------------------------------------------------------------------ disks
+
+
+def test_a_full_disk_ends_in_one_line_and_the_old_checkpoint_stays(tmp_path, capsys):
+    content = {"step": 1, "state": torch.zeros(100)}
+    resume.save_last(tmp_path, content)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as a quota: no file may grow beyond it
+    try:
+        with pytest.raises(SystemExit) as left:
+            cli.run(lambda: resume.save_last(tmp_path, content | {"state": torch.zeros(100_000)}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    line, = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and "last.pt" in line and "File too large" in line
+    assert os.listdir(tmp_path) == ["last.pt"] and resume.read_last(tmp_path)["step"] == 1
+
+
+@pytest.fixture
+def tmpfs(tmp_path):
+    """A file system of 600 kB; only root can make one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "none", folder], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_a_disk_that_fills_or_becomes_read_only_in_a_run(fault, tmpfs, short, weights, capsys):
+    arguments = command("tiny-nt", "ia3", short, weights, tmpfs / "run", "--batch-size", "32", "--save-every", "1", "--epochs", "1")
+
+    def strike():
+        if fault == "full":
+            with pytest.raises(OSError), open(tmpfs / "filler", "wb") as file:
+                while True:
+                    file.write(bytes(4096))
+                    file.flush()
+        else:
+            subprocess.run(["mount", "--bind", tmpfs / "run", tmpfs / "run"], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", tmpfs / "run"], check=True)
+
+    with in_step(5, strike), pytest.raises(SystemExit) as left:
+        cli.run(lambda: train.main(arguments))
+    line, = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and ("No space left" if fault == "full" else "Read-only") in line and str(tmpfs) in line
+    assert resume.read_last(tmpfs / "run")["step"] in (4, 5)
+    if fault == "full":
+        (tmpfs / "filler").unlink()
+    else:
+        subprocess.run(["umount", tmpfs / "run"], check=True)
+    train.main([*arguments, "--resume"])
+
+
+# ------------------------------------------------------------------ checkpoints that mean harm
+
+
+def sealed(path, write):
+    with zipfile.ZipFile(path, "w") as archive:
+        write(archive)
+    checkpoint.seal(path)
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    sealed(path, lambda archive: archive.writestr("archive/data.pkl", bytes(10**8), compress_type=zipfile.ZIP_DEFLATED))
+    assert path.stat().st_size < 200_000
+    with pytest.raises(cli.InputError, match="unpacks to more"):
+        checkpoint.read(path)
+
+
+def test_a_checkpoint_that_claims_huge_tensors_is_refused(tmp_path):
+    """The pickle says a storage of 2**40 numbers; the record behind it has 8 bytes."""
+    honest, path = tmp_path / "honest.pt", tmp_path / "ckpt.pt"
+    torch.save({"format": checkpoint.CHECKPOINT, "version": 1, "state": {"a": torch.zeros(17)}}, honest)
+    with zipfile.ZipFile(honest) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    name, = (name for name in members if name.endswith("data.pkl"))
+    assert members[name].count(b"K\x11") >= 2  # 17 as numbers in the storage and as the tensor's size
+    members[name] = members[name].replace(b"K\x11", b"\x8a\x06" + (2**40).to_bytes(6, "little"))
+    sealed(path, lambda archive: [archive.writestr(member, data) for member, data in members.items()])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(cli.InputError):
+        checkpoint.read(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+# ------------------------------------------------------------------ several processes
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def pair(arguments, of_the_second, cwd):
+    """Start two ranks by hand, as srun does; the second with other arguments. Returns [(status, stdout, stderr), ...]."""
+    port = str(free_port())
+    running = [subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments, *more], cwd=cwd, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1",
+                                                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+               for rank, more in enumerate(([], of_the_second))]
+    ends = [process.communicate(timeout=150) for process in running]
+    return [(process.returncode, *end) for process, end in zip(running, ends)]
+
+
+def test_ranks_with_other_arguments_or_data_are_told_apart(short, weights, tmp_path):
+    data = shutil.copytree(short, tmp_path / "data")
+    manifest = PreparedDataset(data).manifest
+    manifest["digest"] = "0" * 64  # the second rank's copy was prepared otherwise
+    del manifest["sha256"]
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    arguments = command("tiny-nt", "ia3", short, weights, tmp_path / "run", *SHORT)
+    (status, out, err), (other, _, silent) = pair(arguments, ["--lr", "0.5", "--data", str(data)], tmp_path)
+    line, = [text for text in err.splitlines() if "train.py" in text]
+    assert status == other == 2 and "Traceback" not in err + silent and "train.py" not in silent
+    assert "rank 1 on " in line and "lr: 0.5 there, 0.01 on rank 0" in line and "dataset: 0000" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_dies_takes_the_others_down_and_torchrun_resumes(short, weights, tmp_path):
+    """Rank 0 is killed twice: --max-restarts 1 resumes after the first, and the second ends the run with a report that names the rank."""
+    arguments = command("tiny-nt", "ia3", short, weights, tmp_path / "run", "--batch-size", "4", "--epochs", "50", "--log-every", "1",
+                        "--save-every", "1")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
+    running = subprocess.Popen([*launcher, str(ROOT / "train.py"), *arguments], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    killed, log, deadline = set(), tmp_path / "run" / "log.jsonl", time.time() + 140
+    while len(killed) < 2 and time.time() < deadline:
+        time.sleep(0.05)
+        if log.exists() and len(log.read_text().splitlines()) > 2 + 4 * len(killed):
+            pid = int((tmp_path / "run" / ".lock").read_text().split()[1])
+            if pid not in killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+                struck = time.time()
+    out, err = running.communicate(timeout=60)
+    assert len(killed) == 2 and running.returncode == 1 and time.time() - struck < 60
+    assert "resumed after step" in out
+    assert "rank      : 0" in err and "Signal 9" in err
+    assert "Traceback (most recent call last):\n  File \"" + str(ROOT / "train.py") not in err
+    assert resume.read_last(tmp_path / "run")["step"] >= 3
+
+
+def test_one_two_and_three_processes_evaluate_to_the_last_bit(trained, tmp_path):
+    arguments = [str(trained[1] / "ckpt.pt"), "--batch-size", "8", "--out"]
+    found = evaluate.main([*arguments, str(tmp_path / "1")])
+    for size in (2, 3):
+        done = torchrun(size, ROOT / "evaluate.py", *arguments, tmp_path / str(size), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / str(size) / "metrics.json").read_text()) == found
+        for name in ("metrics.json", "per_class.csv", "confusion_genus.csv"):
+            assert (tmp_path / str(size) / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
+
+
+# ------------------------------------------------------------------ no network
+
+
+def test_training_from_local_weights_needs_no_network(short, weights, tmp_path):
+    """In a network namespace without even a loopback address."""
+    if os.geteuid() or subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode:
+        pytest.skip("network namespaces are not permitted here")
+    arguments = command("tiny-dnabert", "lora", short, weights, tmp_path / "run", *SHORT)
+    done = subprocess.run(["unshare", "-n", sys.executable, ROOT / "train.py", *arguments], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=150, env={name: value for name, value in os.environ.items() if not name.startswith("HF_")})
+    assert done.returncode == 0, done.stderr
