@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo tiny-nt paper-mini test bench lint clean
+.PHONY: demo tiny-nt paper-mini test bench soak lint clean
 
 # The environment: made once, and again when the lock file changes.
 $(VENV)/.installed: requirements.lock
@@ -29,6 +29,10 @@ tiny-nt: $(VENV)/.installed
 # The paper's comparison on simulated genomes: at most 45 minutes on 2 cores, or with QUICK=1 at most 8; what is finished is not run again.
 paper-mini: $(VENV)/.installed
 	$(RUN) benchmarks/paper_mini.py $(if $(QUICK),--quick)
+
+# Kill a run by two processes 20 times at random moments, resume it, and compare the end with a run that nobody touched: a few minutes.
+soak: $(VENV)/.installed
+	$(RUN) tests/soak.py --kills 20
 
 test: $(VENV)/.installed
 	$(RUN) -m pytest -q

@@ -37,7 +37,7 @@ def begin(out, resume, overwrite):
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: give another --out")
     empty = not out.is_dir() or all(path.name == LOCK for path in out.iterdir())
-    is_run, again = (out / "args.json").is_file(), restarted()
+    is_run, again = (out / "args.json").is_file() or empty and (out / LOCK).exists(), restarted()
     if (resume or again) and ((out / LAST).exists() or (out / PREVIOUS).exists()):
         return True
     if resume and not is_run and not (again and empty):
@@ -89,13 +89,14 @@ def _size(path):
 
 
 def read_last(out):
-    """The content of last.pt, or, with a warning on stderr, of last.prev.pt when that one is damaged or gone."""
+    """The content of last.pt, or, with a warning on stderr, of last.prev.pt, which then takes its place, when it is damaged or gone."""
     try:
         return checkpoint.read(out / LAST, checkpoint.RESUME_STATE)
     except InputError as error:
         if not (out / PREVIOUS).exists():
             raise
         content = checkpoint.read(out / PREVIOUS, checkpoint.RESUME_STATE)
+        os.replace(out / PREVIOUS, out / LAST)  # else the next save would move the damaged one over the good one
         print(f"warning: {error}; going on from {PREVIOUS}, step {content['step']}", file=sys.stderr, flush=True)
         return content
 

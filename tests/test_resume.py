@@ -209,6 +209,7 @@ def test_a_damaged_last_pt_gives_way_to_the_one_before(damage, stopped, tmp_path
     assert "last.pt" in line and "going on from last.prev.pt, step 1" in line
     resume.save_last(tmp_path, content | {"step": 3})
     assert resume.read_last(tmp_path)["step"] == 3
+    assert checkpoint.read(tmp_path / "last.prev.pt", RESUME)["step"] == 1  # the damaged one did not come to lie over it
     (tmp_path / "last.pt").write_bytes(b"")
     (tmp_path / "last.prev.pt").write_bytes(b"")
     with pytest.raises(cli.InputError, match="last.prev.pt"):
