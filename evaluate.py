@@ -67,8 +67,8 @@ def main(argv=None):
                 data.verify(tokenizer, sorted({args.split, "validation"} if args.temperature else {args.split}), progress)
         precision = args.precision or content["precision"]
         set_precision(precision, w.device)
-        out.mkdir(parents=True, exist_ok=True)
         model = checkpoint.rebuild(content, args.weights).to(w.device)
+        out.mkdir(parents=True, exist_ok=True)
         how = (args.batch_size or content["batch_size"], precision, args.workers)
         temperature = None
         if args.temperature:

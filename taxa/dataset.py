@@ -96,6 +96,21 @@ def _describe(tokenizer):
     return {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_token_id}
 
 
+def _check_kinds(manifest):
+    """Raise ValueError unless what is read of a manifest is of the kind that is expected of it."""
+    files, tokenizers = manifest["files"].values(), manifest["tokenizers"].values()
+    rows = [row for table in manifest["classes"].values() for row in table]
+    texts = [manifest["digest"], *(file["sha256"] for file in files), *(t["digest"] for t in tokenizers), *(row["name"] for row in rows)]
+    numbers = [*(manifest["splits"][name] for name in SPLITS), *(file["bytes"] for file in files),
+               *(row["taxid"] for row in rows if row["taxid"] is not None), *(t[key] for t in tokenizers for key in ("vocab_size", "pad_token_id"))]
+    if any(type(text) is not str for text in texts) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+        raise ValueError("a text or a number is something else")
+    needed = {f"{split}/{name}" for split in SPLITS for name in ("labels.npy", "records.npy")}
+    needed |= {name for tokenizer in manifest["tokenizers"] for name in token_files(tokenizer)}
+    if "nt" not in manifest["tokenizers"] or not needed <= manifest["files"].keys() or not manifest["classes"]:
+        raise ValueError("it lacks the nt tokens, the ranks, or a file")
+
+
 class PreparedDataset:
     """An opened folder: .manifest, .classes {rank: [{"taxid", "name"}, ...]}, .split(name, tokenizer) -> TokenSplit."""
 
@@ -109,6 +124,7 @@ class PreparedDataset:
             self.manifest = json.loads(read_text(path))
             if self.manifest["format"] != FORMAT or self.manifest["version"] != VERSION:
                 raise ValueError(f"format {self.manifest['format']} {self.manifest['version']}, not {FORMAT} {VERSION}")
+            _check_kinds(self.manifest)
             self.classes, self.digest = self.manifest["classes"], self.manifest["digest"]
             if self.manifest.get("sha256", _own_digest(self.manifest)) != _own_digest(self.manifest):  # older ones lack it
                 raise ValueError("damaged: its bytes are not those that were written")
@@ -155,7 +171,11 @@ class PreparedDataset:
         if not self.has_tokens(tokenizer):
             flags = "bpe --tokenizer-file TOKENIZER_JSON_OF_THE_MODEL" if tokenizer.startswith("bpe-") else tokenizer
             raise InputError(f"{self.folder} has no tokens of '{tokenizer}': python prepare.py --add-tokens {flags} --out {self.folder}")
-        return TokenSplit(self.folder, name, tokenizer, self.manifest["tokenizers"][tokenizer]["pad_token_id"], self.num_classes)
+        split = TokenSplit(self.folder, name, tokenizer, self.manifest["tokenizers"][tokenizer]["pad_token_id"], self.num_classes)
+        if len(split) != self.manifest["splits"][name]:
+            raise InputError(f"{self.folder / name / 'labels.npy'}: {len(split)} sequences, but the manifest says "
+                             f"{self.manifest['splits'][name]}: prepare the folder again")
+        return split
 
     def add_tokens(self, tokenizer, progress, in_order=map):
         """Write the tokens of another tokenizer, made from the letters that the nt tokens spell.
