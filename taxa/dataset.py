@@ -101,8 +101,9 @@ def _check_kinds(manifest):
     files, tokenizers = manifest["files"].values(), manifest["tokenizers"].values()
     rows = [row for table in manifest["classes"].values() for row in table]
     texts = [manifest["digest"], *(file["sha256"] for file in files), *(t["digest"] for t in tokenizers), *(row["name"] for row in rows)]
-    numbers = [*(manifest["splits"][name] for name in SPLITS), *(file["bytes"] for file in files),
-               *(row["taxid"] for row in rows if row["taxid"] is not None), *(t[key] for t in tokenizers for key in ("vocab_size", "pad_token_id"))]
+    numbers = [*manifest.get("splits", {}).values(), *(file["bytes"] for file in files),
+               *(row["taxid"] for row in rows if row["taxid"] is not None),
+               *(t[key] for t in tokenizers for key in ("vocab_size", "pad_token_id"))]
     if any(type(text) is not str for text in texts) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
         raise ValueError("a text or a number is something else")
     needed = {f"{split}/{name}" for split in SPLITS for name in ("labels.npy", "records.npy")}
@@ -172,9 +173,10 @@ class PreparedDataset:
             flags = "bpe --tokenizer-file TOKENIZER_JSON_OF_THE_MODEL" if tokenizer.startswith("bpe-") else tokenizer
             raise InputError(f"{self.folder} has no tokens of '{tokenizer}': python prepare.py --add-tokens {flags} --out {self.folder}")
         split = TokenSplit(self.folder, name, tokenizer, self.manifest["tokenizers"][tokenizer]["pad_token_id"], self.num_classes)
-        if len(split) != self.manifest["splits"][name]:
-            raise InputError(f"{self.folder / name / 'labels.npy'}: {len(split)} sequences, but the manifest says "
-                             f"{self.manifest['splits'][name]}: prepare the folder again")
+        expected = self.manifest.get("splits", {}).get(name, len(split))
+        if len(split) != expected:
+            raise InputError(f"{self.folder / name / 'labels.npy'}: {len(split)} sequences, but the manifest says {expected}: prepare the "
+                             "folder again")
         return split
 
     def add_tokens(self, tokenizer, progress, in_order=map):

@@ -67,6 +67,7 @@ def world(device="auto"):
 
 def leave(w, stop):
     """Raise `stop` on rank 0 and the same, without words, on the others: for what all of them find at the same moment."""
+    barrier(w)
     if w.is_main and w.size > 1:
         time.sleep(1)  # until the others have left: a connection that closes under them would be news of its own
     raise stop if w.is_main else type(stop)()

@@ -240,7 +240,7 @@ def pair(arguments, of_the_second, cwd):
                                 env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1",
                                                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
                for rank, more in enumerate(([], of_the_second))]
-    ends = [process.communicate(timeout=150) for process in running]
+    ends = [process.communicate(timeout=300) for process in running]
     return [(process.returncode, *end) for process, end in zip(running, ends)]
 
 
@@ -265,7 +265,7 @@ def test_a_rank_that_dies_takes_the_others_down_and_torchrun_resumes(short, weig
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
     running = subprocess.Popen([*launcher, str(ROOT / "train.py"), *arguments], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    killed, log, deadline = set(), tmp_path / "run" / "log.jsonl", time.time() + 140
+    killed, log, deadline = set(), tmp_path / "run" / "log.jsonl", time.time() + 300
     while len(killed) < 2 and time.time() < deadline:
         time.sleep(0.05)
         if log.exists() and len(log.read_text().splitlines()) > 2 + 4 * len(killed):
@@ -302,5 +302,5 @@ def test_training_from_local_weights_needs_no_network(short, weights, tmp_path):
         pytest.skip("network namespaces are not permitted here")
     arguments = command("tiny-dnabert", "lora", short, weights, tmp_path / "run", *SHORT)
     done = subprocess.run(["unshare", "-n", sys.executable, ROOT / "train.py", *arguments], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=150, env={name: value for name, value in os.environ.items() if not name.startswith("HF_")})
+                          timeout=300, env={name: value for name, value in os.environ.items() if not name.startswith("HF_")})
     assert done.returncode == 0, done.stderr
