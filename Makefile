@@ -34,8 +34,10 @@ paper-mini: $(VENV)/.installed
 soak: $(VENV)/.installed
 	$(RUN) tests/soak.py --kills 20
 
+# Test files go to JOBS processes of one thread each.
+JOBS = 2
 test: $(VENV)/.installed
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist loadfile
 
 # A training step of every strategy beside public parts: about 5 minutes on 2 cores that do nothing else.
 bench: $(VENV)/.installed

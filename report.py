@@ -43,7 +43,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUNS", help="run folders of train.py (and pretrain.py), or folders that contain them")
     add("--out", metavar="DIR", help="write the report there; an older report in DIR is replaced (default: print where each run stands)")
-    add("--probe", nargs="+", default=[], metavar="FILE", help="documents of probe_batch.py --out, for the batch ceilings")
+    add("--probe", nargs="+", default=[], metavar="FILE", help="documents of probe_batch.py --out, for the batch ceilings (default: none)")
     add("--watch", action="store_true", help="print where each run stands again and again, until Ctrl-C")
     add("--every", type=positive_float, default=5.0, metavar="SECONDS", help="between two prints of --watch (default 5)")
     args = parser.parse_args(argv)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "scikit-learn>=1.4", "peft>=0.13"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "scikit-learn>=1.4", "peft>=0.13", "pytest-xdist>=3.5"]
 
 setup(
     name="taxa",
