@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from taxa import checkpoint
-from taxa.backbones import MODELS, get_model, load_backbone, read_config
+from taxa.backbones import MODELS, get_model, load_backbone, read_config, table_name
 from taxa.cli import InputError, Parser, fraction, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
 from taxa.dataset import micro_batches
 from taxa.distributed import barrier, main_first, sum_over_ranks, world
@@ -41,11 +41,12 @@ DTYPES = {True: torch.float16, False: torch.float32}
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.group("what is trained")
-    add("--model", required=True, metavar="NAME", help=f"one of {' '.join(MODELS)}; it starts from random weights")
-    add("--weights", metavar="DIR", help="go on from this folder in the hub's format instead, its language-model head included where it has one")
+    add("--model", required=True, type=table_name, metavar="NAME", help=f"one of {' '.join(MODELS)}; it starts from random weights")
+    add("--weights", metavar="DIR", help="go on from this folder in the hub's format instead, its language-model head included where it "
+        "has one")
     add("--mask-fraction", type=fraction, default=0.15, metavar="F", help="of the tokens (default 0.15)")
-    add("--tied", action=argparse.BooleanOptionalAction, help="the decoder's weight is the embedding table (default: as --weights DIR has it, "
-        "else as published: NT no, DNABERT yes)")
+    add("--tied", action=argparse.BooleanOptionalAction, help="the decoder's weight is the embedding table (default: as --weights DIR has "
+        "it, else as published: NT no, DNABERT yes)")
     add = parser.group("data")
     add("--data", required=True, metavar="DIR", help="prepared dataset, or demo")
     add("--workers", type=non_negative_int, default=0, metavar="N", help="processes that load batches, per rank (default 0: in the loop)")
@@ -169,8 +170,8 @@ def pretrain(w, args):
         write_json(out / "args.json", vars(args))
         write_json(out / "environment.json", environment(w))
         print(f"{args.model} {'from ' + args.weights if args.weights else 'from random weights'}, language-model head {head}: "
-              f"{sum(p.numel() for p in parameters):,} parameters; {len(splits['train']):,} sequences, {total_steps:,} steps of {per_step}; "
-              f"folder {out}", flush=True)
+              f"{sum(p.numel() for p in parameters):,} parameters; {len(splits['train']):,} sequences, {total_steps:,} steps of "
+              f"{per_step}; folder {out}", flush=True)
     barrier(w)
 
     def log(entry):

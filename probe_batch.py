@@ -34,7 +34,7 @@ import traceback
 
 import torch
 
-from taxa.backbones import MODELS, get_model, load_backbone
+from taxa.backbones import MODELS, get_model, load_backbone, table_name
 from taxa.cli import InputError, Parser, byte_size, choose, positive_int, run
 from taxa.dataset import PreparedDataset
 from taxa.files import replacing, write_json
@@ -68,7 +68,7 @@ PUBLISHED_SECONDS = {
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.group("what is trained")
-    add("--model", required=True, metavar="NAME", help=f"one of {' '.join(MODELS)}")
+    add("--model", required=True, type=table_name, metavar="NAME", help=f"one of {' '.join(MODELS)}")
     add("--strategy", "--strategies", required=True, nargs="+", metavar="NAME", help=f"of {' '.join(STRATEGIES)}; all: all but random")
     add("--r", "--lora-r", type=positive_int, nargs="+", default=[4], help="lora: ranks, each a run of its own (default 4)")
     add("--protocol", choices=PROTOCOLS, default="corrected", help="published: all as the published code did it (default corrected)")

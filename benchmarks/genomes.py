@@ -3,15 +3,15 @@
   python benchmarks/genomes.py --out data/genomes --genera 3000 --sequences 90000 --seed 1
   python prepare.py --fasta data/genomes/*_db.fa --taxdump data/genomes/taxdmp_simulated.zip --out data/pretraining
 
-Writes four FASTA files in BERTax's layout and a taxonomy dump of invented taxa; none is a taxon of the demo. A fragment of 1500 letters is a
-mosaic of genes and of what lies between them, on both strands:
+Writes four FASTA files in BERTax's layout and a taxonomy dump of invented taxa; none is a taxon of the demo. A fragment of 1500 letters is
+a mosaic of genes and of what lies between them, on both strands:
 
   genes           codons drawn one by one: Swiss-Prot's mean amino-acid frequencies through the standard genetic code, tilted by the
                   genome's G+C and by its own codon preferences; some 300 codons long, on either strand, in any phase
   between genes   the demo's Markov chain of order 1: each genome its own dinucleotides, the same G+C tilt
 
-G+C tilt, codon preferences, dinucleotides and the share of genes are each root + superkingdom + phylum + genus, normal noise at every rank, so
-relatives are alike. A masked 6-mer (two codons) is predictable from the rest of the fragment, as in real DNA, by what the genome prefers,
+G+C tilt, codon preferences, dinucleotides and the share of genes are each root + superkingdom + phylum + genus, normal noise at every rank,
+so relatives are alike. A masked 6-mer (two codons) is predictable from the rest of the fragment, as in real DNA, by what the genome prefers,
 by phase and by strand. There are no repeats, no homology and no genes in common: no biology follows from it.
 """
 
@@ -102,7 +102,8 @@ def write_taxdump(path, lineages):
     rows += [(FIRST_TAXID + p, superkingdoms[k], "phylum", f"simulated phylum {p + 1}") for k, p in sorted(set(lineages))]
     for g, (_, p) in enumerate(lineages):
         taxid = FIRST_TAXID + n_phyla + 2 * g
-        rows += [(taxid, FIRST_TAXID + p, "genus", f"Simulated genus {g + 1}"), (taxid + 1, taxid, "species", f"Simulated genus {g + 1} sp.")]
+        rows += [(taxid, FIRST_TAXID + p, "genus", f"Simulated genus {g + 1}"),
+                 (taxid + 1, taxid, "species", f"Simulated genus {g + 1} sp.")]
     nodes = "".join(f"{t}\t|\t{up}\t|\t{rank}\t|\t\t|\t8\t|\t0\t|\t1\t|\t0\t|\t0\t|\t0\t|\t0\t|\t0\t|\t\t|\n" for t, up, rank, _ in rows)
     names = "".join(f"{t}\t|\t{name}\t|\t\t|\tscientific name\t|\n" for t, _, _, name in rows)
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:

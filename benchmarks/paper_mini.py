@@ -5,8 +5,8 @@
   python benchmarks/paper_mini.py --grid heads --real REALDATA     # what training the heads is worth: few and many genera, and real DNA
   python benchmarks/paper_mini.py --list           # only print the commands
 
-A run that is finished (metrics.json) is skipped, one that was cut short goes on from its last epoch or starts again. Runs go --jobs at a time
-with one thread each. All runs on a data set pass the same number of sequences, whatever their strategy: they are compared at equal
+A run that is finished (metrics.json) is skipped, one that was cut short goes on from its last epoch or starts again. Runs go --jobs at a
+time with one thread each. All runs on a data set pass the same number of sequences, whatever their strategy: they are compared at equal
 sequences, not at equal seconds. At the end: a table of mean and standard deviation over the seeds, and report.py where there is one.
 """
 
@@ -28,7 +28,7 @@ from taxa.cli import InputError, Parser, positive_int, run  # noqa: E402
 # data set -> (genera, sequences, seed) of benchmarks/genomes.py; the pretraining genomes have seed 1, so no genus is the same
 GENOMES = {"few": (40, 4000, 11), "many": (320, 4800, 12)}
 SPLIT = ["--test", "0.2", "--validation", "0.05"]
-REAL_SPLIT, REAL_STEPS = ["--test", "0.05", "--validation", "0.01"], 200  # real DNA: as many training sequences as the others have, of 19,000
+REAL_SPLIT, REAL_STEPS = ["--test", "0.05", "--validation", "0.01"], 200  # real DNA: as many training sequences as the others, of 19,000
 BATCH = 16
 RATES = {"full": 1e-3, "random": 3e-3, "freeze75": 3e-3, "lora": 3e-3, "ia3": 1e-2}  # how they were chosen: docs/RESULTS.md
 TRAINED = [("full", []), ("random", []), ("freeze75", []), *(("lora", ["--r", r]) for r in ("1", "4", "20")), ("ia3", [])]
@@ -69,7 +69,8 @@ def prepare_genomes(folder, genera, sequences, seed, *more):
         return
     fasta = folder.with_name(folder.name + "-fasta")
     python("benchmarks/genomes.py", "--genera", genera, "--sequences", sequences, "--seed", seed, "--out", fasta)
-    print(python("prepare.py", "--fasta", *sorted(fasta.glob("*_db.fa")), "--taxdump", fasta / "taxdmp_simulated.zip", "--out", folder, *more), end="")
+    print(python("prepare.py", "--fasta", *sorted(fasta.glob("*_db.fa")), "--taxdump", fasta / "taxdmp_simulated.zip", "--out", folder,
+                 *more), end="")
 
 
 def prepare_all(args):
@@ -149,7 +150,8 @@ def table(runs):
         ranks = list(metrics["ranks"])
     lines = [f"| run | seeds | {' | '.join(ranks)} |", "|---|---|" + "---|" * len(ranks)]
     for name, values in cells.items():
-        means = [f"{statistics.mean(column):.3f}" + (f" ± {statistics.stdev(column):.3f}" if len(values) > 1 else "") for column in zip(*values)]
+        means = [f"{statistics.mean(column):.3f}" + (f" ± {statistics.stdev(column):.3f}" if len(values) > 1 else "")
+                 for column in zip(*values)]
         lines.append(f"| {name} | {len(values)} | {' | '.join(means)} |")
     return "\n".join(lines)
 

@@ -1,15 +1,15 @@
 """What predict.py costs beyond the network, and whether its memory grows with the reads.
 
-  python benchmarks/predict.py --model tiny-nt --reads 512                speed against the bare forward pass on the same batches
-  python benchmarks/predict.py --megabytes 50 500                         peak memory of predict.py for so many MB of reads
+  python benchmarks/predict.py                          speed against the bare forward pass on the same batches, about four minutes
+  python benchmarks/predict.py --megabytes 50 500       peak memory of predict.py for so many MB of reads, about four minutes
 
-Weights are random, with 4, 57 and 1884 classes. Speed: both ways in turn, --rounds times, after one round of each that does not count;
-predict.py's share includes reading, tokenizing, decoding and writing, not loading; ratios are (lowest, median, highest) of the rounds. On
-a machine that others use too, the ratio of CPU times says more than that of wall times. Memory: one process each, with a network of one
-tiny layer, so that it ends; the kernel's peak resident set of each.
+Weights are random, with 4, 57 and 1884 classes; reads have 1500 letters. Speed: both ways in turn, --rounds times, after one batch that
+does not count; predict.py's share includes reading, tokenizing, decoding and writing, not loading. Rates are medians of the rounds,
+ratios are median (lowest to highest) of the rounds. On a machine that others use too, the ratio of CPU times says more than that of wall
+times. Memory: one process each, with a network of one tiny layer, so that it ends; the kernel's peak resident set of each. Each row of
+the table is printed when it is measured; predict.py says on standard error how far it is.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # instead of this folder, whose predict.py is this file
+sys.path.insert(0, str(ROOT))  # before this folder, whose predict.py is this file
 
 import predict  # noqa: E402
 from taxa import checkpoint  # noqa: E402
@@ -36,6 +36,8 @@ from taxa.tokens import NTTokenizer  # noqa: E402
 from taxa.writers import LineWriter  # noqa: E402
 
 CLASSES = {"superkingdom": 4, "phylum": 57, "genus": 1884}
+SIZES = {"tiny-nt": (256, 32)}  # reads, batch size
+OTHERS = (16, 8)  # a read of nt50m takes about half a second
 SMALLEST = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
 
 
@@ -65,20 +67,22 @@ def write_reads(path, count):
             file.write(f">read{i}\n{blocks[i % len(blocks)]}\n")
 
 
-def speed(args, scratch):
-    write_checkpoint(scratch / "ckpt.pt", args.model, args.batch_size, {})
-    write_reads(scratch / "reads.fa", args.reads)
+def speed(model_name, threads, reads, batch_size, rounds, scratch):
+    """One row: reads/s of the bare forward and of predict.py, and the ratios of wall and CPU time, (lowest, median, highest)."""
+    torch.set_num_threads(threads)
+    write_checkpoint(scratch / "ckpt.pt", model_name, batch_size, {})
+    write_reads(scratch / "reads.fa", reads)
     content = checkpoint.read(scratch / "ckpt.pt")
-    model, writer_args = checkpoint.rebuild(content), predict.parse_args([
+    model, args = checkpoint.rebuild(content), predict.parse_args([
         str(scratch / "ckpt.pt"), str(scratch / "reads.fa"), "--out", str(scratch / "out.tsv")])
 
     def pieces():
-        return slices(records(str(scratch / "reads.fa")), NTTokenizer(), 1500, args.batch_size, predict.BATCHES_PER_SLICE)
+        return slices(records(str(scratch / "reads.fa")), NTTokenizer(), 1500, batch_size, predict.BATCHES_PER_SLICE)
 
     batches = [batch for piece in pieces() for _, _, batch in piece.batches]
 
     @torch.no_grad()
-    def bare():
+    def bare(batches):
         started, used = time.perf_counter(), time.process_time()
         for batch in batches:
             model(**batch)
@@ -87,47 +91,65 @@ def speed(args, scratch):
     def whole():
         with world("cpu") as w:
             forward = predict.Forward(w, model, JointDecoder(content["lineages"]), "fp32", None, 1, False)
-            done = predict.predict(w, writer_args, forward, LineWriter(writer_args, content["classes"], content["lineages"]),
-                                   read_ahead(pieces()))
+            done = predict.predict(w, args, forward, LineWriter(args, content["classes"], content["lineages"]), read_ahead(pieces()))
         return done["seconds"], done["cpu_seconds"]
 
-    rounds = np.array([(bare(), whole()) for _ in range(args.rounds + 1)][1:])  # (rounds, bare or whole, wall or CPU seconds)
-    wall, cpu = ([round(float(q), 3) for q in np.quantile(rounds[:, 1, i] / rounds[:, 0, i], (0, 0.5, 1))] for i in (0, 1))
-    rates = (args.reads / np.median(rounds[:, :, 0], axis=0)).round(2).tolist()
-    return {"model": args.model, "reads": args.reads, "batch_size": args.batch_size, "threads": torch.get_num_threads(),
-            "bare_reads_per_s": rates[0], "predict_reads_per_s": rates[1], "time_over_bare": wall, "cpu_time_over_bare": cpu}
+    bare(batches[:1])
+    times = np.array([(bare(batches), whole()) for _ in range(rounds)])  # (rounds, bare or whole, wall or CPU seconds)
+    rates = reads / np.median(times[:, :, 0], axis=0)
+    return {"model": model_name, "threads": threads, "reads": reads, "batch size": batch_size, "rounds": rounds,
+            "bare reads/s": f"{rates[0]:.2f}", "predict.py reads/s": f"{rates[1]:.2f}",
+            "time over bare": _quantiles(times[:, 1, 0] / times[:, 0, 0]), "CPU time over bare": _quantiles(times[:, 1, 1] / times[:, 0, 1])}
 
 
-def memory(args, scratch):
+def _quantiles(ratios):
+    return "{1:.3f} ({0:.3f} to {2:.3f})".format(*np.quantile(ratios, (0, 0.5, 1)))
+
+
+def memory(megabytes, scratch):
+    """One row: the peak resident set of predict.py for so many 10^6 letters."""
     write_checkpoint(scratch / "ckpt.pt", "tiny-nt", 128, SMALLEST)
-    lines = []
-    for megabytes in args.megabytes:
-        write_reads(scratch / "reads.fa", megabytes * 10**6 // 1500)
-        started = time.perf_counter()
-        process = subprocess.Popen([sys.executable, ROOT / "predict.py", scratch / "ckpt.pt", scratch / "reads.fa", "--out",
-                                    scratch / "out.tsv", "--device", "cpu"])
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(process.returncode)
-        lines.append({"megabytes": megabytes, "reads": megabytes * 10**6 // 1500, "seconds": round(time.perf_counter() - started, 1),
-                      "peak_resident_MB": round(usage.ru_maxrss * 1024 / 10**6, 1)})
-    return lines
+    write_reads(scratch / "reads.fa", megabytes * 10**6 // 1500)
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, ROOT / "predict.py", scratch / "ckpt.pt", scratch / "reads.fa", "--out", scratch / "out.tsv",
+                                "--device", "cpu"])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return {"MB of reads": megabytes, "reads": megabytes * 10**6 // 1500, "seconds": f"{time.perf_counter() - started:.1f}",
+            "peak resident MB": f"{usage.ru_maxrss * 1024 / 10**6:.1f}"}
+
+
+def rows(args, scratch):
+    """Yield the rows, each when it is measured."""
+    if args.megabytes:
+        yield from (memory(megabytes, scratch) for megabytes in args.megabytes)
+        return
+    for model in args.models:
+        reads, batch_size = SIZES.get(model, OTHERS)
+        for threads in args.threads:
+            print(f"{model}, {threads} thread{'s' if threads > 1 else ''}, {args.rounds} rounds:", file=sys.stderr)
+            yield speed(model, threads, args.reads or reads, args.batch_size or batch_size, args.rounds, scratch)
 
 
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--model", default="tiny-nt", metavar="NAME", help="of the Nucleotide Transformer family (default tiny-nt)")
-    add("--reads", type=positive_int, default=512, help="of 1500 letters, for the speed (default 512)")
-    add("--batch-size", type=positive_int, default=32, help="default 32")
+    add("--models", nargs="+", default=["tiny-nt", "nt50m"], metavar="NAME", help="Nucleotide Transformers (default tiny-nt nt50m)")
+    add("--threads", type=positive_int, nargs="+", default=sorted({1, os.cpu_count()}), metavar="N", help="default 1 and all cores")
+    add("--reads", type=positive_int, metavar="N", help="of 1500 letters, for the speed (default 256 for tiny-nt, 16 for others)")
+    add("--batch-size", type=positive_int, metavar="B", help="default 32 for tiny-nt, 8 for others")
     add("--rounds", type=positive_int, default=5, help="default 5")
-    add("--megabytes", type=positive_int, nargs="+", help="measure memory instead, for so many 10^6 letters")
+    add("--megabytes", type=positive_int, nargs="+", metavar="MB", help="measure memory instead, for so many 10^6 letters")
     args = parser.parse_args(argv)
+    found = []
     with tempfile.TemporaryDirectory() as scratch:
-        found = memory(args, Path(scratch)) if args.megabytes else [speed(args, Path(scratch))]
-    for line in found:
-        print(json.dumps(line))
+        for row in rows(args, Path(scratch)):
+            if not found:
+                print(f"| {' | '.join(row)} |\n|{'---|' * len(row)}")
+            print(f"| {' | '.join(map(str, row.values()))} |", flush=True)
+            found.append(row)
     return found
 
 

@@ -1,7 +1,7 @@
 """The flags that several scripts share: which model, what trains, and how many classes stand in for data."""
 
 from taxa import RANKS
-from taxa.backbones import MODELS
+from taxa.backbones import MODELS, table_name
 from taxa.cli import InputError, choose, fraction, positive_float, positive_int
 from taxa.strategies import PROTOCOLS, STRATEGIES, STRATEGY_FLAGS, settings_from_flags
 from taxa.taxonomy import check_ranks
@@ -10,7 +10,7 @@ from taxa.taxonomy import check_ranks
 def add_model(parser):
     """--model, --weights, --revision: which backbone, and where its weights come from."""
     add = parser.group("model")
-    add("--model", required=True, metavar="NAME",
+    add("--model", required=True, type=table_name, metavar="NAME",
         help=f"one of {' '.join(MODELS)}; or the hub id ORG/NAME of another Nucleotide Transformer v2 or DNABERT-2, which takes "
              "learning rate and batch size from nt250m or dnaberts")
     add("--weights", metavar="DIR", help="folder in the hub's format instead of the hub: config.json and model.safetensors or .bin")

@@ -77,6 +77,8 @@ def records(path):
                 raise InputError(f"{name}: the file is empty")
             if first[:1] not in b">@":
                 raise InputError(f"{name}: neither FASTA nor FASTQ: it begins with {first[:1]!r}, not with > or @")
+            if b"\r" in first.rstrip(b"\r\n"):
+                raise InputError(f"{name}: its lines end in carriage returns alone, so all of it is one line: tr '\\r' '\\n' mends it")
             yield from (_fasta if first[:1] == b">" else _fastq)(name, first, lines)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise InputError(f"{name}: the gzip file is damaged or cut short ({' '.join(str(error).split())})") from None
@@ -108,7 +110,7 @@ def _fastq(name, header, lines):
         where = f"{name}: record {number} '{header[:80].decode('utf-8', errors='replace').rstrip()}'"
         if header[:1] != b"@":
             raise InputError(f"{where}: its first line does not begin with @; a FASTQ record has four lines: @id, letters, +, quality")
-        letters, plus, quality = (next(lines, b"").rstrip(b"\r\n") for _ in range(3))
+        letters, plus, quality = (next(lines, b"").strip() for _ in range(3))
         if plus[:1] != b"+":
             raise InputError(f"{where}: {'its third line does not begin with +' if plus else 'the file ends within it'}; a FASTQ record "
                              "has four lines: @id, letters, +, quality")

@@ -5,7 +5,8 @@ the residual stream, SwiGLU of the two halves of the feed-forward), the input ne
 
     recomputed(swiglu, h, then=self.output.dense)      # = self.output.dense(swiglu(h)), keeping h alone
 
-No matrix product is computed twice. Adapters need not know: where `then` saves the function's result, the backward computes it again. A layer of nt50m so keeps 14 tensors of one (B, T, H) instead of 24; docs/PERFORMANCE.md counts them.
+No matrix product is computed twice. Adapters need not know: where `then` saves the function's result, the backward computes it again. A
+layer of nt50m so keeps 14 tensors of one (B, T, H) instead of 24; docs/PERFORMANCE.md counts them.
 """
 
 import torch

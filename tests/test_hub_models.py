@@ -14,11 +14,14 @@ from safetensors.torch import load_file
 import evaluate
 import export
 import prepare
+import pretrain
+import probe_batch
 import train
 from taxa import checkpoint
 from taxa.backbones import MODELS, find_model, load_backbone
 from taxa.cli import InputError
 from taxa.dataset import PreparedDataset
+from taxa.inspect import __main__ as inspect
 from taxa.tokens import DNABERT_DIGEST, TINY_BPE, NTTokenizer, get_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,3 +188,17 @@ def test_a_name_that_the_hub_does_not_give_is_one_line(error, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(InputError, match="Some-Lab/none.*--weights DIR"):
         train.main(["--model", "Some-Lab/none", "--strategy", "full", "--dry-run"])
+
+
+@pytest.mark.parametrize("name", ["nt50m", "dnaberts"])
+def test_the_hub_id_of_a_row_of_the_table_is_that_row(name, capsys):
+    assert find_model(MODELS[name].hub) is MODELS[name]
+    lines = []
+    for model in (name, MODELS[name].hub):
+        train.main(["--model", model, "--strategy", "lora", "--dry-run"])
+        lines.append(capsys.readouterr().out)
+        inspect.main(["--model", model, "--strategy", "lora"])
+        lines.append(capsys.readouterr().out)
+    assert lines[:2] == lines[2:]
+    assert pretrain.parse_args(["--model", MODELS[name].hub, "--data", "x", "--out", "y"]).model == name
+    assert probe_batch.parse_args(["--model", MODELS[name].hub, "--strategy", "full"]).model == name

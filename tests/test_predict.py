@@ -1,6 +1,7 @@
 """predict.py as a user runs it: what evaluate.py says of the same fragments, every kind of file, reads of every length, wrong input."""
 
 import gzip
+import importlib.util
 import itertools
 import json
 import os
@@ -23,17 +24,18 @@ from taxa.distributed import world
 from taxa.evaluation import run_split
 from taxa.reads import Record, read_ahead, slices, window_starts
 from taxa.tokens import NTTokenizer, get_tokenizer
+from taxa.writers import LineWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def checkpoints(demo, weights, tmp_path_factory):
-    """{model: ckpt.pt} of two steps of full fine-tuning, batches of 4."""
+    """{model: ckpt.pt} of six steps of full fine-tuning, batches of 4; one of them in bf16."""
     root = tmp_path_factory.mktemp("runs")
-    for model in ("tiny-nt", "tiny-dnabert"):
+    for model, precision in (("tiny-nt", "fp32"), ("tiny-dnabert", "bf16")):
         train.main(["--model", model, "--strategy", "full", "--data", str(demo), "--weights", str(weights[model]), "--lr", "0.01",
-                    "--out", str(root / model), "--batch-size", "4", "--max-steps", "6"])
+                    "--out", str(root / model), "--batch-size", "4", "--max-steps", "6", "--precision", precision])
     return {model: root / model / "ckpt.pt" for model in ("tiny-nt", "tiny-dnabert")}
 
 
@@ -69,16 +71,22 @@ def rows(path):
 
 
 @pytest.mark.parametrize("model", ["tiny-nt", "tiny-dnabert"])
-def test_says_what_evaluate_says(model, demo, checkpoints, tmp_path):
-    """Every class, every probability as printed, every joint lineage, on the validation split; and so every metric."""
+def test_says_what_evaluate_says(model, demo, checkpoints, tmp_path, monkeypatch):
+    """Every class, every bit of every probability, every joint lineage, on the validation split; and so every metric."""
     data, content = PreparedDataset(demo), checkpoint.read(checkpoints[model])
+    exact, lines = [], LineWriter.lines
+    monkeypatch.setattr(LineWriter, "lines", lambda writer, reads, found: exact.append(found) or lines(writer, reads, found))
     reads = fasta(tmp_path / "reads.fa", fragments(data, "validation"))
     predict.main([str(checkpoints[model]), reads, "--out", str(tmp_path / "lineages.tsv"), "--whole-header"])
     found = rows(tmp_path / "lineages.tsv")
     assert [row["id"] for row in found] == [header for header, _ in fragments(data, "validation")]
     split = data.split("validation", content["tokenizer"]["name"])
     with world("cpu") as w:
-        outcome = run_split(w, checkpoint.rebuild(content), split, content["batch_size"], lineages=content["lineages"])
+        outcome = run_split(w, checkpoint.rebuild(content), split, content["batch_size"], content["precision"],
+                            lineages=content["lineages"])
+    for r, rank in enumerate(data.classes):
+        probability = torch.cat([found[f"{rank}_probability"][:, 0] for found in exact]).double().numpy()
+        np.testing.assert_array_equal(probability, outcome.plain.confidence[:, r])  # batches, precision and windows are evaluate.py's
     for i, row in enumerate(found):
         joint = []
         for r, (rank, table) in enumerate(data.classes.items()):
@@ -148,7 +156,7 @@ def test_every_kind_of_file_gives_the_same(mixed, checkpoints, tmp_path, monkeyp
     reads = some_reads()
     one_line = "".join(f">{header}\r\n{letters.lower()}\r\n" for header, letters in reads)
     half = len(fastq(reads[:5]))  # two gzip members, as bgzip has many
-    files = {"plain.fq": fastq(reads).encode(), "one.fa": one_line.encode(), "packed.fa.gz": gzip.compress(one_line.encode()),
+    files = {"plain.fq": fastq(reads).replace("\n", " \r\n").encode(), "one.fa": one_line.encode(), "packed.fa.gz": gzip.compress(one_line.encode()),
              "blocks.fq.gz": gzip.compress(fastq(reads).encode()[:half]) + gzip.compress(fastq(reads).encode()[half:])
              + gzip.compress(b"")}
     command = [str(checkpoints["tiny-nt"]), "--batch-size", "2", "--out", str(tmp_path / "out.tsv")]
@@ -162,22 +170,20 @@ def test_every_kind_of_file_gives_the_same(mixed, checkpoints, tmp_path, monkeyp
     assert (tmp_path / "out.tsv").read_bytes() == (mixed / "all.tsv").read_bytes()
 
 
-def run_script(*arguments, launcher=(), stdin=b"", cwd):
-    return subprocess.run([sys.executable, *launcher, str(ROOT / "predict.py"), *map(str, arguments)], input=stdin, cwd=cwd,
-                          capture_output=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def test_standard_input_and_output(mixed, checkpoints, tmp_path):
-    packed = gzip.compress((mixed / "reads.fa").read_bytes())
-    done = run_script(checkpoints["tiny-nt"], "-", "--batch-size", "2", stdin=packed, cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout == (mixed / "all.tsv").read_bytes()
-    assert done.stderr.startswith(b"14 reads, 36 windows in ") and not list(tmp_path.iterdir())
+def test_standard_input_and_output(mixed, checkpoints, tmp_path, monkeypatch, capsys):
+    (tmp_path / "packed").write_bytes(gzip.compress((mixed / "reads.fa").read_bytes()))
+    with open(tmp_path / "packed") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        predict.main([str(checkpoints["tiny-nt"]), "-", "--batch-size", "2"])
+    printed = capsys.readouterr()
+    assert printed.out == (mixed / "all.tsv").read_text() and printed.err.startswith("14 reads, 36 windows in ")
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
 def test_two_processes_write_the_same_bytes(mixed, checkpoints, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = run_script(checkpoints["tiny-nt"], mixed / "reads.fa", "--batch-size", "2", "--out", "all.tsv", "--embeddings", "all.npy",
-                      launcher=launcher, cwd=tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "predict.py"),
+               str(checkpoints["tiny-nt"]), str(mixed / "reads.fa"), "--batch-size", "2", "--out", "all.tsv", "--embeddings", "all.npy"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr.decode()
     assert {path.name for path in tmp_path.iterdir()} == {"all.tsv", "all.npy"}
     for name in ("all.tsv", "all.npy"):
@@ -280,6 +286,7 @@ GOOD = ">a\nACGT\n"
 @pytest.mark.parametrize("content, message", [
     (b"", "reads: the file is empty"),
     (gzip.compress(b""), "reads: the file is empty"),
+    (b">a\rACGT\r>b\rACGT\r", "reads: its lines end in carriage returns alone"),
     (b"ACGT\n", "neither FASTA nor FASTQ: it begins with b'A'"),
     (gzip.compress(GOOD.encode() * 9)[:-12], "reads: the gzip file is damaged or cut short"),
     (b"\x1f\x8b but no gzip", "reads: the gzip file is damaged or cut short"),
@@ -321,9 +328,22 @@ def test_wrong_flags(flags, message, checkpoints, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["reads.fa"]
 
 
-def test_a_reader_that_has_enough_is_no_error(mixed, checkpoints, tmp_path):
-    """As in predict.py ... | head -1."""
-    command = [sys.executable, str(ROOT / "predict.py"), str(checkpoints["tiny-nt"]), str(mixed / "reads.fa"), "--batch-size", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+def test_a_reader_that_has_enough_is_no_error(mixed, checkpoints):
+    """As in zcat reads.fa.gz | predict.py ckpt.pt - | head -1, with processes and pipes of their own."""
+    command = [sys.executable, str(ROOT / "predict.py"), str(checkpoints["tiny-nt"]), "-", "--batch-size", "1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
         process.stdout.close()
+        process.stdin.write((mixed / "reads.fa").read_bytes())
+        process.stdin.close()
         assert process.stderr.read() == b"" and process.wait(timeout=100) == 141
+
+
+def test_the_benchmark_runs(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("predict_benchmark", ROOT / "benchmarks" / "predict.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    found = benchmark.main(["--models", "tiny-nt", "--threads", "1", "--reads", "5", "--batch-size", "2", "--rounds", "2"])
+    assert [row["model"] for row in found] == ["tiny-nt"] and float(found[0]["CPU time over bare"].split()[0]) > 0.5
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line.startswith("| tiny-nt | 1 | 5 | 2 | 2 | ") and line.count("|") == 10

@@ -190,9 +190,9 @@ def replica(name, data, weights, steps, processes, lr=0.01):
 
 
 def test_two_processes_are_one_loss_over_all_masked_positions(demo, weights, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "pretrain.py"),
-                           *command("tiny-nt", demo, weights, tmp_path / "two", "--max-steps", "3")], capture_output=True, text=True,
-                          timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launcher, str(ROOT / "pretrain.py"), *command("tiny-nt", demo, weights, tmp_path / "two", "--max-steps", "3")],
+                          capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     expected = replica("tiny-nt", demo, weights, 3, 2)
     for key, tensor in load_file(tmp_path / "two" / "model.safetensors").items():

@@ -56,7 +56,8 @@ def test_published_weights(name):
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         problem = type(error).__name__
     if problem:
-        pytest.fail(f"{row.hub} at {row.revision} was not downloaded, so nothing was checked ({problem}): is there a network?", pytrace=False)
+        pytest.fail(f"{row.hub} at {row.revision} was not downloaded, so nothing was checked ({problem}): is there a network?",
+                    pytrace=False)
     check_folder(name, folder, PROBES[name])
     assert checkpoint.weights_digest(load_backbone(name)) == checkpoint.weights_digest(load_backbone(name, folder)), "by its name alone"
 

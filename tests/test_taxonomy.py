@@ -393,8 +393,8 @@ def test_a_flipped_bit_is_refused_or_does_no_harm(tmp_path, kind):
 
 # other ranks than the default
 
-@pytest.mark.parametrize("ranks", [("genus",), ("phylum", "species"), ("superkingdom", "kingdom", "phylum", "subphylum", "genus", "species"),
-                                   ("superkingdom",), ("family", "genus"), ("class", "strain")])
+@pytest.mark.parametrize("ranks", [("genus",), ("phylum", "species"), ("superkingdom",), ("family", "genus"), ("class", "strain"),
+                                   ("superkingdom", "kingdom", "phylum", "subphylum", "genus", "species")])
 def test_labels_at_any_ranks_equal_a_walk_up_the_tree(ranks, tmp_path):
     labels, names, _ = label(tmp_path, dump_texts(), ranks=ranks)
     assert labels == {taxid: naive_label(taxid, asked=ranks) for taxid in ASKED}

@@ -73,6 +73,11 @@ MODELS = {
 }
 
 
+def table_name(name):
+    """The table's name of a model given by the hub id of its row; any other name as it is."""
+    return next((key for key, row in MODELS.items() if row.hub == name), name)
+
+
 def get_model(name, values=None):
     """The row of a name in the table, or the row of ORG/NAME made from the values of its config.json; a row is returned as it is.
 
@@ -100,8 +105,10 @@ def find_model(name, weights=None, revision=None):
     """The row of a model as a user names it. ORG/NAME is looked up in the folder `weights`, else on the hub at `revision` (or main):
     config.json tells the family and the sizes, tokenizer.json the tokens of a DNABERT; the row's revision is the commit found.
 
-    Fetches those small files and nothing else. Raises InputError as get_model and load_backbone do, and for a vocabulary that is not the Nucleotide Transformer's 6-mers.
+    Fetches those small files and nothing else, and none for a model of the table. Raises InputError as get_model and load_backbone do,
+    and for a vocabulary that is not the Nucleotide Transformer's 6-mers.
     """
+    name = name if isinstance(name, Model) else table_name(name)
     if isinstance(name, Model) or name in MODELS:
         return get_model(name)
     if Path(name).is_dir():

@@ -51,17 +51,18 @@ def main(argv=None):
 
 def tree(model, found, settings, T):
     """The table as text. found: taxa.flops.parts() for sequences of T tokens."""
-    what = f"{model}, {settings['strategy']}" + (f" r = {settings['r']}, lora_alpha = {settings['lora_alpha']:g}" if "r" in settings else "")
+    lora = f" r = {settings['r']}, lora_alpha = {settings['lora_alpha']:g}" if "r" in settings else ""
     protocol = ", protocol published" if settings["protocol"] == "published" else ""
     heads = "train" if settings["heads"] == "train" else "frozen"
-    lines = [f"{what}{protocol}, heads {heads}; {T} tokens a sequence", "",
+    lines = [f"{model}, {settings['strategy']}{lora}{protocol}, heads {heads}; {T} tokens a sequence", "",
              f"{'':<86}{'MFLOP per token':>18}",
              f"{'part':<33}{'in x out':<12}{'carries':<18}{'parameters':>11}{'train':>12}{'forward':>9}{'step':>9}"]
     for layers, members in blocks(found):
         indent = ""
         if layers:
             indent, name = "  ", f"encoder.layer.{layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else "")
-            lines.append(_line(name, "", f"{len(layers)} layers, one:" if len(layers) > 1 else "", [sum(part[i] for part in members) * len(layers) for i in range(2, 6)], T))
+            folded = f"{len(layers)} layers, one:" if len(layers) > 1 else ""
+            lines.append(_line(name, "", folded, [sum(part[i] for part in members) * len(layers) for i in range(2, 6)], T))
         for part in members:
             name = part.name.removeprefix("backbone.").removeprefix(f"encoder.layer.{layers[0]}." if layers else "")
             lines.append(_line(indent + name, shape(part.module, T), carries(part.module), part[2:], T))
