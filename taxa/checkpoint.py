@@ -146,7 +146,7 @@ def read(path, format=CHECKPOINT):
         hint = "train.py writes ckpt.pt into its run folder" if format == CHECKPOINT else "nothing to resume: leave out --resume"
         raise InputError(f"{path}: no such file; {hint}") from None
     except IsADirectoryError:
-        raise InputError(f"{path}: a folder; give the ckpt.pt in it") from None
+        raise InputError(f"{path}: a folder; give the ckpt.pt of a run, or a folder of export.py --adapters") from None
     except (zipfile.BadZipFile, *UNREADABLE) as error:
         raise InputError(f"{path}: not a checkpoint of train.py (reading it: {type(error).__name__})") from None
     found = content.get("format") if isinstance(content, dict) else None

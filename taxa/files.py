@@ -81,6 +81,8 @@ def new_folder(path, overwrite=False):
         with locked(temporary):
             yield temporary
             temporary.chmod(0o777 & ~_umask())
+            for file in temporary.glob("*.safetensors"):  # which their library makes readable by their owner alone
+                file.chmod(0o666 & ~_umask())
             old = temporary.with_suffix(".old")
             with locked(path) if path.exists() else contextlib.nullcontext():
                 if path.exists():

@@ -352,7 +352,7 @@ def test_truncated_anywhere(tmp_path, legacy):
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         read(tmp_path / "ckpt.pt")
-    with pytest.raises(InputError, match="a folder; give the ckpt.pt in it"):
+    with pytest.raises(InputError, match="a folder; give the ckpt.pt of a run"):
         read(tmp_path)
 
 

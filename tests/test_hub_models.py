@@ -71,6 +71,7 @@ def test_a_folder_trains_and_its_checkpoint_is_rebuilt(like, weights, data, tmp_
     assert family.config.hidden_size == 32 and PreparedDataset(data).has_tokens(tokens)
 
     export.main([str(tmp_path / "run" / "ckpt.pt"), "--out", str(tmp_path / "exported")])
+    assert len({path.stat().st_mode for path in (tmp_path / "exported").iterdir()}) == 1, "a file is readable by its owner alone"
     assert "licence is not known" in (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
     assert find_model(NAMES[like], tmp_path / "exported").family == MODELS[like].family  # the export is such a folder again
 

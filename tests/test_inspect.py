@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,10 @@ def test_the_standard_librarys_inspect_is_not_shadowed():
     code = "import inspect; print(inspect.__file__); print(inspect.signature(len))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "taxa", capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and not done.stdout.startswith(str(ROOT)), done.stderr
-    done = subprocess.run([sys.executable, "-m", "taxa.inspect", "--model", "tiny-nt", "--strategy", "full"], cwd=ROOT / "taxa",
-                          capture_output=True, text=True, timeout=150, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and done.stdout.startswith("tiny-nt, full"), done.stderr
+
+
+def test_python_dash_m(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["-", "--model", "tiny-nt", "--strategy", "full"])
+    monkeypatch.delitem(sys.modules, "taxa.inspect.__main__")  # or runpy would warn that it is there already
+    runpy.run_module("taxa.inspect", run_name="__main__", alter_sys=True)
+    assert capsys.readouterr().out.startswith("tiny-nt, full")
