@@ -15,7 +15,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=["taxa", "taxa.backbones", "taxa.inspect"],
-    package_data={"taxa": ["assets/*.json", "assets/*.csv"]},
+    package_data={"taxa": ["assets/*.json", "assets/*.csv", "assets/tiny_nt/*"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=4.50,<6",

@@ -270,6 +270,9 @@ def train(w, args, row, settings, signals, start=None):
         write_json(out / "args.json", vars(args) | {"settings": settings, "base": base})
         write_json(out / "environment.json", environment(w) | {
             "parameters": total, "trainable": trainable, "training_sequences": len(splits["train"])})
+        if base["source"] == "package":
+            print(f"{args.model} starts from the weights that come with this package, pretrained on simulated genomes "
+                  "(taxa/assets/tiny_nt/README.md); --weights DIR loads others")
         if base["source"] == "seed":
             print(f"{args.model} has no published weights: the backbone starts from random weights of seed {base['seed']}; "
                   "--weights DIR loads others")

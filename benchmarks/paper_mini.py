@@ -98,7 +98,7 @@ def pretrain_tiny_dnabert(args):
     """Nothing ships for tiny-dnabert: pretrain it here, minutes."""
     out = Path(args.out).resolve() / f"pretrain-tiny-dnabert{'-quick' * args.quick}"
     if not (out / "metrics.json").is_file():
-        sequences = 2000 if args.quick else 12000
+        sequences = 2000 if args.quick else 8000
         folder = Path(args.data).resolve() / f"pretraining{'-quick' * args.quick}"
         genera, seed = PRETRAINING
         prepare_genomes(folder, genera // 10 if args.quick else genera, sequences, seed, "--test", "0.01", "--validation", "0.01",
@@ -182,7 +182,7 @@ def main(argv=None):
     print(table(runs))
     print(f"{len(runs)} runs in {args.out}; {(time.time() - started) / 60:.1f} minutes")
     if (ROOT / "report.py").is_file():
-        print(python("report.py", *[out for out, _ in runs], "--out", Path(args.out).resolve() / "report"), end="")
+        print(python("report.py", *[out for out, _ in runs], *([weights] if weights else []), "--out", Path(args.out).resolve() / "report"), end="")
 
 
 if __name__ == "__main__":

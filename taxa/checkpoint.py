@@ -28,7 +28,8 @@ SEED_OF_UNPUBLISHED = 0  # of the random base weights that stand in where a mode
 
 
 def base_source(model, strategy, weights=None, revision=None):
-    """Where the base weights of a run come from: {"source": "none" | "folder" | "hub" | "seed", ...}, as the checkpoint stores it."""
+    """Where the base weights of a run come from: {"source": "none" | "folder" | "hub" | "package" | "seed", ...}, as the
+    checkpoint stores it."""
     row = get_model(model)
     if strategy == "random":
         return {"source": "none", "config": str(Path(weights).resolve()) if weights else None}
@@ -36,6 +37,8 @@ def base_source(model, strategy, weights=None, revision=None):
         return {"source": "folder", "folder": str(Path(weights).resolve())}
     if row.hub:
         return {"source": "hub", "hub": row.hub, "revision": revision or row.revision}
+    if row.packaged:
+        return {"source": "package"}
     return {"source": "seed", "seed": SEED_OF_UNPUBLISHED}
 
 
@@ -47,6 +50,8 @@ def load_base(model, base):
         return load_backbone(model, base["folder"])
     if base["source"] == "hub":
         return load_backbone(model, revision=base["revision"])
+    if base["source"] == "package":
+        return load_backbone(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(base["seed"])
         return load_backbone(model, pretrained=False)

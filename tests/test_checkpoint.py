@@ -20,6 +20,7 @@ from taxa.random_init import reinitialize
 from taxa.strategies import STRATEGIES, inject, settings_from_flags, train_only, trainable_names
 
 TINY = ["tiny-nt", "tiny-dnabert"]
+UNPUBLISHED = {"tiny-nt": {"source": "package"}, "tiny-dnabert": {"source": "seed", "seed": 0}}
 NUM_CLASSES = {"superkingdom": 4, "phylum": 5, "genus": 6}
 CLASSES = {rank: [{"taxid": 100 * C + i, "name": f"{rank} {i}"} for i in range(C)] for rank, C in NUM_CLASSES.items()}
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
@@ -91,9 +92,9 @@ def test_round_trip_with_frozen_heads_and_chosen_targets(tmp_path, name, strateg
 @both_families
 @every_strategy
 def test_round_trip_of_a_name_without_published_weights(tmp_path, name, strategy):
-    """Without --weights the base is a seeded random network, made again from its seed."""
+    """Without --weights the base is what comes with the package, or a seeded random network, made again from its seed."""
     classifier, content = trained(name, strategy)
-    assert content["base"]["source"] == ("none" if strategy == "random" else "seed")
+    assert content["base"]["source"] == ("none" if strategy == "random" else UNPUBLISHED[name]["source"])
     save(tmp_path / "ckpt.pt", content)
     torch.manual_seed(99)
     assert_same(rebuild(read(tmp_path / "ckpt.pt")), classifier)
@@ -189,7 +190,7 @@ def test_base_source(tmp_path, name):
     assert base_source(hub, "lora") == {"source": "hub", "hub": row.hub, "revision": row.revision}
     assert base_source(hub, "full", revision="abc") == {"source": "hub", "hub": row.hub, "revision": "abc"}
     assert base_source(hub, "freeze75", tmp_path / "w") == {"source": "folder", "folder": folder}
-    assert base_source(name, "ia3") == {"source": "seed", "seed": 0}
+    assert base_source(name, "ia3") == UNPUBLISHED[name]
     for model in (hub, name):
         assert base_source(model, "random") == {"source": "none", "config": None}
         assert base_source(model, "random", tmp_path / "w") == {"source": "none", "config": folder}

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import prepare
 import pretrain
 import train
+from taxa import checkpoint
 from taxa.backbones import MODELS, load_backbone
 from taxa.cli import InputError
 from taxa.dataset import PreparedDataset, micro_batches
@@ -230,6 +232,25 @@ def test_it_learns_goes_on_after_an_interruption_and_train_loads_it(name, demo, 
     measured = pretrain.main(["--model", name, "--data", str(demo), "--weights", str(tmp_path / "whole"), "--epochs", "0", "--batch-size",
                               "32", "--out", str(tmp_path / "measured")])
     assert measured["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+
+
+def test_the_checkpoint_that_comes_with_the_package():
+    """Its card's digest is the weights', its perplexity is far below the unigram's, and it is small."""
+    folder = MODELS["tiny-nt"].packaged
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 6e6
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    backbone = load_backbone("tiny-nt")
+    assert checkpoint.weights_digest(backbone) in (folder / "README.md").read_text(encoding="utf-8")
+    sizes = MODELS["tiny-nt"].sizes
+    assert {name: getattr(backbone.config, name) for name in sizes} == sizes
+    assert load_head(MaskedLM("nt", backbone, True), folder)
+
+
+def test_the_checkpoint_that_comes_with_the_package_predicts(tmp_path):
+    prepare.main(["--demo", "--demo-sequences", "600", "--validation", "0.05", "--seed", "5", "--out", str(tmp_path / "data")])
+    measured = pretrain.main(["--model", "tiny-nt", "--weights", str(MODELS["tiny-nt"].packaged), "--epochs", "0", "--data",
+                              str(tmp_path / "data"), "--out", str(tmp_path / "run")])
+    assert measured["perplexity"] < 0.9 * measured["unigram_perplexity"]
 
 
 @pytest.mark.parametrize("flags, what", [

@@ -23,6 +23,8 @@ from taxa.files import UNREADABLE, read_text
 from taxa.random_init import reinitialize
 from taxa.tokens import NTTokenizer, get_tokenizer
 
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+
 
 class Family(NamedTuple):
     """One architecture: its classes, and the module that holds its adapter targets and its key surgery."""
@@ -35,7 +37,7 @@ class Family(NamedTuple):
 class Model(NamedTuple):
     """One row of the table."""
 
-    hub: Optional[str]  # None: nothing is published under this name; give --weights, or start from a seeded random backbone
+    hub: Optional[str]  # None: nothing is published under this name; `packaged`, --weights, or a seeded random backbone
     revision: Optional[str]
     family: str
     tokenizer: Optional[str]  # tokens are prepared once per tokenizer and shared by all models that use it; None: none was found
@@ -43,6 +45,7 @@ class Model(NamedTuple):
     learning_rate: float
     batch_size: int  # sequences per device and step
     tokenizer_file: Optional[str] = None  # of a model outside the table
+    packaged: Optional[Path] = None  # folder in the hub's format that comes with this package
 
 
 FAMILIES = {
@@ -68,7 +71,7 @@ MODELS = {
     "dnaberts": Model("zhihan1996/DNABERT-S", "00e47f96cdea35e4b6f5df89e5419cbe47d490c6",
                       "dnabert", "dnabert", _sizes(768, 12, 12, 3072), 2.5e-5, 16),
     # small sizes of the same code, for demos and tests; 0.02 suits widths of 512 and more, at 128 it learns far more slowly
-    "tiny-nt": Model(None, None, "nt", "nt", _sizes(128, 2, 4, 256, initializer_range=0.1), 3e-3, 32),
+    "tiny-nt": Model(None, None, "nt", "nt", _sizes(128, 2, 4, 256, initializer_range=0.1), 3e-3, 32, packaged=ASSETS / "tiny_nt"),
     "tiny-dnabert": Model(None, None, "dnabert", "tiny-dnabert", _sizes(128, 2, 4, 256, initializer_range=0.1, vocab_size=1024), 3e-3, 32),
 }
 
@@ -212,6 +215,8 @@ def load_backbone(name, weights=None, revision=None, pretrained=True):
     elif row.hub is not None:
         source, arguments = row.hub, {"revision": revision or row.revision}
         config = _checked_config(family, _hub_config(source, **arguments), f"{source} config.json")
+    elif row.packaged is not None:
+        source, arguments, config = str(row.packaged), {"local_files_only": True}, backbone_config(row, row.packaged)
     else:
         raise InputError(f"{name} has no published weights: give --weights DIR, or --strategy random")
     return _from_pretrained(family, source, arguments, config)
