@@ -163,7 +163,8 @@ def load_head(model, folder):
         if not any(name.endswith("dense.weight") for name in state):
             return False
         if model.tied:
-            state["predictions.decoder.weight"] = model.backbone.get_input_embeddings().weight.detach()
+            tied = next(name for name in model.head.state_dict() if name.endswith("decoder.weight"))
+            state[tied] = model.backbone.get_input_embeddings().weight.detach()
         model.head.load_state_dict(state)
     except UNREADABLE as error:
         raise InputError(f"the language-model head in {folder} does not fit: {' '.join(str(error).split())}") from None
