@@ -73,8 +73,12 @@ def state_digest(state):
 
 def changed_state(classifier, names):
     """{name: tensor on the CPU} of the parameters in `names` and of the heads, which no base weights hold."""
-    keep = set(names) | {name for name, _ in classifier.named_parameters() if name.startswith("heads.")}
-    return {name: p.detach().cpu().clone() for name, p in classifier.named_parameters() if name in keep}
+    return {name: p.detach().cpu().clone() for name, p in _changed(classifier, names).items()}
+
+
+def _changed(classifier, names):
+    names = set(names)
+    return {name: p for name, p in classifier.named_parameters() if name in names or name.startswith("heads.")}
 
 
 def load_state(classifier, state, names):
@@ -82,15 +86,19 @@ def load_state(classifier, state, names):
 
     Raises InputError when one is missing, unknown or of another shape.
     """
-    expected = changed_state(classifier, names).keys()
-    if state.keys() != expected:
-        differ = [f"no {name}" for name in sorted(expected - state.keys())]
-        differ += [f"unknown {name}" for name in sorted(state.keys() - expected)]
+    check_state(classifier, state, names)
+    classifier.load_state_dict(state, strict=False)
+
+
+def check_state(classifier, state, names):
+    """Raise InputError unless load_state() would do. The classifier may be on the meta device."""
+    expected = _changed(classifier, names)
+    differ = [f"no {name}" for name in sorted(expected.keys() - state.keys())]
+    differ += [f"unknown {name}" for name in sorted(state.keys() - expected.keys())]
+    shapes = {name: (tuple(state[name].shape), tuple(p.shape)) for name, p in expected.items() if name in state}
+    differ += [f"{name} is {found}, not {shape}" for name, (found, shape) in shapes.items() if found != shape]
+    if differ:
         raise InputError(f"the checkpoint does not fit its model: {', '.join(differ)}")
-    try:
-        classifier.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise InputError(f"the checkpoint does not fit its model: {' '.join(str(error).split())}") from None
 
 
 def save(path, content, format=CHECKPOINT):
@@ -164,12 +172,16 @@ def read(path, format=CHECKPOINT):
 
 
 def skeleton(content):
-    """The trained classifier of a checkpoint with what the checkpoint itself holds; every other weight is on the meta device."""
+    """The trained classifier of a checkpoint with what the checkpoint itself holds; every other weight is on the meta device.
+
+    Raises InputError when what it holds is not of the sizes that it names, before any memory of those sizes is asked for.
+    """
     family = FAMILIES[get_model(content["model"], content["config"]).family]
     with torch.device("meta"):
         num_classes = {rank: len(table) for rank, table in content["classes"].items()}
         classifier = TaxonClassifier(family.model(family.config(**content["config"])), num_classes)
         inject(classifier, content["settings"])
+    check_state(classifier, content["state"], trainable_names(classifier, content["settings"]))
     classifier.load_state_dict(content["state"], strict=False, assign=True)
     return classifier
 
@@ -179,6 +191,7 @@ def rebuild(content, weights=None):
 
     Raises InputError when the base weights cannot be found or are not, by digest, those that the run began with.
     """
+    skeleton(content)  # checks it
     num_classes = {rank: len(table) for rank, table in content["classes"].items()}
     row = get_model(content["model"], content["config"])
     family = FAMILIES[row.family]

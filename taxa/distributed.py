@@ -102,7 +102,8 @@ def same_on_all(w, facts):
     if w.size > 1:
         dist.all_gather_object(of_ranks, {**facts, "host": socket.gethostname()}, group=w.patient)
     for rank, theirs in enumerate(of_ranks[1:], start=1):
-        differ = [f"{what}: {theirs.get(what)} there, {value} on rank 0" for what, value in facts.items() if theirs.get(what) != value]
+        differ = [f"{what}: {theirs.get(what)} there, {value} on rank 0" for what, value in of_ranks[0].items()
+                  if what != "host" and theirs.get(what) != value]
         if differ:
             leave(w, InputError(f"rank {rank} on {theirs['host']} differs from rank 0 in {'; '.join(differ)}: start all alike"))
 

@@ -1,8 +1,11 @@
 """Disks that fill, bytes that change, ranks that die or differ, numbers that are not finite: each ends in one line, and nothing is lost."""
 
+import contextlib
 import hashlib
 import json
 import os
+import random
+import re
 import resource
 import shutil
 import signal
@@ -22,6 +25,7 @@ from test_train import ROOT, command, torchrun
 import evaluate
 import train
 from taxa import checkpoint, cli, resume
+from taxa.backbones import load_backbone
 from taxa.dataset import PreparedDataset
 
 SHORT = ("--max-steps", "4", "--batch-size", "32")
@@ -164,6 +168,21 @@ def tmpfs(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+def test_a_folder_without_permission_ends_in_one_line_and_the_old_state_stays(tmp_path, capsys):
+    if not os.geteuid():
+        pytest.skip("root may write anywhere: the read-only mount below is for it")
+    resume.save_last(tmp_path, {"step": 1})
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(SystemExit) as left:
+            cli.run(lambda: resume.save_last(tmp_path, {"step": 2}))
+    finally:
+        tmp_path.chmod(0o755)
+    line, = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and "last.pt: Permission denied" in line
+    assert os.listdir(tmp_path) == ["last.pt"] and resume.read_last(tmp_path)["step"] == 1
+
+
 @pytest.mark.parametrize("fault", ["full", "read-only"])
 def test_a_disk_that_fills_or_becomes_read_only_in_a_run(fault, tmpfs, short, weights, capsys):
     arguments = command("tiny-nt", "ia3", short, weights, tmpfs / "run", "--batch-size", "32", "--save-every", "1", "--epochs", "1")
@@ -223,13 +242,57 @@ def test_a_checkpoint_that_claims_huge_tensors_is_refused(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
+HOSTILE = {"wide": {"hidden_size": 4 * 10**6}, "deep": {"num_hidden_layers": 10**9}, "wordy": {"vocab_size": 10**12},
+           "inner": {"intermediate_size": 10**11}}
+
+
+@pytest.mark.parametrize("sizes", HOSTILE.values(), ids=HOSTILE)
+def test_a_config_that_asks_for_a_huge_model_is_refused_at_once(sizes, trained, weights, tmp_path):
+    folder = shutil.copytree(weights["tiny-nt"], tmp_path / "w")
+    values = json.loads((folder / "config.json").read_text()) | sizes
+    (folder / "config.json").write_text(json.dumps(values))
+    for pretrained in (True, False):
+        with pytest.raises(cli.InputError, match="config.json: asks for .* parameters"):
+            load_backbone("tiny-nt", folder, pretrained=pretrained)
+    content = checkpoint.read(trained[1] / "ckpt.pt")
+    checkpoint.save(tmp_path / "ckpt.pt", content | {"config": values})
+    with pytest.raises(cli.InputError, match="asks for .* parameters"):
+        evaluate.main([str(tmp_path / "ckpt.pt"), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("strategy", ["random", "lora"])
+def test_a_checkpoint_whose_settings_ask_for_more_than_it_holds_is_refused(strategy, short, weights, tmp_path):
+    train.main(command("tiny-nt", strategy, short, weights, tmp_path / "run", "--max-steps", "1", "--batch-size", "64"))
+    content = checkpoint.read(tmp_path / "run" / "ckpt.pt")
+    if strategy == "lora":
+        content["settings"]["r"] = 10**12
+    else:
+        content["config"] |= {"hidden_size": 16384, "intermediate_size": 65536}  # 26 GB
+    checkpoint.save(tmp_path / "ckpt.pt", content)
+    with pytest.raises(cli.InputError, match="does not fit its model"):
+        checkpoint.rebuild(checkpoint.read(tmp_path / "ckpt.pt"))
+
+
+def test_nothing_is_unpickled_and_no_remote_code_is_run_anywhere():
+    sources = {path: path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("taxa/**/*.py"),
+                                                                   *ROOT.glob("benchmarks/*.py")]}
+    assert len(sources) > 40
+    for path, text in sources.items():
+        assert text.count("torch.load(") == len(re.findall(r"torch\.load\([^\n]*weights_only=True", text)), path
+        assert not re.search(r"pickle\.loads?\(|Unpickler|allow_pickle=True|trust_remote_code=True|weights_only=False|\beval\(|\bexec\(",
+                             text.replace(".eval(", "")), path
+
+
 # ------------------------------------------------------------------ several processes
 
 
 def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """A port that nobody listens on, below those that the system gives to connections, so that none takes it in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("", port))
+            return port
 
 
 def pair(arguments, of_the_second, cwd):
@@ -260,26 +323,52 @@ def test_ranks_with_other_arguments_or_data_are_told_apart(short, weights, tmp_p
 
 def test_a_rank_that_dies_takes_the_others_down_and_torchrun_resumes(short, weights, tmp_path):
     """Rank 0 is killed twice: --max-restarts 1 resumes after the first, and the second ends the run with a report that names the rank."""
-    arguments = command("tiny-nt", "ia3", short, weights, tmp_path / "run", "--batch-size", "4", "--epochs", "50", "--log-every", "1",
-                        "--save-every", "1")
+    arguments = command("tiny-nt", "ia3", short, weights, tmp_path / "run", "--batch-size", "4", "--epochs", "200", "--patience", "200",
+                        "--log-every", "1", "--save-every", "1")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
-    running = subprocess.Popen([*launcher, str(ROOT / "train.py"), *arguments], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    killed, log, deadline = set(), tmp_path / "run" / "log.jsonl", time.time() + 300
-    while len(killed) < 2 and time.time() < deadline:
-        time.sleep(0.05)
-        if log.exists() and len(log.read_text().splitlines()) > 2 + 4 * len(killed):
-            pid = int((tmp_path / "run" / ".lock").read_text().split()[1])
-            if pid not in killed:
-                os.kill(pid, signal.SIGKILL)
-                killed.add(pid)
-                struck = time.time()
-    out, err = running.communicate(timeout=60)
-    assert len(killed) == 2 and running.returncode == 1 and time.time() - struck < 60
-    assert "resumed after step" in out
-    assert "rank      : 0" in err and "Signal 9" in err
-    assert "Traceback (most recent call last):\n  File \"" + str(ROOT / "train.py") not in err
+    printed, reported = tmp_path / "out.txt", tmp_path / "err.txt"
+    with open(printed, "w") as out, open(reported, "w") as err:
+        running = subprocess.Popen([*launcher, str(ROOT / "train.py"), *arguments], cwd=tmp_path, stdout=out, stderr=err,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def strike_after(words):
+        """Kill rank 0, whose id stands in the lock, three log lines after it printed `words`."""
+        deadline = time.time() + 240
+        while printed.read_text().partition(words)[2].count('"loss"') < 3:
+            assert time.time() < deadline and running.poll() is None, reported.read_text()
+            time.sleep(0.05)
+        os.kill(int((tmp_path / "run" / ".lock").read_text().split()[1]), signal.SIGKILL)
+        return time.time()
+
+    try:
+        strike_after("parameters train")
+        struck = strike_after("resumed after step")
+        assert running.wait(timeout=120) == 1 and time.time() - struck < 60
+    finally:
+        running.kill()
+    report = reported.read_text()
+    assert "rank      : 0" in report and "Signal 9" in report
+    assert "Traceback (most recent call last):\n  File \"" + str(ROOT / "train.py") not in report
     assert resume.read_last(tmp_path / "run")["step"] >= 3
+
+
+def test_two_agents_that_meet_by_a_rendezvous_train_one_model(short, weights, tmp_path):
+    """As two machines do, each with a process and a copy of the data; rank 0's alone writes. The end is that of one process by two steps."""
+    arguments = command("tiny-nt", "lora", short, weights, tmp_path / "run", "--batch-size", "16", "--max-steps", "4")
+    rendezvous = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}",
+                  "--rdzv_id", "test", "--local_addr", "127.0.0.1"]
+    copy = shutil.copytree(short, tmp_path / "data of the other")
+    agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *rendezvous, str(ROOT / "train.py"), *arguments, *data],
+                               cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}) for data in ([], ["--data", str(copy)])]
+    ends = [agent.communicate(timeout=300) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], ends
+    assert sorted("best epoch 1" in out for out, _ in ends) == [False, True]  # one of the two is rank 0
+    train.main([*arguments, "--batch-size", "32", "--out", str(tmp_path / "one")])
+    one, two = (checkpoint.read(folder / "last.pt", RESUME) for folder in (tmp_path / "one", tmp_path / "run"))
+    assert one["step"] == two["step"] == 4 and two["sequences per step"] == 32
+    for name in one["state"]:
+        torch.testing.assert_close(two["state"][name], one["state"][name], rtol=1e-4, atol=2e-5)
 
 
 def test_one_two_and_three_processes_evaluate_to_the_last_bit(trained, tmp_path):

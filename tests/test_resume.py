@@ -1,5 +1,6 @@
 """A run that is killed, stopped or restarted ends as if nothing had happened; what cannot go on is refused in one line."""
 
+import gc
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from runs import dies, in_step
+from runs import Killed, dies, in_step
 from test_train import ROOT, STRATEGIES, command, torchrun
 
 import train
@@ -95,6 +96,34 @@ def test_begun_by_one_process_and_ended_by_two(two, short, weights, tmp_path):
     assert whole["step"] == both["step"] == 10
     for name in whole["state"]:
         torch.testing.assert_close(both["state"][name], whole["state"][name], rtol=1e-3, atol=2e-4)
+
+
+def test_killed_before_any_file_gets_its_name(short, weights, tmp_path, monkeypatch):
+    """Once before each rename of a run of three steps, whatever is renamed: states, checkpoint, settings, tables."""
+    def arguments(name):
+        return command("tiny-nt", "ia3", short, weights, tmp_path / name, *MORE, "--batch-size", "128", "--epochs", "1", "--save-every", "1")
+
+    replace, renamed = os.replace, []
+
+    def counts(source, target):
+        if renamed.append(os.path.basename(target)) or len(renamed) == die_at:
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", counts)
+    die_at = 0
+    train.main(arguments("whole"))
+    names, moments = set(renamed), len(renamed)
+    assert {"args.json", "last.pt", "last.prev.pt", "ckpt.pt", "metrics.json", "per_class.csv"} <= names and moments >= 16
+    for moment in range(1, moments + 1):
+        die_at = moment
+        renamed.clear()
+        with pytest.raises(Killed):
+            train.main(arguments(str(moment)))
+        gc.collect()  # as in runs.dies()
+        die_at = 0
+        train.main([*arguments(str(moment)), "--resume"])
+        assert_same_end(tmp_path / str(moment), tmp_path / "whole")
 
 
 def test_killed_in_the_validation(short, weights, tmp_path, monkeypatch):

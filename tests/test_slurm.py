@@ -35,7 +35,7 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$STATE/requeued"; fi
 def sbatch(state, arguments, restarts):
     environment = os.environ | {
         "PATH": f"{state}:{os.environ['PATH']}", "STATE": str(state), "PYTHON": sys.executable, "SLURM_JOB_NODELIST": "here",
-        "SLURM_JOB_ID": str(free_port() - 20000), "SLURM_CPUS_PER_TASK": "1", "SLURM_RESTART_COUNT": str(restarts)}
+        "SLURM_JOB_ID": str(free_port()), "SLURM_CPUS_PER_TASK": "1", "SLURM_RESTART_COUNT": str(restarts)}
     return subprocess.Popen([ROOT / "examples" / "train.sbatch", *arguments], cwd=ROOT, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

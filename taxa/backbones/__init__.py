@@ -26,6 +26,11 @@ from taxa.tokens import NTTokenizer, get_tokenizer
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
+# A config.json asks for memory before a byte of weights is read: 40 GB at most, 40 times the largest model of the table. A layer of any
+# width takes memory and time of its own, here as that of so many parameters.
+MAX_PARAMETERS, LAYER_OVERHEAD = 10**10, 10**6
+
+
 class Family(NamedTuple):
     """One architecture: its classes, and the module that holds its adapter targets and its key surgery."""
 
@@ -90,7 +95,10 @@ def get_model(name, values=None):
     if isinstance(name, Model):
         return name
     if values is None or name in MODELS:
-        return MODELS[choose("model", name, MODELS)]
+        row = MODELS[choose("model", name, MODELS)]
+        if values is not None:
+            _checked_config(FAMILIES[row.family], values, f"{name} config.json")
+        return row
     source = f"{name} config.json"
     found = values.get("model_type") if isinstance(values, dict) else None
     key = next((key for key, family in FAMILIES.items() if family.config.model_type == found), None)
@@ -189,6 +197,10 @@ def _checked_config(family, values, source):
         size = getattr(config, key)
         if type(size) is not int or size < 1:
             raise InputError(f"{source}: {key} is {size!r}, not a positive integer")
+    per_layer = config.hidden_size * (4 * config.hidden_size + 3 * config.intermediate_size)  # about: attention, gated feed-forward
+    parameters = config.vocab_size * config.hidden_size + config.num_hidden_layers * (per_layer + LAYER_OVERHEAD)
+    if parameters > MAX_PARAMETERS:
+        raise InputError(f"{source}: asks for {parameters:.1e} parameters; more than {MAX_PARAMETERS:.0e} is no model of this kind")
     if config.hidden_size % config.num_attention_heads:
         raise InputError(f"{source}: hidden_size {config.hidden_size} is no multiple of {config.num_attention_heads} attention heads")
     return config
