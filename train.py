@@ -202,7 +202,7 @@ def train(w, args, row, settings, signals, start=None):
     set_precision(args.precision, w.device)
     out = Path(args.out or run_name(args, settings))
     if w.is_main:  # only rank 0 looks into the run folder and writes there
-        resume.begin(out, args.resume, args.overwrite)
+        resume.begin(out, args.resume, args.overwrite, w.again)
     data = open_data(w, args, row)
     tokenizer = row.tokenizer
     splits = {name: data.split(name, tokenizer) for name in SPLITS}
@@ -245,7 +245,7 @@ def train(w, args, row, settings, signals, start=None):
     last = None
     if w.is_main:
         held = resume.lock(out)
-        if resume.begin(out, args.resume, args.overwrite):  # asked again: another run may have come in between
+        if resume.begin(out, args.resume, args.overwrite, w.again):  # asked again: another run may have come in between
             last = resume.read_last(out)
             resume.check_same(out / "last.pt", last, facts)
             if last["best"] < math.inf:

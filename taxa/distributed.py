@@ -5,6 +5,7 @@ import datetime
 import os
 import socket
 import time
+import uuid
 from typing import NamedTuple
 
 import torch
@@ -20,12 +21,16 @@ LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", 
 
 
 class World(NamedTuple):
-    """This process among all: rank of size, on device. patient: the gloo group for words between them and for long waits."""
+    """This process among all: rank of size, on device. patient: the gloo group for words between them and for long waits.
+
+    again: known to rank 0: did this torchrun start processes before these? Any of its agents' restarts counts, not this one's alone.
+    """
 
     rank: int
     size: int
     device: torch.device
     patient: object = None
+    again: bool = False
 
     @property
     def is_main(self):
@@ -51,11 +56,13 @@ def world(device="auto"):
             raise InputError(f"process {device.index} of this machine has no GPU of its own: it has {torch.cuda.device_count()}; start "
                              "as many processes as GPUs, or use --device cpu")
         torch.cuda.set_device(device)
-    joins = size > 1 and not dist.is_initialized()
+    joins, again = size > 1 and not dist.is_initialized(), False
     try:
         if joins:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=STEP_LIMIT)
-        yield World(rank, size, device, dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None)
+            store, again = _own_store(rank, size)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP_LIMIT)
+        yield World(rank, size, device, dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None, again)
     except RuntimeError as error:
         if size == 1 or not any(sign in str(error) for sign in LOST):
             raise
@@ -63,6 +70,31 @@ def world(device="auto"):
                    "that ended first") from None
     if joins:  # not after an error: it would wait for those that are gone
         dist.destroy_process_group()
+
+
+def _own_store(rank, size):
+    """(key-value store for this start of the processes alone, on rank 0: was there a start before it in the same store?)
+
+    torchrun keeps one store over its restarts (--max-restarts), and in it lie the addresses of the processes that are gone, to which gloo
+    and NCCL would connect if the new process has not written its own yet: "Connection refused". The number of restarts does not tell
+    the starts apart, since each agent has a count of its own. So rank 0 draws a name, which goes before every key; each of the others
+    waits until rank 0 has read the name that it drew, which a dead rank 0 does not.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=STEP_LIMIT))
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + STEP_LIMIT.total_seconds()
+    if rank == 0:
+        again = store.check(["start"])
+        store.set("start", mine)
+        for other in range(1, size):
+            store.set(f"{mine}/seen/{other}", store.get(f"{mine}/{other}"))
+        return dist.PrefixStore(mine, store), again
+    while time.monotonic() < deadline:
+        start = store.get("start").decode()
+        store.set(f"{start}/{rank}", mine)
+        if store.check([f"{start}/seen/{rank}"]) and store.get(f"{start}/seen/{rank}").decode() == mine:
+            return dist.PrefixStore(start, store), False
+        time.sleep(0.05)
+    raise RuntimeError("Timed out waiting for rank 0")
 
 
 def leave(w, stop):

@@ -29,15 +29,17 @@ def restarted():
     return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
-def begin(out, resume, overwrite):
+def begin(out, resume, overwrite, again=False):
     """Look at a run folder before anything is written: True to resume from its last.pt, False to begin anew. For rank 0.
+
+    again: the command was started before, which counts as restarted() does.
 
     Raises InputError for a folder that holds something else, or a run that is neither to be resumed nor to be replaced.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: give another --out")
     empty = not out.is_dir() or all(path.name == LOCK for path in out.iterdir())
-    is_run, again = (out / "args.json").is_file() or empty and (out / LOCK).exists(), restarted()
+    is_run, again = (out / "args.json").is_file() or empty and (out / LOCK).exists(), again or restarted()
     if (resume or again) and ((out / LAST).exists() or (out / PREVIOUS).exists()):
         return True
     if resume and not is_run and not (again and empty):

@@ -1,6 +1,7 @@
 """Disks that fill, bytes that change, ranks that die or differ, numbers that are not finite: each ends in one line, and nothing is lost."""
 
 import contextlib
+import datetime
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 
@@ -24,7 +26,7 @@ from test_train import ROOT, command, torchrun
 
 import evaluate
 import train
-from taxa import checkpoint, cli, resume
+from taxa import checkpoint, cli, distributed, resume
 from taxa.backbones import load_backbone
 from taxa.dataset import PreparedDataset
 
@@ -347,14 +349,41 @@ def test_a_rank_that_dies_takes_the_others_down_and_torchrun_resumes(short, weig
     finally:
         running.kill()
     report = reported.read_text()
-    assert "rank      : 0" in report and "Signal 9" in report
+    assert "rank      : 0" in report and "Signal 9" in report and "failed to connect" not in report
     assert "Traceback (most recent call last):\n  File \"" + str(ROOT / "train.py") not in report
     assert resume.read_last(tmp_path / "run")["step"] >= 3
 
 
+def test_a_restarted_process_never_meets_the_addresses_of_the_dead(monkeypatch):
+    """torchrun keeps its store over a restart. Three starts of two ranks in one, either rank the first."""
+    shared, found = torch.distributed.HashStore(), {}
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(shared, None, None)]))
+    monkeypatch.setattr(distributed, "STEP_LIMIT", datetime.timedelta(seconds=20))
+
+    def begin(start, rank):
+        def join():
+            store, again = found[start, rank] = distributed._own_store(rank, 2)
+            store.set(f"address of {rank}", f"of start {start}")
+        thread = threading.Thread(target=join, daemon=True)
+        thread.start()
+        return thread
+
+    for start, ranks in enumerate([(0, 1), (1, 0), (1, 0)]):
+        threads = [begin(start, ranks[0])]
+        threads[0].join(0.3)  # as when one process starts much earlier: on a busy machine
+        assert threads[0].is_alive()
+        threads.append(begin(start, ranks[1]))
+        for thread in threads:
+            thread.join(20)
+        stores = [found[start, rank][0] for rank in (0, 1)]
+        assert found[start, 0][1] == (start > 0)
+        for store in stores:
+            assert [store.get(f"address of {rank}").decode() for rank in (0, 1)] == [f"of start {start}"] * 2
+
+
 def test_two_agents_that_meet_by_a_rendezvous_train_one_model(short, weights, tmp_path):
-    """As two machines do, each with a process and a copy of the data; rank 0's alone writes. The end is that of one process by two steps."""
-    arguments = command("tiny-nt", "lora", short, weights, tmp_path / "run", "--batch-size", "16", "--max-steps", "4")
+    """As two machines do, each with a copy of the data; only rank 0 writes. The end is that of one process with batches twice as large."""
+    arguments = command("tiny-nt", "ia3", short, weights, tmp_path / "run", "--batch-size", "16", "--max-steps", "4")
     rendezvous = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}",
                   "--rdzv_id", "test", "--local_addr", "127.0.0.1"]
     copy = shutil.copytree(short, tmp_path / "data of the other")
