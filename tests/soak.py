@@ -29,6 +29,7 @@ from taxa.cli import InputError, Parser, positive_int, run  # noqa: E402
 from taxa.cli import seed as seed_type  # noqa: E402
 from taxa.dataset import micro_batches  # noqa: E402
 from taxa.files import write_json  # noqa: E402
+from test_reliability import free_port  # noqa: E402
 from test_resume import assert_same_end  # noqa: E402
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -154,8 +155,7 @@ def main(argv=None):
             raise InputError(f"{flips} bits flipped, but last.prev.pt was used {noticed} times")
         assert_same_end(whole, killed)
 
-        port = str(29000 + os.getpid() % 900)
-        rendezvous = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}",
+        rendezvous = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}",
                       "--rdzv_id", "soak"]
         agents = [start(arguments, hosts, [*rendezvous, "--local_addr", "127.0.0.1"]) for _ in range(2)]
         if any(agent.wait() for agent in agents):

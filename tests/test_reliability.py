@@ -400,15 +400,34 @@ def test_two_agents_that_meet_by_a_rendezvous_train_one_model(short, weights, tm
         torch.testing.assert_close(two["state"][name], one["state"][name], rtol=1e-4, atol=2e-5)
 
 
-def test_one_two_and_three_processes_evaluate_to_the_last_bit(trained, tmp_path):
+@pytest.fixture(scope="module")
+def three(trained, short, weights, tmp_path_factory):
+    """By three processes: an epoch of a step of 291 sequences and a step of one, and an evaluation."""
+    root = tmp_path_factory.mktemp("three")
+    runs = [["train", *command("tiny-nt", "ia3", short, weights, root / "run", "--epochs", "1", "--batch-size", "97")],
+            ["evaluate", str(trained[1] / "ckpt.pt"), "--batch-size", "8", "--out", str(root / "evaluated")]]
+    done = torchrun(3, ROOT / "tests" / "runs.py", json.dumps(runs), cwd=root)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def test_one_two_and_three_processes_evaluate_to_the_last_bit(trained, three, tmp_path):
     arguments = [str(trained[1] / "ckpt.pt"), "--batch-size", "8", "--out"]
     found = evaluate.main([*arguments, str(tmp_path / "1")])
-    for size in (2, 3):
-        done = torchrun(size, ROOT / "evaluate.py", *arguments, tmp_path / str(size), cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert json.loads((tmp_path / str(size) / "metrics.json").read_text()) == found
+    done = torchrun(2, ROOT / "evaluate.py", *arguments, tmp_path / "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for folder in (tmp_path / "2", three / "evaluated"):
+        assert json.loads((folder / "metrics.json").read_text()) == found
         for name in ("metrics.json", "per_class.csv", "confusion_genus.csv"):
-            assert (tmp_path / str(size) / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
+            assert (folder / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
+
+
+def test_a_last_step_with_fewer_sequences_than_processes(three, short, weights, tmp_path):
+    train.main(command("tiny-nt", "ia3", short, weights, tmp_path / "run", "--epochs", "1", "--batch-size", "291"))
+    one, of_three = (checkpoint.read(folder / "run" / "last.pt", RESUME) for folder in (tmp_path, three))
+    assert one["step"] == of_three["step"] == 2
+    for name in one["state"]:
+        torch.testing.assert_close(of_three["state"][name], one["state"][name], rtol=1e-4, atol=2e-5)
 
 
 # ------------------------------------------------------------------ no network
