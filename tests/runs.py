@@ -3,18 +3,27 @@
   torchrun --nproc_per_node 2 tests/runs.py '[["train", "--model", ...], ["evaluate", "ckpt.pt"], ["dies", 5, "--model", ...]]'
 
 ["dies", N, ...] is a training run that ends in the middle of its N-th step, as if killed: nothing is saved or tidied up.
+
+  python tests/runs.py '{"2": [["train", ...]], "3": [["evaluate", ...]]}'
+
+runs one list by two processes, then another by three, forked from this one: what they import is imported once.
 """
 
 import contextlib
 import gc
 import json
+import os
+import random
+import socket
 import sys
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
+from taxa import cli  # noqa: E402
 from taxa.distributed import world  # noqa: E402
 
 
@@ -54,10 +63,59 @@ def dies(n, arguments):
     raise AssertionError(f"the run ended before step {n}")
 
 
-if __name__ == "__main__":
+def free_port():
+    """A port that nobody listens on, below those that the system gives to connections, so that none takes it in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("", port))
+            return port
+
+
+def ranks(size, main, output=None):
+    """Fork `size` ranks that call main() as a script does, as srun starts them; output: a file for what they print. Returns their ids.
+
+    Only from a process that has not run a backward pass: autograd's threads do not survive a fork.
+    """
+    port, ids = str(free_port()), []
+    for rank in range(size):
+        ids.append(os.fork())
+        if ids[-1] == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+                           "MASTER_PORT": port}
+            if output:
+                for stream in (1, 2):
+                    os.dup2(output.fileno(), stream)
+            status = 1
+            try:
+                cli.run(main)
+                status = 0
+            except SystemExit as left:
+                status = left.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+    return ids
+
+
+def run_all(runs):
     with world("cpu"):  # one process group for all of them
-        for script, *arguments in json.loads(sys.argv[1]):
+        for script, *arguments in runs:
             if script == "dies":
                 dies(arguments[0], arguments[1:])
             else:
                 {"train": train, "evaluate": evaluate}[script].main(arguments)
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    if isinstance(given, list):
+        run_all(given)
+    else:
+        for size, runs in given.items():
+            for rank in ranks(int(size), lambda runs=runs: run_all(runs)):
+                if os.waitpid(rank, 0)[1] != 0:
+                    sys.exit(f"one of {size} processes failed")

@@ -2,10 +2,10 @@
 
   python tests/soak.py --kills 20 --seed 0
 
-Three runs of the same command under torchrun: one is left alone; one is killed (SIGKILL to all of its processes, or to one of them, or
-SIGTERM to torchrun) at moments drawn from the seed, now and then has a byte of its last.pt flipped, and is resumed each time; one is by
-two torchrun agents that meet by a rendezvous, as two machines would. All three must end with the same bits. Prints one JSON line, and
-writes it to --out.
+Three runs of the same command: one is left alone; one is killed (SIGKILL to both of its processes, or to one of them, or SIGTERM to both)
+at moments drawn from the seed, now and then has a bit of its last.pt flipped, and is resumed each time; one is by two torchrun agents
+that meet by a rendezvous, as two machines would. All three must end with the same bits. Prints one JSON line, and writes it to --out.
+The processes of the first two are forked from this one, which has imported what they need: else most of the time would go into that.
 """
 
 import json
@@ -23,58 +23,47 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
 import prepare  # noqa: E402
+import train  # noqa: E402
+from runs import free_port, ranks  # noqa: E402
 from taxa import checkpoint, resume  # noqa: E402
 from taxa.cli import InputError, Parser, positive_int, run  # noqa: E402
 from taxa.cli import seed as seed_type  # noqa: E402
 from taxa.dataset import micro_batches  # noqa: E402
 from taxa.files import write_json  # noqa: E402
-from test_reliability import free_port  # noqa: E402
 from test_resume import assert_same_end  # noqa: E402
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-KINDS = ("SIGKILL to all", "SIGKILL to rank 0", "SIGKILL to rank 1", "SIGTERM to torchrun")
+KINDS = ("SIGKILL to all", "SIGKILL to rank 0", "SIGKILL to rank 1", "SIGTERM to all")
+LIMIT = 60  # seconds in which all processes of a run must be gone when one is
 
 
-def start(arguments, folder, launcher):
-    """torchrun in a session of its own, so that its whole group can be killed. Its output goes to a file beside the run."""
+def start(arguments, folder):
+    """Two ranks; what they print goes to a file beside the run. Returns their process ids."""
     with open(folder.with_suffix(".txt"), "ab") as file:
-        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *launcher, str(ROOT / "train.py"), *arguments, "--out",
-                                 str(folder)], cwd=folder.parent, stdout=file, stderr=file, start_new_session=True, env=ENVIRONMENT)
+        return ranks(2, lambda: train.main([*arguments, "--out", str(folder)]), file)
 
 
-def workers(torchrun):
-    """The process ids of the training processes of a torchrun, in the order they were started: by rank."""
-    done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun.pid)], capture_output=True, text=True)
-    return sorted(map(int, done.stdout.split()))
+def ends(processes, seconds):
+    """Wait for processes, at most so long. Returns their exit statuses, None for those that are not gone; a signal is negative."""
+    deadline = time.time() + seconds
+    while True:  # WNOWAIT: so that it can be asked again
+        gone = [os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) for process in processes]
+        if None not in gone or time.time() > deadline:
+            return [found and (found.si_status if found.si_code == os.CLD_EXITED else -found.si_status) for found in gone]
+        time.sleep(0.01)
 
 
-def strike(torchrun, kind):
-    """End a run as `kind` says, and wait until all of it is gone."""
-    ids = workers(torchrun)
-    if kind == "SIGTERM to torchrun":
-        torchrun.terminate()
-    elif kind == "SIGKILL to all" or len(ids) < 2:
-        os.killpg(torchrun.pid, signal.SIGKILL)
-        for worker in ids:  # torchrun gives each a session of its own
-            kill(worker)
-    else:
-        kill(ids[int(kind[-1])])
+def strike(processes, kind):
+    """End a run as `kind` says; returns how long it took until all of it was gone."""
+    number = signal.SIGTERM if kind.startswith("SIGTERM") else signal.SIGKILL
     begun = time.time()
-    torchrun.wait(timeout=60)
-    for worker in ids:
-        while Path(f"/proc/{worker}").exists() and time.time() - begun < 60:
-            time.sleep(0.01)
-        if Path(f"/proc/{worker}").exists():
-            raise InputError(f"{kind}: process {worker} lives on a minute later")
+    for process in processes if kind.endswith("all") else [processes[int(kind[-1])]]:
+        os.kill(process, number)
+    if None in ends(processes, LIMIT):
+        raise InputError(f"{kind}: a process lives on {LIMIT} seconds later")
     return time.time() - begun
-
-
-def kill(process):
-    try:
-        os.kill(process, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def last_step(folder):
@@ -86,14 +75,6 @@ def last_step(folder):
             except InputError:
                 pass
     return 0
-
-
-def until_it_trains(torchrun, folder):
-    """Wait for the first line of the log; seconds since the call."""
-    begun = time.time()
-    while torchrun.poll() is None and not (folder / "log.jsonl").exists():
-        time.sleep(0.01)
-    return time.time() - begun
 
 
 def sequences_lost(data, batch_size, epochs, folder):
@@ -114,6 +95,7 @@ def main(argv=None):
     add("--out", metavar="FILE", help="write the JSON line there, too")
     args = parser.parse_args(argv)
     rng = random.Random(args.seed)
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="taxa-soak-") as scratch:
         scratch = Path(scratch)
         data = scratch / "data"
@@ -122,22 +104,19 @@ def main(argv=None):
                      "--batch-size", "8", "--patience", "100", "--save-every", "7", "--log-every", "5"]
         whole, killed, hosts = scratch / "whole", scratch / "killed", scratch / "hosts"
         began = time.time()
-        torchrun = start(arguments, whole, ["--standalone", "--nproc_per_node", "2"])
-        starting = until_it_trains(torchrun, whole)
-        if torchrun.wait() != 0:
+        if ends(start(arguments, whole), 600) != [0, 0]:
             raise InputError(f"the run that nobody touched failed:\n{whole.with_suffix('.txt').read_text()[-3000:]}")
-        training = time.time() - began - starting
+        lasts = time.time() - began
 
-        done, flips, steps, slowest = {}, 0, [], 0.0
+        done, flips, steps, slowest, finished = {}, 0, [], 0.0, False
         while sum(done.values()) < args.kills:
-            torchrun = start([*arguments, *["--resume"] * killed.exists()], killed, ["--standalone", "--nproc_per_node", "2"])
-            before, kind = last_step(killed), rng.choice(KINDS)
-            wait = rng.uniform(0.5 * starting, 1.2 * starting + 1.5 * training / args.kills)  # now and then while it is still starting
-            try:
-                torchrun.wait(timeout=wait)
+            processes = start([*arguments, *["--resume"] * killed.exists()], killed)
+            before, kind, wait = last_step(killed), rng.choice(KINDS), rng.uniform(0, 3 * lasts / args.kills)
+            statuses = ends(processes, wait)
+            if statuses[0] == 0 or None not in statuses:
+                finished = ends(processes, LIMIT) == [0, 0]
                 break  # it came to its end before this blow
-            except subprocess.TimeoutExpired:
-                slowest = max(slowest, strike(torchrun, kind))
+            slowest = max(slowest, strike(processes, kind))
             done[kind] = done.get(kind, 0) + 1
             steps.append(last_step(killed))
             print(f"{sum(done.values())}: {kind} after {wait:.1f} s, step {before} -> {steps[-1]}", flush=True)
@@ -148,7 +127,7 @@ def main(argv=None):
                 (killed / "last.pt").write_bytes(content)
                 flips += 1
                 print("   one bit of last.pt flipped", flush=True)
-        if torchrun.poll() != 0 and start([*arguments, "--resume"], killed, ["--standalone", "--nproc_per_node", "2"]).wait() != 0:
+        if not finished and ends(start([*arguments, "--resume"], killed), 600) != [0, 0]:
             raise InputError(f"the run did not come to its end:\n{killed.with_suffix('.txt').read_text()[-3000:]}")
         noticed = killed.with_suffix(".txt").read_text().count("going on from last.prev.pt")
         if noticed != flips:
@@ -157,7 +136,10 @@ def main(argv=None):
 
         rendezvous = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}",
                       "--rdzv_id", "soak"]
-        agents = [start(arguments, hosts, [*rendezvous, "--local_addr", "127.0.0.1"]) for _ in range(2)]
+        with open(hosts.with_suffix(".txt"), "ab") as file:
+            command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--local_addr", "127.0.0.1", str(ROOT / "train.py"),
+                       *arguments, "--out", str(hosts)]
+            agents = [subprocess.Popen(command, cwd=scratch, stdout=file, stderr=file) for _ in range(2)]
         if any(agent.wait() for agent in agents):
             raise InputError(f"two agents did not train one model:\n{hosts.with_suffix('.txt').read_text()[-3000:]}")
         assert_same_end(whole, hosts)

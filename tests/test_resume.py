@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from runs import Killed, dies, in_step
-from test_train import ROOT, STRATEGIES, command, torchrun
+from test_train import ROOT, STRATEGIES, command, python
 
 import train
 from taxa import checkpoint, cli, resume
@@ -66,7 +66,7 @@ def two(short, weights, tmp_path_factory):
     one = command("tiny-nt", "full", short, weights, root / "one", *MORE)
     dies(6, [*one, "--batch-size", "16", "--accumulate", "4"])
     runs.append(["train", *one, "--resume"])
-    done = torchrun(2, ROOT / "tests" / "runs.py", json.dumps(runs), cwd=root)
+    done = python(ROOT / "tests" / "runs.py", json.dumps({2: runs}), cwd=root)
     assert done.returncode == 0, done.stderr
     return root
 

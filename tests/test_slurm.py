@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from test_reliability import free_port
+from runs import free_port
 from test_train import ROOT, command
 
 from taxa import resume
