@@ -108,14 +108,23 @@ def main(argv=None):
             raise InputError(f"the run that nobody touched failed:\n{whole.with_suffix('.txt').read_text()[-3000:]}")
         lasts = time.time() - began
 
-        done, flips, steps, slowest, finished = {}, 0, [], 0.0, False
+        def again():
+            return [*arguments, *["--resume"] * (killed / resume.LOCK).exists()]
+
+        def finish(processes):
+            if ends(processes, 600) != [0, 0]:
+                raise InputError(f"the run did not come to its end:\n{killed.with_suffix('.txt').read_text()[-3000:]}")
+            assert_same_end(whole, killed)
+
+        done, flips, steps, slowest = {}, 0, [], 0.0
         while sum(done.values()) < args.kills:
-            processes = start([*arguments, *["--resume"] * killed.exists()], killed)
-            before, kind, wait = last_step(killed), rng.choice(KINDS), rng.uniform(0, 3 * lasts / args.kills)
+            processes = start(again(), killed)
+            before, kind, wait = last_step(killed), rng.choice(KINDS), rng.uniform(0, 2 * lasts / args.kills)
             statuses = ends(processes, wait)
-            if statuses[0] == 0 or None not in statuses:
-                finished = ends(processes, LIMIT) == [0, 0]
-                break  # it came to its end before this blow
+            if statuses[0] == 0 or None not in statuses:  # it came to its end before this blow: once more from the start
+                finish(processes)
+                shutil.rmtree(killed)
+                continue
             slowest = max(slowest, strike(processes, kind))
             done[kind] = done.get(kind, 0) + 1
             steps.append(last_step(killed))
@@ -127,12 +136,10 @@ def main(argv=None):
                 (killed / "last.pt").write_bytes(content)
                 flips += 1
                 print("   one bit of last.pt flipped", flush=True)
-        if not finished and ends(start([*arguments, "--resume"], killed), 600) != [0, 0]:
-            raise InputError(f"the run did not come to its end:\n{killed.with_suffix('.txt').read_text()[-3000:]}")
+        finish(start(again(), killed))
         noticed = killed.with_suffix(".txt").read_text().count("going on from last.prev.pt")
         if noticed != flips:
             raise InputError(f"{flips} bits flipped, but last.prev.pt was used {noticed} times")
-        assert_same_end(whole, killed)
 
         rendezvous = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}",
                       "--rdzv_id", "soak"]
