@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from taxa import peft_format
-from taxa.backbones import FAMILIES, get_model, load_backbone
+from taxa.backbones import FAMILIES, checked_config, get_model, load_backbone
 from taxa.cli import InputError
 from taxa.files import UNREADABLE, replacing
 from taxa.model import TaxonClassifier
@@ -179,7 +179,8 @@ def skeleton(content):
     family = FAMILIES[get_model(content["model"], content["config"]).family]
     with torch.device("meta"):
         num_classes = {rank: len(table) for rank, table in content["classes"].items()}
-        classifier = TaxonClassifier(family.model(family.config(**content["config"])), num_classes)
+        config = checked_config(family, content["config"], f"the checkpoint's {content['model']} config.json")
+        classifier = TaxonClassifier(family.model(config), num_classes)
         inject(classifier, content["settings"])
     check_state(classifier, content["state"], trainable_names(classifier, content["settings"]))
     classifier.load_state_dict(content["state"], strict=False, assign=True)

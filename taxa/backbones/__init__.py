@@ -95,17 +95,14 @@ def get_model(name, values=None):
     if isinstance(name, Model):
         return name
     if values is None or name in MODELS:
-        row = MODELS[choose("model", name, MODELS)]
-        if values is not None:
-            _checked_config(FAMILIES[row.family], values, f"{name} config.json")
-        return row
+        return MODELS[choose("model", name, MODELS)]
     source = f"{name} config.json"
     found = values.get("model_type") if isinstance(values, dict) else None
     key = next((key for key, family in FAMILIES.items() if family.config.model_type == found), None)
     if key is None:
         raise InputError(f"{source}: model_type is {found!r}: only Nucleotide Transformer v2 ('esm') and DNABERT-2 ('bert') can be built")
     family = FAMILIES[key]
-    _checked_config(family, values, source)
+    checked_config(family, values, source)
     if family.module.SIGN not in values:
         raise InputError(f"{source}: no {family.module.SIGN} in it: {family.module.SIGN_MEANS}")
     like = [row for row in MODELS.values() if row.hub and row.family == key][-1]
@@ -165,7 +162,7 @@ def backbone_config(name, weights=None):
     family = FAMILIES[row.family]
     if weights is None:
         return family.config(**row.sizes)
-    return _checked_config(family, read_config(weights), Path(weights) / "config.json")
+    return checked_config(family, read_config(weights), Path(weights) / "config.json")
 
 
 def read_config(weights):
@@ -184,7 +181,7 @@ def _read_json(path):
         raise InputError(f"{path}: not readable as JSON ({error})") from None
 
 
-def _checked_config(family, values, source):
+def checked_config(family, values, source):
     """Build the family's config from a config.json's values, refusing what this architecture does not compute."""
     if not isinstance(values, dict) or values.get("model_type") != family.config.model_type:
         found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
@@ -226,7 +223,7 @@ def load_backbone(name, weights=None, revision=None, pretrained=True):
         source, arguments, config = str(weights), {"local_files_only": True}, backbone_config(row, weights)
     elif row.hub is not None:
         source, arguments = row.hub, {"revision": revision or row.revision}
-        config = _checked_config(family, _hub_config(source, **arguments), f"{source} config.json")
+        config = checked_config(family, _hub_config(source, **arguments), f"{source} config.json")
     elif row.packaged is not None:
         source, arguments, config = str(row.packaged), {"local_files_only": True}, backbone_config(row, row.packaged)
     else:
