@@ -75,7 +75,7 @@ class Variant:
                 seen.add(storage.data_ptr())
                 alive.append(storage)  # so that no address is used again
                 total += storage.nbytes()
-            return tensor
+            return tensor.detach()  # a node that saves its own result would else hold itself, and the graph never be freed
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             self.loss(*batch)
