@@ -33,7 +33,7 @@ BATCH = 16
 RATES = {"full": 3e-3, "random": 3e-3, "freeze75": 3e-3, "lora": 1e-2, "ia3": 3e-2}  # how they were chosen: docs/RESULTS.md
 TRAINED = [("full", []), ("random", []), ("freeze75", []), *(("lora", ["--r", r]) for r in ("1", "4", "20")), ("ia3", [])]
 FROZEN = [(strategy, [*flags, "--heads", "frozen"]) for strategy, flags in TRAINED if strategy in ("lora", "ia3")]
-PRETRAINING = (4000, 1)  # genera and seed of the genomes that tiny-dnabert is pretrained on
+PRETRAINING = (400, 1)  # genera and seed of the genomes that tiny-dnabert is pretrained on; every genus also validates
 
 
 def parse_args(argv=None):

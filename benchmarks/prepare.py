@@ -5,8 +5,8 @@
   python benchmarks/prepare.py --sequences 500000 --scratch /tmp/corpora --tokens dnabert --tokenizer-file PATH
 
 Simulates each corpus with `python -m taxa.simulate --study` in --scratch unless it is there, runs prepare.py on it and prints a JSON
-line: wall time (s), sequences/s, CPU time (s, all processes), and the peak of the memory of all its processes together, sampled ten
-times a second: "pss" counts a page that processes share once, "rss" once for each. Linux only: it reads /proc.
+line: wall time (s), sequences/s, CPU time (s, all processes), and the peak of the memory of all its processes together, sampled about
+once a second: "pss" counts a page that processes share once, "rss" once for each. Linux only: it reads /proc.
 """
 
 import json
@@ -63,9 +63,10 @@ def measure(command):
     process = subprocess.Popen(command, cwd=ROOT)
     peak, samples = {"pss": 0, "rss": 0}, 0
     while process.poll() is None:
+        looked = time.perf_counter()
         now = memory(tree(process.pid))
         peak, samples = {name: max(peak[name], now[name]) for name in peak}, samples + 1
-        time.sleep(0.1)
+        time.sleep(max(0.1, 20 * (time.perf_counter() - looked)))  # the kernel adds up a process's pages in some 30 ms: a twentieth of a core
     seconds = time.perf_counter() - start
     if process.returncode:
         raise InputError(f"{' '.join(command)} failed")

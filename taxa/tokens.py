@@ -160,9 +160,8 @@ class BPETokenizer:
         """letters: bytes in ACGTN, sequences of `lengths` joined. Returns (ids joined, uint16; ids per sequence, int64)."""
         text, ends = letters.decode("ascii"), np.cumsum(lengths)
         encodings = self._tokenizer.encode_batch_fast([text[end - length:end] for end, length in zip(ends.tolist(), lengths)])
-        counts = np.array([len(encoding.ids) for encoding in encodings], dtype=np.int64)
-        ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
-        return np.fromiter(ids, dtype=np.uint16, count=int(counts.sum())), counts
+        rows = [np.array(encoding.ids, dtype=np.uint16) for encoding in encodings]
+        return np.concatenate(rows), np.array([len(row) for row in rows], dtype=np.int64)
 
 
 def get_tokenizer(name, file=None):

@@ -68,6 +68,12 @@ def test_the_heads_grid_has_few_and_many_genera_and_real_fragments(capsys):
     assert sum("--max-steps" in line for line in lines) == 30 and not any("--strategy random" in line for line in lines)
 
 
+def test_the_pretraining_genomes_fill_all_splits():
+    """Of a genus of two sequences one trains and one tests: three are needed for validation to have any."""
+    for sequences, genera in ((8000, paper_mini.PRETRAINING[0]), (2000, paper_mini.PRETRAINING[0] // 10)):
+        assert sequences / genera >= 3
+
+
 def test_a_run_that_fails_is_named(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="no-such-flag"):
         paper_mini.python("train.py", "--no-such-flag")
