@@ -33,7 +33,7 @@ BATCH = 16
 RATES = {"full": 3e-3, "random": 3e-3, "freeze75": 3e-3, "lora": 1e-2, "ia3": 3e-2}  # how they were chosen: docs/RESULTS.md
 TRAINED = [("full", []), ("random", []), ("freeze75", []), *(("lora", ["--r", r]) for r in ("1", "4", "20")), ("ia3", [])]
 FROZEN = [(strategy, [*flags, "--heads", "frozen"]) for strategy, flags in TRAINED if strategy in ("lora", "ia3")]
-PRETRAINING = (400, 1)  # genera and seed of the genomes that tiny-dnabert is pretrained on; every genus also validates
+PRETRAINING = {"full": (400, 8000, 1), "quick": (40, 2000, 1)}  # as GENOMES, for tiny-dnabert; a genus needs three sequences to validate
 
 
 def parse_args(argv=None):
@@ -98,10 +98,8 @@ def pretrain_tiny_dnabert(args):
     """Nothing ships for tiny-dnabert: pretrain it here, minutes."""
     out = Path(args.out).resolve() / f"pretrain-tiny-dnabert{'-quick' * args.quick}"
     if not (out / "metrics.json").is_file():
-        sequences = 2000 if args.quick else 8000
         folder = Path(args.data).resolve() / f"pretraining{'-quick' * args.quick}"
-        genera, seed = PRETRAINING
-        prepare_genomes(folder, genera // 10 if args.quick else genera, sequences, seed, "--test", "0.01", "--validation", "0.01",
+        prepare_genomes(folder, *PRETRAINING["quick" if args.quick else "full"], "--test", "0.01", "--validation", "0.01",
                         "--tokenizers", "nt", "tiny-dnabert")
         started = time.time()
         print(python("pretrain.py", "--model", "tiny-dnabert", "--data", folder, "--epochs", "1", "--batch-size", BATCH, "--lr", "2e-3",
