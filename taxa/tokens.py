@@ -161,7 +161,7 @@ class BPETokenizer:
         text, ends = letters.decode("ascii"), np.cumsum(lengths)
         encodings = self._tokenizer.encode_batch_fast([text[end - length:end] for end, length in zip(ends.tolist(), lengths)])
         rows = [np.array(encoding.ids, dtype=np.uint16) for encoding in encodings]
-        return np.concatenate(rows), np.array([len(row) for row in rows], dtype=np.int64)
+        return np.concatenate([np.empty(0, np.uint16), *rows]), np.array([len(row) for row in rows], dtype=np.int64)
 
 
 def get_tokenizer(name, file=None):
