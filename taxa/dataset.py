@@ -194,6 +194,8 @@ class PreparedDataset:
                 for ids, counts in in_order(functools.partial(_encode_spelled, tokenizer), jobs):
                     writer.append(ids, counts)
             if self.manifest["tokenizers"].pop(tokenizer.name, None):  # the old files go one by one now
+                for name in token_files(tokenizer.name):
+                    del self.manifest["files"][name]
                 _write(self.folder, self.manifest)
         self.manifest["tokenizers"][tokenizer.name] = _describe(tokenizer)
         self.manifest["files"].update(file_digests(self.folder, token_files(tokenizer.name)))

@@ -189,6 +189,29 @@ def test_tokens_that_fail_leave_the_old_ones_in_place(dataset, fails):
     assert tree(folder) == before
 
 
+@pytest.mark.parametrize("renames", range(8))
+def test_tokens_made_again_and_stopped_before_any_rename(dataset, monkeypatch, renames):
+    folder, _ = dataset
+    PreparedDataset(folder).add_tokens(Constant(2), silent)
+    done, replace = [], os.replace
+
+    def stops(source, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("os.replace", stops)
+        PreparedDataset(folder).add_tokens(Constant(3), silent)
+    data = PreparedDataset(folder)
+    assert data.has_tokens("constant") == (renames == 0)  # the first rename is the manifest's, which takes the old ones off its list
+    if renames == 0:
+        assert data.split("test", "constant").tokens(0).tolist() == [2, 2]
+    data.add_tokens(Constant(3), silent)
+    assert PreparedDataset(folder).split("test", "constant").tokens(0).tolist() == [3, 3, 3]
+
+
 def test_token_writer_writes_both_files_or_none(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(RuntimeError):
