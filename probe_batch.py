@@ -31,6 +31,7 @@ import statistics
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import torch
 
@@ -102,6 +103,9 @@ def parse_args(argv=None):
         parser.error("--batch-sizes searches nothing, so --max-batch has no meaning with it")
     if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
         parser.error(f"--plot {args.plot}: give a name that ends in .png, .pdf or .svg")
+    for flag, path in (("--out", args.out), ("--plot", args.plot)):  # said now, not after hours
+        if path and (Path(path).is_dir() or not Path(path).resolve().parent.is_dir()):
+            parser.error(f"{flag} {path}: {'that is a folder' if Path(path).is_dir() else 'no such folder'}")
     args.length = args.length or LENGTH[row.family]
     args.data = args.data and PreparedDataset(args.data)
     train = args.data and args.data.split("train", row.tokenizer)
@@ -134,9 +138,9 @@ def make_batch(args, model, batch_size, device, number=0):
     """input_ids (B, T), attention_mask (B, T), labels (B, R): random, or the `number`-th batch of a shuffle of the training split."""
     if args.data:
         split = args.data.split("train", get_model(args.model).tokenizer)
-        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0)).tolist()
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
         start = number * batch_size
-        batch = split[[order[i % len(split)] for i in range(start, start + batch_size)]]
+        batch = split[order[torch.arange(start, start + batch_size) % len(split)].tolist()]
         return tuple(batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
     ids = torch.randint(5, model.backbone.config.vocab_size, (batch_size, args.length), device=device)
     labels = [torch.randint(0, head.out_features, (batch_size,), device=device) for head in model.heads.values()]
@@ -434,10 +438,10 @@ def main(argv=None):
     batch, rate = max(common, default=None), get_model(args.model).learning_rate
     for (_, settings), found in zip(asked, runs):
         found["memory"] = isolated(lambda settings=settings: account(args, settings, device, batch, rate), PROFILER) if batch else None
-    measured = all(found["memory"] for found in runs)
+    why = "" if all(found["memory"] for found in runs) else \
+        f"counting the parts at batch {batch} takes more than the limit" if batch else "no batch that was tried fits every strategy"
     print(f"\n{summary(args, runs)}")
-    if measured:
-        print(f"\nbatch {batch}\n{memory_table(runs)}", flush=True)
+    print(f"\nno memory by part: {why}" if why else f"\nbatch {batch}\n{memory_table(runs)}", flush=True)
     if args.out:
         write_json(args.out, {
             "model": args.model, "device": name, "torch": torch.__version__, "precision": args.precision, "recompute": args.recompute,
@@ -446,8 +450,8 @@ def main(argv=None):
             "data": args.data and str(args.data.folder), "sequences": args.sequences, "memory_limit_bytes": limit,
             "activations": ACTIVATIONS, "published_epoch_s": PUBLISHED_SECONDS.get(args.model), "runs": runs})
     if args.plot:
-        if not measured:
-            raise InputError(f"--plot {args.plot}: no batch that was tried fits every strategy within the limit: nothing to draw")
+        if why:
+            raise InputError(f"--plot {args.plot}: {why}: nothing to draw")
         plot(args, runs, args.plot)
     return runs
 

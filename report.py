@@ -213,6 +213,9 @@ def read_probes(paths):
                               found["settings"]["heads"], strategy_row(found["strategy"], found["r"]), False)
                 groups.append(group)
                 limits[id(group)] = found["ceiling"]
+                if found["smallest_that_fails"] is None:  # the sizes of --batch-sizes or --max-batch ended before the memory did
+                    raise InputError(f"--probe {path}: nothing above {found['ceiling']} was tried for {group.label}, so that is no "
+                                     "ceiling: run probe_batch.py without --batch-sizes and --max-batch")
         except FileNotFoundError:
             raise InputError(f"--probe {path}: no such file") from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):

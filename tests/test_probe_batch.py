@@ -72,10 +72,23 @@ def test_only_out_of_memory_is_caught():
     (["--model", "tiny-nt", "--strategy", "full", "--memory-limit", "900TB", "--device", "cpu"], "more than is free"),
     (["--model", "tiny-nt", "--strategy", "full", "--plot", "memory.gif"], "ends in .png"),
     (["--model", "tiny-nt", "--strategy", "full", "--data", "nowhere"], "no such folder"),
+    (["--model", "tiny-nt", "--strategy", "full", "--out", "nowhere/probe.json"], "--out nowhere/probe.json: no such folder"),
+    (["--model", "tiny-nt", "--strategy", "full", "--out", "."], "--out .: that is a folder"),
+    (["--model", "tiny-nt", "--strategy", "full", "--plot", "nowhere/memory.png"], "--plot nowhere/memory.png: no such folder"),
 ])
 def test_wrong_input_is_one_line(flags, says):
     with pytest.raises(InputError, match=says):
         probe_batch.main(flags)
+
+
+@pytest.mark.parametrize("fits, says", [(True, "counting the parts at batch 2 takes more than the limit"),
+                                        (False, "no batch that was tried fits every strategy")])
+def test_a_missing_table_of_parts_is_said(monkeypatch, capsys, fits, says):
+    monkeypatch.setattr(probe_batch, "in_child", lambda work, limit: work())
+    monkeypatch.setattr(probe_batch, "measure", lambda *_: {"step_s": [1.0], "peak_bytes": 1} if fits else None)
+    monkeypatch.setattr(probe_batch, "account", lambda *_: None)
+    probe_batch.main(["--model", "tiny-nt", "--strategy", "full", "--batch-sizes", "2", "--device", "cpu", "--memory-limit", "1MiB"])
+    assert f"no memory by part: {says}" in capsys.readouterr().out
 
 
 def probed(tmp_path, *flags):

@@ -96,7 +96,8 @@ def written(runs, tmp_path_factory):
     """The report of `runs`, with a probe's ceilings."""
     pytest.importorskip("matplotlib", reason="the report's pictures need matplotlib: pip install '.[report]'")
     folder = tmp_path_factory.mktemp("out")
-    entry = [{"strategy": s, "r": r, "settings": {"heads": "train"}, "ceiling": n} for s, r, n in (("full", None, 16), ("lora", 4, 20))]
+    entry = [{"strategy": s, "r": r, "settings": {"heads": "train"}, "ceiling": n, "smallest_that_fails": n + 1}
+             for s, r, n in (("full", None, 16), ("lora", 4, 20))]
     (folder / "probe.json").write_text(json.dumps({"model": "tiny-nt", "device": "CPU", "memory_limit_bytes": 2**28, "runs": entry}))
     report.main([str(runs), "--out", str(folder / "report"), "--probe", str(folder / "probe.json")])
     return folder / "report"
@@ -257,6 +258,16 @@ def test_wrong_flags(tmp_path, monkeypatch, flags, message):
     with pytest.raises(InputError, match=message):
         report.main([".", *flags])
     assert not Path("x").exists()
+
+
+def test_a_probe_of_given_sizes_has_no_ceiling(tmp_path):
+    pytest.importorskip("matplotlib")
+    entry = {"strategy": "lora", "r": 4, "settings": {"heads": "train"}, "ceiling": 8, "smallest_that_fails": None}
+    document = {"model": "tiny-nt", "device": "CPU", "memory_limit_bytes": 2**28, "runs": [entry]}
+    (tmp_path / "probe.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match="nothing above 8 was tried for LoRA r=4, so that is no ceiling"):
+        report.main([str(make_run(tmp_path / "run")), "--out", str(tmp_path / "report"), "--probe", str(tmp_path / "probe.json")])
+    assert not (tmp_path / "report").exists()
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):
