@@ -1,8 +1,11 @@
 """What is in a prepared folder, for a reader: tables in text, and a picture of class sizes and token lengths."""
 
+from pathlib import Path
+
 import numpy as np
 
 from taxa.cli import InputError
+from taxa.files import replacing
 from taxa.splits import SPLITS
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)  # percent
@@ -61,7 +64,9 @@ def picture(data, path):
     try:
         import matplotlib
     except ImportError:
-        raise InputError("--picture needs matplotlib: pip install 'taxa[report]'") from None
+        raise InputError("--picture needs matplotlib: pip install '.[report]'") from None
+    if not Path(path).resolve().parent.is_dir():
+        raise InputError(f"--picture {path}: no such folder")
     matplotlib.use("agg")
     from matplotlib import pyplot
 
@@ -80,7 +85,8 @@ def picture(data, path):
     axes[-1].set(yscale="log", xlabel="tokens per sequence", ylabel="sequences", title=f"{data.manifest['sequences']:,} sequences")
     axes[-1].legend(loc="upper left")
     try:
-        figure.savefig(path, dpi=130)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=130, format=Path(path).suffix[1:])
     except ValueError as error:
         raise InputError(f"--picture {path}: {error}") from None
     finally:

@@ -51,11 +51,14 @@ def test_picture(demo, tmp_path, capsys):
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(InputError, match="--picture .*a.text: Format 'text' is not supported"):
         prepare.main(["--describe", str(demo), "--picture", str(tmp_path / "a.text")])
+    with pytest.raises(InputError, match="--picture .*b.png: no such folder"):
+        prepare.main(["--describe", str(demo), "--picture", str(tmp_path / "nowhere" / "b.png")])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_picture_without_matplotlib_says_what_to_install(demo, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match=r"--picture needs matplotlib: pip install 'taxa\[report\]'"):
+    with pytest.raises(InputError, match=r"--picture needs matplotlib: pip install '\.\[report\]'"):
         prepare.main(["--describe", str(demo), "--picture", "x.png"])
 
 

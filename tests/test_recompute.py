@@ -220,7 +220,7 @@ def test_saved_bytes_by_hand(strategy):
 def test_frozen_linears_save_no_input(strategy):
     """One Linear alone: only a weight that trains, or an adapter, keeps its input."""
     torch.manual_seed(0)
-    linear = nn.Linear(64, 64)
+    linear = nn.Linear(64, 32)
     linear.requires_grad_(strategy == "full")
     model = {"lora": lambda: LoRALinear(linear, 2, 8), "ia3": lambda: IA3Linear(linear)}.get(strategy, lambda: linear)()
     x = torch.randn(100, 64, requires_grad=True) * 1.0
@@ -234,6 +234,5 @@ def test_frozen_linears_save_no_input(strategy):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = model(x)
-    keeps_x = x.shape in saved and strategy != "ia3"
-    assert keeps_x == (strategy in ("full", "lora")), saved
-    assert (y.shape in saved) == (strategy != "freeze75"), saved
+    assert (x.shape in saved) == (strategy in ("full", "lora")), saved
+    assert (y.shape in saved) == (strategy == "ia3"), saved  # which attention keeps anyway
