@@ -5,9 +5,9 @@
   python benchmarks/paper_mini.py --grid heads --real REALDATA     # what training the heads is worth: few and many genera, and real DNA
   python benchmarks/paper_mini.py --list           # only print the commands
 
-A run that is finished (metrics.json) is skipped, one that was cut short goes on from its last epoch or starts again. Runs go --jobs at a
-time with one thread each. All runs on a data set pass the same number of sequences, whatever their strategy: they are compared at equal
-sequences, not at equal seconds. At the end: a table of mean and standard deviation over the seeds, and report.py where there is one.
+A run that is finished (metrics.json) is skipped, unless it is of other settings, which is an error; one that was cut short starts again.
+Runs go --jobs at a time with one thread each. All runs on a data set pass the same number of sequences, whatever their strategy: they
+are compared at equal sequences, not at equal seconds. At the end: a table of mean and standard deviation over the seeds, and report.py's.
 """
 
 import concurrent.futures
@@ -131,8 +131,12 @@ def commands(args, data, weights):
 
 
 def one_run(out, arguments):
-    """Run train.py unless it is finished. Returns seconds, or None for a run that was there."""
+    """Run train.py unless it is finished. Returns seconds, or None for a run that was there. InputError when that has other settings."""
     if (out / "metrics.json").is_file():
+        had = json.loads((out / "args.json").read_text(encoding="utf-8"))
+        for flag, value in zip(arguments[::2], arguments[1::2]):
+            if flag in ("--lr", "--batch-size", "--epochs", "--seed", "--max-steps") and float(value) != had[flag[2:].replace("-", "_")]:
+                raise InputError(f"{out} was run with another {flag} than {value}: remove it to run it again, or give another --out")
         return None
     started = time.time()
     python("train.py", *arguments, *(["--overwrite"] if out.is_dir() else []))
@@ -179,8 +183,8 @@ def main(argv=None):
     (Path(args.out) / f"{args.grid}{'-quick' * args.quick}.md").write_text(table(runs) + "\n", encoding="utf-8")
     print(table(runs))
     print(f"{len(runs)} runs in {args.out}; {(time.time() - started) / 60:.1f} minutes")
-    if (ROOT / "report.py").is_file():
-        print(python("report.py", *[out for out, _ in runs], *([weights] if weights else []), "--out", Path(args.out).resolve() / "report"), end="")
+    folders = [out for out, _ in runs] + [weights] * bool(weights)
+    print(python("report.py", *folders, "--out", Path(args.out).resolve() / "report"), end="")
 
 
 if __name__ == "__main__":

@@ -34,13 +34,15 @@ def calls(monkeypatch):
         seed = int(value_of("--seed", arguments)) if script == "train.py" else 0
         metrics = {"ranks": {rank: {"balanced_accuracy": seed / 10} for rank in RANKS}}
         (out / {"prepare.py": "manifest.json"}.get(script, "metrics.json")).write_text(json.dumps(metrics))
+        if script == "train.py":
+            (out / "args.json").write_text(json.dumps(vars(train.parse_args(arguments))))
         return "done\n"
 
     monkeypatch.setattr(paper_mini, "python", python)
     return made
 
 
-def test_every_cell_once_then_nothing_and_what_was_cut_short_again(calls, tmp_path, capsys):
+def test_every_cell_once_then_nothing_and_what_was_cut_short_again(calls, tmp_path, monkeypatch):
     flags = ["--quick", "--jobs", "2", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "runs")]
     paper_mini.main(flags)
     runs = [arguments for script, arguments in calls if script == "train.py"]
@@ -59,6 +61,10 @@ def test_every_cell_once_then_nothing_and_what_was_cut_short_again(calls, tmp_pa
     paper_mini.main(flags)
     again = [(script, arguments) for script, arguments in calls if script != "report.py"]
     assert [script for script, _ in again] == ["train.py"] and value_of("--out", again[0][1]) == str(cut) and "--overwrite" in again[0][1]
+
+    monkeypatch.setitem(paper_mini.RATES, "ia3", 1e-2)
+    with pytest.raises(InputError, match="ia3.* was run with another --lr than 0.01: remove it"):
+        paper_mini.main(flags)
 
 
 def test_the_heads_grid_has_few_and_many_genera_and_real_fragments(capsys):
