@@ -129,7 +129,8 @@ def base_of(content):
             return [], f"{sentence} Their licence is not known to the program that wrote this card."
         return header, f"{sentence} The licence is that of {row.hub}, {licence}: change it if the folder held other weights."
     if base["source"] == "package":
-        return ["license: mit"], f"Base weights: those that come with taxa for {content['model']}, digest {base['digest'][:16]}, licence MIT."
+        return ["license: mit"], (f"Base weights: those that come with taxa for {content['model']}, digest {base['digest'][:16]}, "
+                                  "licence MIT.")
     what = "no pretrained weights" if base["source"] == "none" else f"random weights of seed {base['seed']}, nothing pretrained"
     return [], f"Trained from scratch: {what}, so no base licence applies."
 

@@ -11,8 +11,8 @@ a mosaic of genes and of what lies between them, on both strands:
   between genes   the demo's Markov chain of order 1: each genome its own dinucleotides, the same G+C tilt
 
 G+C tilt, codon preferences, dinucleotides and the share of genes are each root + superkingdom + phylum + genus, normal noise at every rank,
-so relatives are alike. A masked 6-mer (two codons) is predictable from the rest of the fragment, as in real DNA, by what the genome prefers,
-by phase and by strand. There are no repeats, no homology and no genes in common: no biology follows from it.
+so relatives are alike. A masked 6-mer (two codons) is predictable from the rest of the fragment, as in real DNA, by what the genome
+prefers, by phase and by strand. There are no repeats, no homology and no genes in common: no biology follows from it.
 """
 
 import sys

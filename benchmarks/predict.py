@@ -99,7 +99,8 @@ def speed(model_name, threads, reads, batch_size, rounds, scratch):
     rates = reads / np.median(times[:, :, 0], axis=0)
     return {"model": model_name, "threads": threads, "reads": reads, "batch size": batch_size, "rounds": rounds,
             "bare reads/s": f"{rates[0]:.2f}", "predict.py reads/s": f"{rates[1]:.2f}",
-            "time over bare": _quantiles(times[:, 1, 0] / times[:, 0, 0]), "CPU time over bare": _quantiles(times[:, 1, 1] / times[:, 0, 1])}
+            "time over bare": _quantiles(times[:, 1, 0] / times[:, 0, 0]),
+            "CPU time over bare": _quantiles(times[:, 1, 1] / times[:, 0, 1])}
 
 
 def _quantiles(ratios):
@@ -111,8 +112,8 @@ def memory(megabytes, scratch):
     write_checkpoint(scratch / "ckpt.pt", "tiny-nt", 128, SMALLEST)
     write_reads(scratch / "reads.fa", megabytes * 10**6 // 1500)
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, ROOT / "predict.py", scratch / "ckpt.pt", scratch / "reads.fa", "--out", scratch / "out.tsv",
-                                "--device", "cpu"])
+    process = subprocess.Popen([sys.executable, ROOT / "predict.py", scratch / "ckpt.pt", scratch / "reads.fa",
+                                "--out", scratch / "out.tsv", "--device", "cpu"])
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

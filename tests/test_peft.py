@@ -110,7 +110,8 @@ class OurDropout(torch.nn.Module):
 def test_three_adamw_steps(name, strategy, protocol, r, dropout):
     """The same batches, the same dropout masks (both draw one per adapter, in the order of the layers): the same adapters and heads.
 
-    Our LoRA draws its own masks (16 bits per element; tests/test_recompute.py has their distribution), so PEFT is given the same drawing here.
+    Our LoRA draws its own masks (16 bits per element; tests/test_lora.py has their distribution), so PEFT is given the same drawing
+    here.
     """
     ours, theirs, settings, names = pair(name, strategy, protocol, r, dropout)
     for module in theirs.backbone.modules():

@@ -156,7 +156,8 @@ def test_every_kind_of_file_gives_the_same(mixed, checkpoints, tmp_path, monkeyp
     reads = some_reads()
     one_line = "".join(f">{header}\r\n{letters.lower()}\r\n" for header, letters in reads)
     half = len(fastq(reads[:5]))  # two gzip members, as bgzip has many
-    files = {"plain.fq": fastq(reads).replace("\n", " \r\n").encode(), "one.fa": one_line.encode(), "packed.fa.gz": gzip.compress(one_line.encode()),
+    files = {"plain.fq": fastq(reads).replace("\n", " \r\n").encode(), "one.fa": one_line.encode(),
+             "packed.fa.gz": gzip.compress(one_line.encode()),
              "blocks.fq.gz": gzip.compress(fastq(reads).encode()[:half]) + gzip.compress(fastq(reads).encode()[half:])
              + gzip.compress(b"")}
     command = [str(checkpoints["tiny-nt"]), "--batch-size", "2", "--out", str(tmp_path / "out.tsv")]

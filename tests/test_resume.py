@@ -101,7 +101,8 @@ def test_begun_by_one_process_and_ended_by_two(two, short, weights, tmp_path):
 def test_killed_before_any_file_gets_its_name(short, weights, tmp_path, monkeypatch):
     """Once before each rename of a run of two steps, whatever is renamed: states, checkpoint, settings, tables."""
     def arguments(name):
-        return command("tiny-nt", "ia3", short, weights, tmp_path / name, *MORE, "--batch-size", "160", "--epochs", "1", "--save-every", "1")
+        return command("tiny-nt", "ia3", short, weights, tmp_path / name, *MORE, "--batch-size", "160", "--epochs", "1",
+                       "--save-every", "1")
 
     replace, renamed = os.replace, []
 
