@@ -1,15 +1,21 @@
-"""Masked-token pretraining of a backbone on a prepared dataset -> a folder in the hub's format, which train.py --weights loads.
+"""Masked-token pretraining of a backbone on a prepared dataset or FASTA files -> a hub-format folder, which train.py --weights loads.
 
   python pretrain.py --model tiny-nt --data data/demo --epochs 5 --out runs/pretrain-tiny-nt
   torchrun --nproc_per_node 4 pretrain.py --model nt50m --data data/bertax --epochs 1 --precision bf16 --out runs/pretrain-nt50m
+  python pretrain.py --model tiny-nt --fasta genomes.fa.gz --tied --epochs 1 --out runs/pretrain-genomes
   python train.py --model tiny-nt --strategy lora --r 4 --data data/demo --weights runs/pretrain-tiny-nt
 
 15% of the tokens are chosen (80% of them become the mask token, 10% a random one, 10% stay); the labels are not read. Each epoch ends with
 the perplexity on the validation split, beside that of the token frequencies alone (the unigram) at the same positions.
+
+--fasta cuts records into windows of 1500 letters, as predict.py does; every 50th is the validation split. Each process keeps the tokens
+of all of them in memory: a third of a byte per letter for nt.
 """
 
 import argparse
 import contextlib
+import hashlib
+import itertools
 import json
 import math
 import time
@@ -25,15 +31,18 @@ from taxa.backbones import MODELS, get_model, load_backbone, read_config, table_
 from taxa.cli import InputError, Parser, fraction, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
 from taxa.dataset import micro_batches
 from taxa.distributed import barrier, main_first, sum_over_ranks, world
-from taxa.files import write_json
+from taxa.files import sha256, write_json
 from taxa.mlm import MASKING, MaskedLM, generator_for, load_head, mask_tokens, save_hub_folder, unigram_losses
 from taxa.optim import adamw, cosine_rate
 from taxa.precision import PRECISIONS, autocast, set_precision
 from taxa.progress import print_line, progress
+from taxa.reads import check_files, records, tokenized_windows
+from taxa.tokens import get_tokenizer
 from train import environment, open_data
 
 RUN_FILES = ("args.json", "environment.json", "log.jsonl", "last.pt", "config.json", "model.safetensors", "metrics.json")
 RESUME_IGNORES = ("resume", "overwrite", "out", "workers", "log_every", "save_every", "device", "float16")
+WINDOW, HELD_OUT = 1500, 50  # of --fasta: letters, and every which window validates
 TRAIN, VALIDATION = 0, 1  # streams of random masks
 DTYPES = {True: torch.float16, False: torch.float32}
 
@@ -48,7 +57,9 @@ def parse_args(argv=None):
     add("--tied", action=argparse.BooleanOptionalAction, help="the decoder's weight is the embedding table (default: as --weights DIR has "
         "it, else as published: NT no, DNABERT yes)")
     add = parser.group("data")
-    add("--data", required=True, metavar="DIR", help="prepared dataset, or demo")
+    add("--data", metavar="DIR", help="prepared dataset, or demo")
+    add("--fasta", nargs="+", metavar="FILE", help="instead: FASTA or FASTQ files, plain or gzip; the headers are not read")
+    add("--tokenizer-file", metavar="FILE", help="--fasta: tokenizer.json of a DNABERT (default: DNABERT-2's, from the hub)")
     add("--workers", type=non_negative_int, default=0, metavar="N", help="processes that load batches, per rank (default 0: in the loop)")
     add = parser.group("optimisation")
     add("--epochs", type=non_negative_int, default=5, metavar="N", help="default 5; 0 only measures the perplexity")
@@ -76,6 +87,10 @@ def parse_args(argv=None):
         parser.error("--mask-fraction 0 hides nothing: there is nothing to predict")
     if args.overwrite and args.resume:
         parser.error("--overwrite starts anew and --resume goes on: give one of them")
+    if (args.data is None) == (args.fasta is None):
+        parser.error("give either --data or --fasta")
+    if args.tokenizer_file and args.data:
+        parser.error("--tokenizer-file goes with --fasta: --data has its tokens")
     args.lr = args.lr or row.learning_rate
     args.batch_size = args.batch_size or row.batch_size
     return args
@@ -85,6 +100,23 @@ def main(argv=None):
     args = parse_args(argv)
     with world(args.device) as w:
         return pretrain(w, args)
+
+
+def open_fasta(w, args, row):
+    """({"train", "validation": Windows}, vocabulary size, digest of files and tokenizer) of --fasta."""
+    with main_first(w):
+        for path in args.fasta:
+            if not Path(path).is_file():
+                raise InputError(f"--fasta {path}: no such file (it takes no folders, pipes or standard input)")
+        check_files(args.fasta)
+        tokenizer = get_tokenizer(row.tokenizer, args.tokenizer_file)
+    stream = itertools.chain.from_iterable(records(path) for path in args.fasta)
+    train, validation = tokenized_windows(progress(stream, f"{tokenizer.name} tokens", unit="record"), tokenizer, WINDOW, HELD_OUT)
+    if not len(validation):
+        raise InputError(f"{', '.join(args.fasta)}: {len(train)} windows of {WINDOW} letters, but every {HELD_OUT}th validates: "
+                         "give more sequences")
+    digest = hashlib.sha256("".join([tokenizer.digest, *map(sha256, args.fasta)]).encode()).hexdigest()
+    return {"train": train, "validation": validation}, tokenizer.vocab_size, digest
 
 
 @torch.no_grad()
@@ -105,7 +137,7 @@ def validate(w, model, split, args, unigram):
         sums += torch.tensor([float(loss), float(unigram[targets].sum()), len(targets)], dtype=torch.float64)
     loss, of_unigram, count = sum_over_ranks(w, sums).tolist()
     if not count:
-        raise InputError(f"{args.data}: not one token of the validation split is masked; prepare more sequences")
+        raise InputError(f"{args.data or args.fasta[0]}: not one token of the validation split is masked; give more sequences")
     return {"loss": loss / count, "perplexity": math.exp(loss / count), "unigram_loss": of_unigram / count,
             "unigram_perplexity": math.exp(of_unigram / count), "positions": int(count)}
 
@@ -124,14 +156,17 @@ def pretrain(w, args):
         raise InputError("--out is the folder of --weights: give another --out")
     barrier(w)  # everyone has looked before rank 0 writes
     row = get_model(args.model)
-    data = open_data(w, args, row)
-    splits = {name: data.split(name, row.tokenizer) for name in ("train", "validation")}
+    if args.fasta:
+        splits, vocabulary, digest = open_fasta(w, args, row)
+    else:
+        data = open_data(w, args, row)
+        splits = {name: data.split(name, row.tokenizer) for name in ("train", "validation")}
+        vocabulary, digest = data.manifest["tokenizers"][row.tokenizer]["vocab_size"], data.digest
 
     # load or draw -> add the head -> optimizer -> DDP
     torch.manual_seed(args.seed)
     with main_first(w):
         backbone = load_backbone(args.model, args.weights, pretrained=args.weights is not None)
-    vocabulary = data.manifest["tokenizers"][row.tokenizer]["vocab_size"]
     if vocabulary > backbone.config.vocab_size:
         raise InputError(f"the tokenizer {row.tokenizer} has {vocabulary} ids, but the backbone only {backbone.config.vocab_size}")
     if args.tied is None:
@@ -154,7 +189,7 @@ def pretrain(w, args):
         last = checkpoint.read(out / "last.pt", checkpoint.RESUME_STATE)
         differ = [f"--{name.replace('_', '-')}" for name, value in last["args"].items()
                   if name not in RESUME_IGNORES and value != getattr(args, name)]
-        differ += [name for name, value in (("processes", w.size), ("dataset", data.digest)) if last[name] != value]
+        differ += [name for name, value in (("processes", w.size), ("dataset", digest)) if last[name] != value]
         if differ:
             raise InputError(f"{out / 'last.pt'} is of a run with other {', '.join(differ)}: give the same to resume it")
         model.load_state_dict(last["state"])
@@ -186,7 +221,7 @@ def pretrain(w, args):
         """The folder for --weights, and the state for --resume."""
         if w.is_main:
             save_hub_folder(model, out, DTYPES[args.float16])
-            checkpoint.save(out / "last.pt", {"args": vars(args), "processes": w.size, "dataset": data.digest, "state": model.state_dict(),
+            checkpoint.save(out / "last.pt", {"args": vars(args), "processes": w.size, "dataset": digest, "state": model.state_dict(),
                                               "optimizer": optimizer.state_dict(), "step": step}, checkpoint.RESUME_STATE)
 
     def measure():

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from taxa.cli import InputError
 from taxa.dataset import padded
@@ -164,6 +165,53 @@ def _slice(reads, complete, pieces, tokenizer, batch_size, rank, size):
         ids, counts = tokenizer.encode(letters[ends[start]:ends[stop]], lengths[start:stop])
         batches.append((start, stop, padded(np.split(ids, np.cumsum(counts)[:-1]), tokenizer.pad_token_id)))
     return Slice(reads, complete, np.array([owner for owner, _, _ in pieces], dtype=np.int64), batches)
+
+
+class Windows(torch.utils.data.Dataset):
+    """Some of the windows whose tokens are in memory. Indexed by a list of B numbers, it gives their batch (taxa.dataset.padded)."""
+
+    def __init__(self, ids, offsets, windows, pad_token_id):
+        """ids: of all windows, joined, uint16; offsets: where each starts and the last ends; windows: (N,) the numbers of these."""
+        self.ids, self.offsets, self.windows, self.pad_token_id = ids, offsets, windows, pad_token_id
+
+    def __len__(self):
+        return len(self.windows)
+
+    def tokens(self, i):
+        """ids (T_i,) of window i, uint16, without copying."""
+        return self.ids[self.offsets[self.windows[i]]:self.offsets[self.windows[i] + 1]]
+
+    def __getitem__(self, indices):
+        return padded([self.tokens(i) for i in indices], self.pad_token_id)
+
+
+def tokenized_windows(stream, tokenizer, window, held_out):
+    """Records -> (Windows to train on, Windows to validate on): of their windows, in the order of the input, every `held_out`-th.
+
+    A last window that overlaps the one before goes where that goes, so no letter is on both sides. Raises InputError as slices() does.
+    """
+    ids, counts, held, pieces = bytearray(), [], [], []
+
+    def encode():
+        lengths = [len(letters) for letters, _ in pieces]
+        letters, _ = normalize(b"".join([letters for letters, _ in pieces]), lengths, lambda i: pieces[i][1])
+        of_these, how_many = tokenizer.encode(letters, lengths)
+        ids.extend(of_these.tobytes())
+        counts.extend(how_many.tolist())
+        pieces.clear()
+
+    for record in stream:
+        starts = window_starts(len(record.letters), window)
+        for before, start in zip([-window, *starts], starts):
+            held.append(held[-1] if start - before < window else len(held) % held_out == held_out - 1)
+            pieces.append((record.letters[start:start + window], record.where))
+            if len(pieces) == 1024:
+                encode()
+    if pieces:
+        encode()
+    offsets = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+    sides = (np.flatnonzero(np.array(held, dtype=bool) == side) for side in (False, True))
+    return tuple(Windows(np.frombuffer(ids, dtype=np.uint16), offsets, side, tokenizer.pad_token_id) for side in sides)
 
 
 def read_ahead(items, depth=2):

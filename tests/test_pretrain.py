@@ -1,8 +1,10 @@
 """Masked-token pretraining: what is masked, the loss, the heads against transformers', the folder it writes, resuming, two processes."""
 
+import gzip
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,8 @@ from taxa.cli import InputError
 from taxa.dataset import PreparedDataset, micro_batches
 from taxa.mlm import MASKING, MaskedLM, generator_for, load_head, mask_tokens, save_hub_folder, unigram_losses
 from taxa.optim import adamw, cosine_rate
+from taxa.reads import records, tokenized_windows
+from taxa.tokens import get_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["tiny-nt", "tiny-dnabert"]
@@ -234,6 +238,81 @@ def test_it_learns_goes_on_after_an_interruption_and_train_loads_it(name, demo, 
     assert measured["loss"] == pytest.approx(whole["loss"], abs=1e-6)
 
 
+@pytest.fixture
+def fasta(tmp_path):
+    """Genomes of 45 repeats, in two files, one packed: 104 windows of 1500 letters and a shorter one; a record has no letters."""
+    draw = random.Random(5)
+    motifs = ["".join(draw.choice("ACGT") for _ in range(60)) for _ in range(45)]
+    genomes = ["".join(draw.choice(motifs) for _ in range(n // 60 + 1))[:n] for n in (90_000, 60_700, 1_500, 700, 2_000)]
+    text = ["".join(f">g{i}\n" + "".join(genome[at:at + 70] + "\n" for at in range(0, len(genome), 70)) for i, genome in part)
+            for part in ([*enumerate(genomes)][:2], [(2, genomes[2]), (9, ""), *[*enumerate(genomes)][3:]])]
+    (tmp_path / "a.fa").write_text(text[0])
+    (tmp_path / "b.fa.gz").write_bytes(gzip.compress(text[1].encode()))
+    return genomes, [str(tmp_path / "a.fa"), str(tmp_path / "b.fa.gz")]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_windows_of_fasta_each_on_one_side(name, fasta):
+    genomes, paths = fasta
+    tokenizer = get_tokenizer(MODELS[name].tokenizer)
+    expected, held = [], []
+    for genome in genomes:
+        for at in range(0, len(genome), 1500):
+            overlaps = at and at + 1500 > len(genome)
+            expected.append(genome[max(0, len(genome) - 1500):] if overlaps else genome[at:at + 1500])
+            held.append(held[-1] if overlaps else len(held) % 50 == 49)
+    train, validation = tokenized_windows((record for path in paths for record in records(path)), tokenizer, 1500, 50)
+    assert (len(train), len(validation)) == (held.count(False), held.count(True)) == (102, 3)  # the 101st shares letters with the 100th
+    for split, side in ((train, False), (validation, True)):
+        rows = [tokenizer.encode(text.encode(), [len(text)])[0].tolist() for text, h in zip(expected, held) if h == side]
+        assert [split.tokens(i).tolist() for i in range(len(split))] == rows
+        batch = split[[len(split) - 1, 0]]
+        assert [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])] == [rows[-1], rows[0]]
+
+
+def test_fasta_instead_of_a_prepared_folder(fasta, weights, tmp_path, monkeypatch):
+    paths = fasta[1]
+
+    def fasta_command(out, *more):
+        flags = command("tiny-nt", "", weights, tmp_path / out, "--max-steps", "15", "--save-every", "4", *more)
+        return [*flags[:2], "--fasta", *paths, *flags[4:]]
+
+    whole = pretrain.main(fasta_command("whole"))
+    first = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[0])
+    assert whole["loss"] < first["validation_loss"] - 0.05 and round(whole["unigram_perplexity"], 2) == first["unigram_perplexity"]
+    calls = []
+
+    def interrupted(step, *arguments):
+        calls.append(step)
+        if len(calls) == 15:
+            raise KeyboardInterrupt
+        return cosine_rate(step, *arguments)
+
+    monkeypatch.setattr(pretrain, "cosine_rate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(fasta_command("cut"))
+    monkeypatch.undo()
+    assert pretrain.main(fasta_command("cut", "--resume", "--workers", "1")) == whole
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    with open(paths[0], "a") as file:
+        file.write("ACGT")
+    with pytest.raises(InputError, match="last.pt is of a run with other dataset"):
+        pretrain.main(fasta_command("cut", "--resume"))
+
+
+@pytest.mark.parametrize("text, what", [
+    ("", "the file is empty"), (">p\nMKLVEFIPQ", "is this protein"), (None, "no such file"), (">a\nACGT\n" * 49, "every 50th validates"),
+    (">a\n\n", "0 windows"), ("ACGT", "neither FASTA nor FASTQ"),
+])
+def test_wrong_fasta_is_one_line(text, what, tmp_path):
+    path = tmp_path / "x.fa"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=what):
+        pretrain.main(["--model", "tiny-nt", "--fasta", str(path), "--out", str(tmp_path / "run"), "--device", "cpu"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_checkpoint_that_comes_with_the_package():
     """Its card's digest is the weights', its perplexity is far below the unigram's, and it is small."""
     folder = MODELS["tiny-nt"].packaged
@@ -256,7 +335,8 @@ def test_the_checkpoint_that_comes_with_the_package_predicts(tmp_path):
 @pytest.mark.parametrize("flags, what", [
     (["--mask-fraction", "0"], "hides nothing"), (["--model", "tiny-mt"], "did you mean tiny-nt"),
     (["--warmup-steps", "100", "--max-steps", "9"], "leaves nothing"), (["--overwrite", "--resume"], "give one of them"),
-    (["--data", "nowhere"], "no such folder"), (["--resume"], "nothing to resume"),
+    (["--data", "nowhere"], "no such folder"), (["--resume"], "nothing to resume"), (["--fasta", "x.fa"], "either --data or --fasta"),
+    (["--tokenizer-file", "x.json"], "goes with --fasta"),
 ])
 def test_wrong_input_is_one_line(flags, what, demo, weights, tmp_path, capsys):
     with pytest.raises(InputError, match=what):
