@@ -297,19 +297,20 @@ def curves(groups):
 
 
 def pretraining(runs):
-    """Perplexity of masked tokens on validation sequences against steps, with the unigram's as a line, for runs of pretrain.py."""
+    """Perplexity of masked tokens against steps of pretrain.py: lines in training, dots in validation, dotted the unigram's."""
     made, axes = figure(3.2)
     ax = axes[0, 0]
     for color, run in zip(list(COLORS.values()) * len(runs), runs):
         checks = [line for line in run.validations if "perplexity" in line]
-        ax.plot([e["step"] for e in checks], [e["perplexity"] for e in checks], marker="o", markersize=5, color=color,
-                label=run.folder.name)
+        ax.plot([e["step"] for e in run.steps], [math.exp(e["loss"]) for e in run.steps], linewidth=1, color=color)
+        ax.plot([e["step"] for e in checks], [e["perplexity"] for e in checks], "o", markersize=5, color=color, label=run.folder.name)
         ax.axhline(checks[-1]["unigram_perplexity"], color=color, linestyle=":")
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
     ax.set_ylim(bottom=0)
     ax.set_xlim(left=0)
     ax.set_xlabel("optimizer step", fontsize=FONT)
     ax.set_ylabel("perplexity of masked tokens", fontsize=FONT)
+    ax.plot([], [], color="#444444", linewidth=1, label="in training, masks of its own")
     ax.plot([], [], color="#444444", linestyle=":", label="the unigram's")
     ax.legend(frameon=False, fontsize=FONT)
     return made
