@@ -343,15 +343,19 @@ def published_ratio(model, label):
 
 
 def summary(args, runs):
-    """One line per strategy: ceiling, largest power of two and the time of an epoch there, and their ratios to full's."""
+    """One line per strategy: ceiling (or largest size tried), largest power of two and the time of an epoch there, ratios to full's."""
     full = next((found for found in runs if found["strategy"] in ("full", "random")), None)
-    lines = [f"{'strategy':<12}{'ceiling':>9}{'to full':>9}{'2^n':>7}{'s/epoch':>14}{'to full':>9}  published s/epoch to full"]
+    searched = all(found["smallest_that_fails"] for found in runs)  # else --batch-sizes or --max-batch ended before the memory did
+    name = "ceiling" if searched else "largest"
+    lines = [f"{'strategy':<12}{name:>9}{'to full':>9}{'2^n':>7}{'s/epoch':>14}{'to full':>9}  published s/epoch to full"]
     for found in runs:
         seconds = epoch_seconds(found)
         base = full and epoch_seconds(full)
         lines.append(f"{found['label']:<12}{found['ceiling']:>9}{_ratio(found['ceiling'], full and full['ceiling']):>9}"
                      f"{found['power_of_two'] or '-':>7}{f'{seconds:,.0f}' if seconds else '-':>14}{_ratio(seconds, base):>9}"
                      f"  {published_ratio(args.model, found['label']) or '-'}")
+    if not searched:
+        lines.append("largest: of the sizes that were tried; more may fit")
     return "\n".join(lines)
 
 

@@ -7,7 +7,8 @@
 
 A run that is finished (metrics.json) is skipped, unless it is of other settings, which is an error; one that was cut short starts again.
 Runs go --jobs at a time with one thread each. All runs on a data set pass the same number of sequences, whatever their strategy: they
-are compared at equal sequences, not at equal seconds. At the end: a table of mean and standard deviation over the seeds, and report.py's.
+are compared at equal sequences, not at equal seconds. At the end: a table of mean and standard deviation over the seeds, batch
+ceilings of tiny-nt (the whole paper grid alone, on Linux: probe.json in --out, made once), and report.py's.
 """
 
 import concurrent.futures
@@ -33,6 +34,7 @@ BATCH = 16
 RATES = {"full": 3e-3, "random": 3e-3, "freeze75": 3e-3, "lora": 1e-2, "ia3": 3e-2}  # how they were chosen: docs/RESULTS.md
 TRAINED = [("full", []), ("random", []), ("freeze75", []), *(("lora", ["--r", r]) for r in ("1", "4", "20")), ("ia3", [])]
 FROZEN = [(strategy, [*flags, "--heads", "frozen"]) for strategy, flags in TRAINED if strategy in ("lora", "ia3")]
+PROBE = ["--memory-limit", "200MiB", "--steps", "1"]  # of tiny-nt: ceilings of about 25 sequences, in two to four minutes
 PRETRAINING = {"full": (400, 8000, 1), "quick": (40, 2000, 1)}  # as GENOMES, for tiny-dnabert; a genus needs three sequences to validate
 
 
@@ -158,6 +160,14 @@ def table(runs):
     return "\n".join(lines)
 
 
+def probe_ceilings(args):
+    """The document of probe_batch.py for figure 1d; probed unless it is there."""
+    path = Path(args.out).resolve() / "probe.json"
+    if not path.is_file():
+        python("probe_batch.py", "--model", "tiny-nt", "--strategies", "all", *PROBE, "--device", "cpu", "--out", path)
+    return path
+
+
 def main(argv=None):
     args = parse_args(argv)
     started = time.time()
@@ -184,7 +194,9 @@ def main(argv=None):
     print(table(runs))
     print(f"{len(runs)} runs in {args.out}; {(time.time() - started) / 60:.1f} minutes")
     folders = [out for out, _ in runs] + [weights] * bool(weights)
-    print(python("report.py", *folders, "--out", Path(args.out).resolve() / "report"), end="")
+    can_probe = args.grid == "paper" and not args.quick and sys.platform == "linux"  # which enforces the limit
+    probe = ["--probe", probe_ceilings(args)] if can_probe else []
+    print(python("report.py", *folders, *probe, "--out", Path(args.out).resolve() / "report"), end="")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Seconds of a training step and bytes saved for its backward: our implementation beside the peer (benchmarks/peer.py).
 
   python benchmarks/step.py                                 # make bench: nt50m, batch 8, 251 tokens, float32, the CPU, 7 rounds
-  python benchmarks/step.py --layers 2 --rounds 3 --out -   # a quick look
+  python benchmarks/step.py --layers 2 --rounds 3           # a quick look, written nowhere
 
 A step is what train.py does: forward, loss, backward, clip, AdamW. All variants live in one process and take turns: every round runs
 each of them once, in an order that rotates, so that a busy machine slows all alike; a first round is not counted. Ratios are those of
@@ -35,6 +35,7 @@ from taxa.strategies import inject, settings_from_flags, train_only, trainable_n
 
 VARIANTS = (("full", None), ("lora", 1), ("lora", 4), ("lora", 20), ("ia3", None), ("freeze75", None))
 NUM_CLASSES = (4, 57, 1884)  # the study's
+RESULTS = Path(__file__).parent / "results" / "step.json"  # committed: of the default sizes alone
 
 
 class Variant:
@@ -117,8 +118,11 @@ def main(argv=None):
     add("--tokens", type=positive_int, default=251, metavar="T", help="tokens per sequence (default 251: 1500 bp)")
     add("--rounds", type=positive_int, default=7, help="steps of each variant that count (default 7)")
     add("--threads", type=positive_int, help="of torch (default: its own choice)")
-    add("--out", metavar="FILE", default=str(Path(__file__).parent / "results" / "step.json"), help="JSON to write (- for none)")
+    add("--out", metavar="FILE", help="JSON to write, - for none (default: results/step.json beside this script; - where a flag above but "
+        "--threads is not at its default)")
     args = parser.parse_args(argv)
+    as_committed = all(getattr(args, flag) == parser.get_default(flag) for flag in ("model", "layers", "batch_size", "tokens", "rounds"))
+    args.out = args.out or (str(RESULTS) if as_committed else "-")
     if get_model(args.model).family != "nt":
         raise InputError(f"--model {args.model}: the peer is a Nucleotide Transformer; choose nt50m nt100m nt250m tiny-nt")
     if args.threads:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import probe_batch
 import train
 from taxa.cli import InputError
 
@@ -30,6 +31,9 @@ def calls(monkeypatch):
         if script == "report.py":
             return ""
         out = Path(value_of("--out", arguments))
+        if script == "probe_batch.py":
+            out.write_text("{}")
+            return ""
         out.mkdir(parents=True, exist_ok=True)
         seed = int(value_of("--seed", arguments)) if script == "train.py" else 0
         metrics = {"ranks": {rank: {"balanced_accuracy": seed / 10} for rank in RANKS}}
@@ -65,6 +69,23 @@ def test_every_cell_once_then_nothing_and_what_was_cut_short_again(calls, tmp_pa
     monkeypatch.setitem(paper_mini.RATES, "ia3", 1e-2)
     with pytest.raises(InputError, match="ia3.* was run with another --lr than 0.01: remove it"):
         paper_mini.main(flags)
+
+
+def test_the_whole_grid_probes_the_batch_ceilings_once(calls, tmp_path, monkeypatch):
+    monkeypatch.setattr(paper_mini.sys, "platform", "linux")
+    flags = ["--seeds", "1", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "runs")]
+    paper_mini.main(flags)
+    assert [script for script, _ in calls][-2:] == ["probe_batch.py", "report.py"]
+    probed = calls[-2][1]
+    assert probe_batch.parse_args(probed).strategy == ["full", "lora", "ia3", "freeze75"]
+    assert value_of("--probe", calls[-1][1]) == value_of("--out", probed) == str(tmp_path / "runs" / "probe.json")
+    calls.clear()
+    paper_mini.main(flags)
+    assert [script for script, _ in calls] == ["report.py"] and "--probe" in calls[0][1]
+    calls.clear()
+    for more in (["--quick"], ["--grid", "heads"]):
+        paper_mini.main([*flags, *more])
+    assert not any(script == "probe_batch.py" or "--probe" in arguments for script, arguments in calls)
 
 
 def test_the_heads_grid_has_few_and_many_genera_and_real_fragments(capsys):

@@ -48,7 +48,7 @@ def test_the_peer_computes_the_same(strategy):
             torch.testing.assert_close(z, other, rtol=0, atol=1e-5)
 
 
-def test_step_benchmark(tmp_path, capsys):
+def test_step_benchmark(tmp_path, capsys, monkeypatch):
     rows = step.main(["--model", "tiny-nt", "--batch-size", "2", "--tokens", "20", "--rounds", "1", "--out", str(tmp_path / "step.json")])
     written = json.loads((tmp_path / "step.json").read_text())
     assert written["rows"] == rows and {"machine", "versions", "date", "rounds"} < written.keys()
@@ -59,6 +59,9 @@ def test_step_benchmark(tmp_path, capsys):
     for strategy, r in step.VARIANTS:
         assert by["ours", strategy, r]["saved_mb_per_sequence"] < by["peer", strategy, r]["saved_mb_per_sequence"]
     assert "saved MB/seq" in capsys.readouterr().out
+    monkeypatch.setattr(step, "RESULTS", tmp_path / "committed.json")
+    step.main(["--model", "tiny-nt", "--batch-size", "1", "--tokens", "5", "--rounds", "1"])
+    assert not step.RESULTS.exists()  # other sizes than the committed ones are written only where --out says
     with pytest.raises(step.InputError, match="Nucleotide Transformer"):
         step.main(["--model", "tiny-dnabert"])
 

@@ -115,6 +115,7 @@ def test_the_ceiling_fits_and_two_percent_more_does_not(tmp_path):
 def test_all_strategies_as_a_user_runs_them(tmp_path):
     stdout, document = probed(tmp_path, "--strategies", "all", "--length", 32, "--batch-sizes", 2, 4, "--plot", tmp_path / "memory.png")
     assert "published s/epoch to full" in stdout and "allocator's peak" in stdout
+    assert "ceiling" not in stdout and "largest: of the sizes that were tried; more may fit" in stdout
     assert [found["label"] for found in document["runs"]] == ["full", "lora r=4", "ia3", "freeze75"]
     for found in document["runs"]:
         assert found["ceiling"] == 4 and found["memory"]["batch"] == 4
