@@ -34,7 +34,7 @@ BATCH = 16
 RATES = {"full": 3e-3, "random": 3e-3, "freeze75": 3e-3, "lora": 1e-2, "ia3": 3e-2}  # how they were chosen: docs/RESULTS.md
 TRAINED = [("full", []), ("random", []), ("freeze75", []), *(("lora", ["--r", r]) for r in ("1", "4", "20")), ("ia3", [])]
 FROZEN = [(strategy, [*flags, "--heads", "frozen"]) for strategy, flags in TRAINED if strategy in ("lora", "ia3")]
-PROBE = ["--memory-limit", "200MiB", "--steps", "1"]  # of tiny-nt: ceilings of about 25 sequences, in two to four minutes
+PROBE = ["--memory-limit", "200MiB", "--steps", "1"]  # of tiny-nt: ceilings of some 27 sequences (freeze75: 51); 2 minutes on busy cores
 PRETRAINING = {"full": (400, 8000, 1), "quick": (40, 2000, 1)}  # as GENOMES, for tiny-dnabert; a genus needs three sequences to validate
 
 
