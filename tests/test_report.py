@@ -295,7 +295,8 @@ def test_status(runs, tmp_path, capsys):
 def test_watch_goes_on_until_interrupted(tmp_path):
     make_run(tmp_path / "run", steps=10, finished=False)
     with subprocess.Popen([sys.executable, str(ROOT / "report.py"), "run", "--watch", "--every", "0.1"], cwd=tmp_path, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,  # Ctrl-C is heard also where pytest itself runs in the background
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         seen = [process.stdout.readline() for _ in range(4)]  # two tables of two lines
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=20)
