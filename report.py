@@ -289,8 +289,8 @@ def sections(groups, published, probes, pretraining_runs):
             any(each.steps for g in groups for each in g.runs), figures.curves, groups)
     checked = [each for each in pretraining_runs if sum("perplexity" in line for line in each.validations) > 1]
     if checked:
-        section("pretraining", "Masked-token pretraining", "Perplexity of masked tokens: dots on the validation split, thin lines in training.", True,
-                figures.pretraining, checked)
+        section("pretraining", "Masked-token pretraining",
+                "Perplexity of masked tokens: dots on the validation split, thin lines in training.", True, figures.pretraining, checked)
 
     for data, model in figures.unique((g.data, g.model) for g in done):
         cells = [(g.label, summed_confusion(g, "superkingdom")) for g in done if (g.data, g.model) == (data, model)]

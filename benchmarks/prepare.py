@@ -66,7 +66,7 @@ def measure(command):
         looked = time.perf_counter()
         now = memory(tree(process.pid))
         peak, samples = {name: max(peak[name], now[name]) for name in peak}, samples + 1
-        time.sleep(max(0.1, 20 * (time.perf_counter() - looked)))  # the kernel adds up a process's pages in some 30 ms: a twentieth of a core
+        time.sleep(max(0.1, 20 * (time.perf_counter() - looked)))  # adding up pages takes the kernel some 30 ms
     seconds = time.perf_counter() - start
     if process.returncode:
         raise InputError(f"{' '.join(command)} failed")
