@@ -350,8 +350,8 @@ def page(parts, rows, summary, pairs, remarks, pngs):
                  "<p>Of the best strategy of each model and data set, on the test split, seeds added.</p>",
                  html_table(pairs, tuple(pairs[0]))]
     body += ["<h2>Seeds put together</h2>", html_table(summary, tuple(summary[0]))] if summary else []
-    body += ["<h2>Every run</h2>", "<p>The columns of the paper's supplement; – where the run does not say. Metrics are balanced accuracy "
-             "on the test split, trainable_fraction is of the parameters held, epoch_seconds is training without validation.</p>",
+    body += ["<h2>Every run</h2>", "<p>The columns of the paper's supplement; – where the run does not say. Metrics are balanced "
+             "accuracy on the test split, trainable_fraction is of the parameters held, epoch_seconds is training without validation.</p>",
              html_table(rows, COLUMNS)]
     return ('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>taxa: report</title>\n'
             f"<style>\n{STYLE}\n</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n")

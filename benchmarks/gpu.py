@@ -1,7 +1,7 @@
 """Speed and memory on one GPU, in one command: no network, no data, under ten minutes, one JSON document.
 
   python benchmarks/gpu.py --out benchmarks/results/gpu.json            # one H100 or H200: eight or nine minutes
-  python benchmarks/gpu.py --device cpu --tiny --out /tmp/tiny.json     # every path at tiny sizes on a CPU: a few minutes
+  python benchmarks/gpu.py --device cpu --tiny --out tiny.json     # every path at tiny sizes on a CPU: a few minutes
 
 Cells, most wanted first: sequences/s of a whole training step (forward, backward, clip, AdamW) for each model, strategy and precision; the
 largest batch under --memory-limit, to 2%; the same with benchmarks/peer.py, which does what the published code does; the same compiled.

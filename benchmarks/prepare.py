@@ -1,8 +1,8 @@
 """Time and memory of preparing a corpus of the study's shape.
 
-  python benchmarks/prepare.py --sequences 50000 500000 --scratch /tmp/corpora
-  python benchmarks/prepare.py --sequences 5181880 --scratch /tmp/corpora --workers 2
-  python benchmarks/prepare.py --sequences 500000 --scratch /tmp/corpora --tokens dnabert --tokenizer-file PATH
+  python benchmarks/prepare.py --sequences 50000 500000 --scratch corpora
+  python benchmarks/prepare.py --sequences 5181880 --scratch corpora --workers 2
+  python benchmarks/prepare.py --sequences 500000 --scratch corpora --tokens dnabert --tokenizer-file PATH
 
 Simulates each corpus with `python -m taxa.simulate --study` in --scratch unless it is there, runs prepare.py on it and prints a JSON
 line: wall time (s), sequences/s, CPU time (s, all processes), and the peak of the memory of all its processes together, sampled about

@@ -96,12 +96,12 @@ def test_taxonomy_archives(edits, kind):
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
-@pytest.mark.parametrize("name", ["../outside.txt", "/tmp/outside-of-taxa.txt", "a/../../outside.txt"])
+@pytest.mark.parametrize("name", ["../outside.txt", "{tmp_path}/outside.txt", "a/../../outside.txt"])
 def test_an_archive_cannot_write_outside_its_folder(name, kind, tmp_path):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "dump").write_bytes(archive_bytes({**dump_texts(), name: "written"}, kind))
+    (tmp_path / "in" / "dump").write_bytes(archive_bytes({**dump_texts(), name.format(tmp_path=tmp_path): "written"}, kind))
     assert label_taxids(tmp_path / "in" / "dump", [562], tmp_path / "in")[0][562].taxids[-1] == 561
-    assert [path.name for path in tmp_path.iterdir()] == ["in"] and not Path("/tmp/outside-of-taxa.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),

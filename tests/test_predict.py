@@ -284,19 +284,22 @@ def test_batches_hold_windows_of_like_length():
 GOOD = ">a\nACGT\n"
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "reads: the file is empty"),
-    (gzip.compress(b""), "reads: the file is empty"),
-    (b">a\rACGT\r>b\rACGT\r", "reads: its lines end in carriage returns alone"),
-    (b"ACGT\n", "neither FASTA nor FASTQ: it begins with b'A'"),
-    (gzip.compress(GOOD.encode() * 9)[:-12], "reads: the gzip file is damaged or cut short"),
-    (b"\x1f\x8b but no gzip", "reads: the gzip file is damaged or cut short"),
-    (b">a\nACGT\n>b\nMKVLAAGIVELPQRST\n", "record 2 '>b': letters EFILPQ|record 2 '>b': letters EILPQ are in no DNA alphabet"),
-    (b"@a\nACGT\n+\nIIII\n@b\nACGT\n+\nIII\n", "record 2 '@b': 3 quality values for 4 letters"),
-    (b"@a\nACGT\nACGT\n+\nIIII\nIIII\n", "record 1 '@a': its third line does not begin with"),
-    (b"@a\nACGT\n", "record 1 '@a': the file ends within it"),
-    (b"@a\nACGT\n+\nIIII\nb\nACGT\n+\nIIII\n", "record 2 'b': its first line does not begin with @"),
-])
+WRONG_READS = {
+    "empty": (b"", "reads: the file is empty"),
+    "empty gzip": (gzip.compress(b""), "reads: the file is empty"),
+    "carriage returns alone": (b">a\rACGT\r>b\rACGT\r", "reads: its lines end in carriage returns alone"),
+    "no format": (b"ACGT\n", "neither FASTA nor FASTQ: it begins with b'A'"),
+    "cut gzip": (gzip.compress(GOOD.encode() * 9)[:-12], "reads: the gzip file is damaged or cut short"),
+    "not gzip": (b"\x1f\x8b but no gzip", "reads: the gzip file is damaged or cut short"),
+    "protein": (b">a\nACGT\n>b\nMKVLAAGIVELPQRST\n", "record 2 '>b': letters EFILPQ|record 2 '>b': letters EILPQ are in no DNA alphabet"),
+    "short quality": (b"@a\nACGT\n+\nIIII\n@b\nACGT\n+\nIII\n", "record 2 '@b': 3 quality values for 4 letters"),
+    "letters twice": (b"@a\nACGT\nACGT\n+\nIIII\nIIII\n", "record 1 '@a': its third line does not begin with"),
+    "cut record": (b"@a\nACGT\n", "record 1 '@a': the file ends within it"),
+    "no @": (b"@a\nACGT\n+\nIIII\nb\nACGT\n+\nIIII\n", "record 2 'b': its first line does not begin with @"),
+}
+
+
+@pytest.mark.parametrize("content, message", WRONG_READS.values(), ids=WRONG_READS)
 def test_wrong_reads(content, message, checkpoints, tmp_path):
     (tmp_path / "reads").write_bytes(content)
     with pytest.raises(InputError, match=message):

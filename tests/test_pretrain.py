@@ -53,6 +53,22 @@ def command(name, data, weights, out, *more):
             "--warmup-steps", "1", "--device", "cpu", *(["--no-tied"] if name == "tiny-nt" else []), *more]
 
 
+def interrupted_at(call, monkeypatch, arguments):
+    """Run pretrain.main(arguments) with Ctrl-C at the given call of cosine_rate. Returns the steps that asked for a rate."""
+    calls = []
+
+    def interrupting(step, *more):
+        calls.append(step)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return cosine_rate(step, *more)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pretrain, "cosine_rate", interrupting)
+        pretrain.main(arguments)
+    return calls
+
+
 @pytest.mark.parametrize("name, special, vocab", [("tiny-nt", {0, 1, 2, 3, 4, 5}, 4107), ("tiny-dnabert", {0, 1, 2, 3, 4}, 1024)])
 def test_the_proportions_and_that_special_tokens_are_never_chosen(name, special, vocab):
     masking = MASKING[MODELS[name].family]
@@ -213,18 +229,7 @@ def test_it_learns_goes_on_after_an_interruption_and_train_loads_it(name, demo, 
     assert log[0]["validation_loss"] > whole["loss"] + 0.05 and "perplexity" in log[0] and "unigram_perplexity" in log[-1]
     assert whole["perplexity"] == pytest.approx(math.exp(whole["loss"]))
 
-    calls = []
-
-    def interrupted(step, *arguments):
-        calls.append(step)
-        if len(calls) == 13:
-            raise KeyboardInterrupt
-        return cosine_rate(step, *arguments)
-
-    monkeypatch.setattr(pretrain, "cosine_rate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain.main(command(name, demo, weights, tmp_path / "cut", *more))
-    monkeypatch.undo()
+    calls = interrupted_at(13, monkeypatch, command(name, demo, weights, tmp_path / "cut", *more))
     again = pretrain.main(command(name, demo, weights, tmp_path / "cut", *more, "--resume"))
     assert again == whole
     assert len(calls) == 13  # steps 0 to 12, the last of them not taken
@@ -280,18 +285,7 @@ def test_fasta_instead_of_a_prepared_folder(fasta, weights, tmp_path, monkeypatc
     whole = pretrain.main(fasta_command("whole"))
     first = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[0])
     assert whole["loss"] < first["validation_loss"] - 0.05 and round(whole["unigram_perplexity"], 2) == first["unigram_perplexity"]
-    calls = []
-
-    def interrupted(step, *arguments):
-        calls.append(step)
-        if len(calls) == 15:
-            raise KeyboardInterrupt
-        return cosine_rate(step, *arguments)
-
-    monkeypatch.setattr(pretrain, "cosine_rate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain.main(fasta_command("cut"))
-    monkeypatch.undo()
+    interrupted_at(15, monkeypatch, fasta_command("cut"))
     assert pretrain.main(fasta_command("cut", "--resume", "--workers", "1")) == whole
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     with open(paths[0], "a") as file:
