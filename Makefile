@@ -40,7 +40,7 @@ JOBS = 2
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist loadfile
 
-# A training step of every strategy beside public parts: about 5 minutes on 2 cores that do nothing else.
+# A training step of every strategy beside public parts: about 9 minutes on 2 cores that do nothing else.
 bench: $(VENV)/.installed
 	$(RUN) benchmarks/step.py
 

@@ -67,7 +67,7 @@ def parse_args(argv=None):
         help=f"which tokens to write, of {' '.join(TOKENIZERS)}; nt is always written (default nt)")
     add("--add-tokens", nargs="+", metavar="NAME", help="add tokens to a folder that is prepared already")
     add("--tokenizer-file", metavar="FILE", help="tokenizer.json, for dnabert (default: DNABERT-2's, from the hub) or for bpe")
-    # a look at what is there
+    add = parser.group("a look at what is there")
     add("--describe", metavar="DIR", help="print what is in a prepared folder, and write nothing")
     add("--picture", metavar="FILE",
         help="with --describe: histograms of class sizes and token lengths, a file .png, .pdf or .svg; needs matplotlib")

@@ -26,13 +26,14 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from taxa import checkpoint
+from taxa import checkpoint, resume
 from taxa.backbones import MODELS, get_model, load_backbone, read_config, table_name
 from taxa.cli import InputError, Parser, fraction, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
 from taxa.dataset import micro_batches
 from taxa.distributed import barrier, main_first, sum_over_ranks, world
 from taxa.files import sha256, write_json
 from taxa.mlm import MASKING, MaskedLM, generator_for, load_head, mask_tokens, save_hub_folder, unigram_losses
+from taxa.metrics import perplexity
 from taxa.optim import adamw, cosine_rate
 from taxa.precision import PRECISIONS, autocast, set_precision
 from taxa.progress import print_line, progress
@@ -138,8 +139,8 @@ def validate(w, model, split, args, unigram):
     loss, of_unigram, count = sum_over_ranks(w, sums).tolist()
     if not count:
         raise InputError(f"{args.data or args.fasta[0]}: not one token of the validation split is masked; give more sequences")
-    return {"loss": loss / count, "perplexity": math.exp(loss / count), "unigram_loss": of_unigram / count,
-            "unigram_perplexity": math.exp(of_unigram / count), "positions": int(count)}
+    return {"loss": loss / count, "perplexity": perplexity(loss / count), "unigram_loss": of_unigram / count,
+            "unigram_perplexity": perplexity(of_unigram / count), "positions": int(count)}
 
 
 def pretrain(w, args):
@@ -199,7 +200,9 @@ def pretrain(w, args):
     unigram = unigram_losses(splits["train"], model.masking, model.config.vocab_size)
     if w.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
+        if args.resume:
+            resume.cut_logs(out, {"logs": {}, **last})
+        else:
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
         write_json(out / "args.json", vars(args))
@@ -222,7 +225,8 @@ def pretrain(w, args):
         if w.is_main:
             save_hub_folder(model, out, DTYPES[args.float16])
             checkpoint.save(out / "last.pt", {"args": vars(args), "processes": w.size, "dataset": digest, "state": model.state_dict(),
-                                              "optimizer": optimizer.state_dict(), "step": step}, checkpoint.RESUME_STATE)
+                                              "optimizer": optimizer.state_dict(), "step": step, "logs": resume.log_sizes(out)},
+                            checkpoint.RESUME_STATE)
 
     def measure():
         metrics = validate(w, model, splits["validation"], args, unigram)

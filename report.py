@@ -95,17 +95,28 @@ def watch(args):
 
 # ---------------------------------------------------------------- tables
 
+def ranks_of(runs):
+    """The ranks that runs were tested at, from the root down; the paper's where none was tested yet."""
+    return tuple(dict.fromkeys(rank for each in runs for rank in (each.metrics or {}).get("ranks", ()))) or RANKS
+
+
+def columns_of(runs):
+    """COLUMNS with the runs' own ranks in place of the paper's."""
+    first = COLUMNS.index(RANKS[0])
+    return COLUMNS[:first] + ranks_of(runs) + COLUMNS[first + len(RANKS):]
+
+
 def table_rows(runs):
-    """One dict with COLUMNS for each fine-tuning run; None where the run does not say (yet)."""
+    """One dict with columns_of(runs) for each fine-tuning run; None where the run does not say (yet)."""
     names = data_names(runs)
-    rows = []
+    ranks, rows = ranks_of(runs), []
     for each in runs:
         sequences = each.environment.get("training_sequences")
         rows.append({
             "run": each.folder.name, "data": names[each.args["data"]], "model": each.args["model"], "strategy": each.settings["strategy"],
             "r": each.settings.get("r"), "heads": each.settings["heads"], "seed": each.args["seed"],
             "data_fraction": round(min(1, each.last_step * each.batch / sequences), 4) if sequences else None,
-            "learning_rate": each.args["lr"], "epochs": round(each.epochs, 2), **{rank: each.balanced_accuracy(rank) for rank in RANKS},
+            "learning_rate": each.args["lr"], "epochs": round(each.epochs, 2), **{rank: each.balanced_accuracy(rank) for rank in ranks},
             "trainable_fraction": each.trainable_fraction, "epoch_seconds": each.epoch_seconds})
     return rows
 
@@ -114,18 +125,16 @@ def shown(column, value):
     """A cell for people: four digits of a metric, five of a fraction, one of seconds."""
     if value is None:
         return "–"
-    if column in RANKS or column.endswith(("mean", "lowest", "highest")):
-        return f"{value:.4f}"
-    return f"{value:.5f}" if column == "trainable_fraction" else f"{value:.1f}" if column == "epoch_seconds" else \
-        f"{value:g}" if isinstance(value, float) else str(value)
+    form = {"trainable_fraction": ".5f", "epoch_seconds": ".1f", "learning_rate": "g", "data_fraction": "g", "epochs": "g"}.get(column, ".4f")
+    return format(value, form) if isinstance(value, float) else str(value)
 
 
 def summary_rows(groups):
     """One dict for each group: the number of seeds and, per rank, mean, lowest and highest balanced accuracy on the test split."""
-    rows = []
+    ranks, rows = ranks_of([each for group in groups for each in group.runs]), []
     for group in groups:
         row = {"data": group.data, "model": group.model, "strategy": group.label, "seeds": len(group.values(group_rank(group)))}
-        for rank in RANKS:
+        for rank in ranks:
             values = group.values(rank)
             row |= {f"{rank} mean": statistics.mean(values) if values else None, f"{rank} lowest": min(values, default=None),
                     f"{rank} highest": max(values, default=None)}
@@ -135,7 +144,8 @@ def summary_rows(groups):
 
 def group_rank(group):
     """The finest rank that the group was tested at."""
-    return next((rank for rank in reversed(RANKS) if group.values(rank)), RANKS[-1])
+    ranks = ranks_of(group.runs)
+    return next((rank for rank in reversed(ranks) if group.values(rank)), ranks[-1])
 
 
 def csv_text(rows, columns):
@@ -187,22 +197,23 @@ def best_groups(groups):
     return [group for _, group in best.values()]
 
 
-def confused_pairs(group, rank="genus"):
-    """The PAIRS pairs of classes most often taken for each other, both ways added: dicts, the most confused first."""
+def confused_pairs(group):
+    """The PAIRS pairs of the finest rank most often taken for each other, both ways added: dicts, the most confused first."""
+    rank = group_rank(group)
     found = summed_confusion(group, rank)
     if not found:
         return []
     _, names, matrix = found
     pairs = [(matrix[i][j] + matrix[j][i], i, j) for i in range(len(names)) for j in range(i)]
     pairs = sorted((pair for pair in pairs if pair[0]), key=lambda pair: (-pair[0], names[pair[1]], names[pair[2]]))[:PAIRS]
-    return [{"data": group.data, "model": group.model, "strategy": group.label, "A": names[j], "B": names[i], "A as B": matrix[j][i],
+    return [{"data": group.data, "model": group.model, "strategy": group.label, "rank": rank, "A": names[j], "B": names[i], "A as B": matrix[j][i],
              "B as A": matrix[i][j], "A tested": sum(matrix[j]), "B tested": sum(matrix[i])} for _, i, j in pairs]
 
 
 # ---------------------------------------------------------------- probe_batch.py
 
 def read_probes(paths):
-    """({group: largest batch}) of probe_batch.py's documents, as a list of Groups and {id(group): sequences}."""
+    """Of probe_batch.py's documents: a list of Groups, and {id(group): the largest batch, in sequences}."""
     groups, limits = [], {}
     for path in map(Path, paths):
         try:
@@ -253,7 +264,7 @@ def sections(groups, published, probes, pretraining_runs):
         "1b": "no finished run has the rank superkingdom", "1c": "no finished run of LoRA has the rank genus",
         "1d_time": "no two strategies, one of them full or random, logged their speed and the number of their training sequences",
         "1d_batch": "no --probe FILE of probe_batch.py was given",
-        "heads": "no adapter was run with its heads trained and with them frozen",
+        "heads": "no adapter was run with its heads trained and with them frozen and all else the same",
         "curves": "no run has logged a step", "pretraining": "no run of pretrain.py is among the folders"}
 
     gains = [g for g in done if g.values("phylum") and (g.strategy == "random" or (g.strategy == "full" and g.pretrained))]
@@ -261,8 +272,9 @@ def sections(groups, published, probes, pretraining_runs):
     section("1a", "Figure 1a: phylum, pretrained against random initialisation",
             "The same backbone, fine-tuned whole, from pretrained and from random weights. " + " ".join(text), gains,
             figures.pretraining_gain, done + published)
+    text = seeds_sentence(done, "superkingdom", lambda g: g.strategy == "full", lambda g, _: g.strategy == "freeze75")
     section("1b", "Figure 1b: superkingdom by strategy",
-            "Every strategy; hollow marks are adapters whose heads were frozen, as in all published LoRA and (IA)³ runs.",
+            "Every strategy; hollow marks are adapters whose heads were frozen, as in all published LoRA and (IA)³ runs. " + " ".join(text),
             any(g.values("superkingdom") for g in done), figures.superkingdom, done + published)
     section("1c", "Figure 1c: genus against LoRA's r",
             "Solid: heads trained; dashed and hollow: heads frozen. At the right, full fine-tuning of the same model.",
@@ -277,8 +289,8 @@ def sections(groups, published, probes, pretraining_runs):
             "The largest batch that fits the memory limit, by probe_batch.py. The paper reports only that the largest power of two was the "
             "same for all strategies.", probes[0], figures.ceilings, *probes)
     pairs = {(g.data, g.model, g.row) for g in done if g.heads == "frozen"} & {(g.data, g.model, g.row) for g in done if g.heads == "train"}
-    ranks = [rank for rank in RANKS if any(g.values(rank) for g in done)]
-    text = seeds_sentence(done, ranks[-1] if ranks else "genus", lambda g: g.strategy in ("lora", "ia3") and g.heads == "train",
+    ranks = ranks_of([each for g in done for each in g.runs])
+    text = seeds_sentence(done, ranks[-1], lambda g: g.strategy in ("lora", "ia3") and g.heads == "train",
                           lambda g, a: g.heads == "frozen" and g.row == a.row)
     section("heads", "Adapters with trained and with frozen heads",
             "Filled: the heads train with the adapter, the default here. Hollow: they stay random, as in the published code. "
@@ -323,6 +335,9 @@ def notes(runs, rows):
             found.append(f"{each.folder.name} is not finished ({where}); it has no test metrics.")
         elif not any(each.confusion(rank) for rank in each.metrics["ranks"]):
             found.append(f"{each.folder.name} has no confusion_RANK.csv: evaluate.py writes them.")
+        if each.metrics and not set(RANKS) & set(each.metrics["ranks"]):
+            found.append(f"{each.folder.name} was tested at {', '.join(each.metrics['ranks'])}: it is in the tables, and in no picture of "
+                         "the paper's ranks.")
     old = [row["run"] for row in rows if row["trainable_fraction"] is None]
     if old:
         found.append(f"Without trainable_fraction, data_fraction and epoch_seconds, which their environment.json does not say: "
@@ -330,7 +345,7 @@ def notes(runs, rows):
     return found
 
 
-def page(parts, rows, summary, pairs, remarks, pngs):
+def page(parts, columns, rows, summary, pairs, remarks, pngs):
     """report.html."""
     body = ["<h1>Runs beside the published numbers</h1>",
             f"<p>{len(rows)} fine-tuning runs, {time.strftime('%Y-%m-%d')}. Published numbers: Berman et al. 2025, "
@@ -346,13 +361,13 @@ def page(parts, rows, summary, pairs, remarks, pngs):
             body.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
         body.append(f"<figcaption>{html.escape(caption)}</figcaption>\n</figure>")
     if pairs:
-        body += ["<h2>Genera most often confused</h2>",
+        body += ["<h2>Pairs most often confused</h2>",
                  "<p>Of the best strategy of each model and data set, on the test split, seeds added.</p>",
                  html_table(pairs, tuple(pairs[0]))]
     body += ["<h2>Seeds put together</h2>", html_table(summary, tuple(summary[0]))] if summary else []
     body += ["<h2>Every run</h2>", "<p>The columns of the paper's supplement; – where the run does not say. Metrics are balanced "
              "accuracy on the test split, trainable_fraction is of the parameters held, epoch_seconds is training without validation.</p>",
-             html_table(rows, COLUMNS)]
+             html_table(rows, columns)]
     return ('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>taxa: report</title>\n'
             f"<style>\n{STYLE}\n</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n")
 
@@ -367,7 +382,7 @@ def write_report(args, runs):
     tuned = [each for each in runs if each.fine_tuned]
     probes = read_probes(args.probe)
     groups = group_runs(tuned)
-    rows, summary = table_rows(tuned), summary_rows(groups)
+    columns, rows, summary = columns_of(tuned), table_rows(tuned), summary_rows(groups)
     parts = sections(groups, published_groups(), probes, [each for each in runs if not each.fine_tuned])
     pairs = [pair for group in best_groups(groups) for pair in confused_pairs(group)]
     pngs = {}
@@ -379,14 +394,14 @@ def write_report(args, runs):
     with new_folder(out, overwrite=True) as folder:
         for name, data in pngs.items():
             (folder / f"figure_{name}.png").write_bytes(data)
-        (folder / "table.csv").write_text(csv_text(rows, COLUMNS), encoding="utf-8")
-        (folder / "table.md").write_text(markdown(rows, COLUMNS), encoding="utf-8")
+        (folder / "table.csv").write_text(csv_text(rows, columns), encoding="utf-8")
+        (folder / "table.md").write_text(markdown(rows, columns), encoding="utf-8")
         if summary:
             (folder / "summary.csv").write_text(csv_text(summary, tuple(summary[0])), encoding="utf-8")
         if pairs:
             (folder / "confused_genera.csv").write_text(csv_text(pairs, tuple(pairs[0])), encoding="utf-8")
         remarks = notes(tuned, rows)
-        (folder / "report.html").write_text(page(parts, rows, summary, pairs, remarks, pngs), encoding="utf-8")
+        (folder / "report.html").write_text(page(parts, columns, rows, summary, pairs, remarks, pngs), encoding="utf-8")
     print(f"{out / 'report.html'}: {len(tuned)} runs, {len(pngs)} pictures"
           + (f"; {len(remarks)} remarks on what is missing" if remarks else ""))
 

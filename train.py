@@ -52,7 +52,6 @@ RUN_FILES = ("args.json", "environment.json", "log.jsonl", "bad_steps.jsonl", "c
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    add = parser.add_argument
     add_model(parser)
     add = add_strategy(parser)
     add("--adapters", metavar="DIR", help="lora, ia3: start from a PEFT folder (export.py --adapters, or the library's)")
@@ -269,7 +268,7 @@ def train(w, args, row, settings, signals, start=None):
                 old.unlink()
         write_json(out / "args.json", vars(args) | {"settings": settings, "base": base})
         write_json(out / "environment.json", environment(w) | {
-            "parameters": total, "trainable": trainable, "training_sequences": len(splits["train"])})
+            "parameters": total, "trainable": trainable, "training_sequences": len(splits["train"]), "dataset": data.digest})
         if base["source"] == "package":
             print(f"{args.model} starts from the weights that come with this package, pretrained on simulated genomes "
                   "(taxa/assets/tiny_nt/README.md); --weights DIR loads others")

@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import train  # noqa: E402
 from taxa.cli import InputError, Parser, positive_int, run  # noqa: E402
 
 # data set -> (genera, sequences, seed) of benchmarks/genomes.py; the pretraining genomes have seed 1, so no genus is the same
@@ -31,7 +32,7 @@ GENOMES = {"few": (40, 4000, 11), "many": (320, 4800, 12)}
 SPLIT = ["--test", "0.2", "--validation", "0.05"]
 REAL_SPLIT, REAL_STEPS = ["--test", "0.05", "--validation", "0.01"], 200  # real DNA: as many training sequences as the others, of 19,000
 BATCH = 16
-RATES = {"full": 3e-3, "random": 3e-3, "freeze75": 3e-3, "lora": 1e-2, "ia3": 3e-2}  # how they were chosen: docs/RESULTS.md
+RATES = {"full": 3e-3, "random": 3e-3, "freeze75": 3e-3, "lora": 1e-2, "ia3": 3e-2}  # how they were chosen: docs/LOG.md
 TRAINED = [("full", []), ("random", []), ("freeze75", []), *(("lora", ["--r", r]) for r in ("1", "4", "20")), ("ia3", [])]
 FROZEN = [(strategy, [*flags, "--heads", "frozen"]) for strategy, flags in TRAINED if strategy in ("lora", "ia3")]
 PROBE = ["--memory-limit", "200MiB", "--steps", "1"]  # of tiny-nt: ceilings of some 27 sequences (freeze75: 51); 2 minutes on busy cores
@@ -76,7 +77,7 @@ def prepare_genomes(folder, genera, sequences, seed, *more):
 
 
 def prepare_all(args):
-    """The prepared data sets, {name: folder}, and the weights of tiny-dnabert."""
+    """The prepared data sets, {name: folder}."""
     root = Path(args.data).resolve()
     both = ["--tokenizers", "nt", "tiny-dnabert"]
     names = ["few"] if args.grid == "paper" else ["few", "many"]
@@ -136,9 +137,10 @@ def one_run(out, arguments):
     """Run train.py unless it is finished. Returns seconds, or None for a run that was there. InputError when that has other settings."""
     if (out / "metrics.json").is_file():
         had = json.loads((out / "args.json").read_text(encoding="utf-8"))
-        for flag, value in zip(arguments[::2], arguments[1::2]):
-            if flag in ("--lr", "--batch-size", "--epochs", "--seed", "--max-steps") and float(value) != had[flag[2:].replace("-", "_")]:
-                raise InputError(f"{out} was run with another {flag} than {value}: remove it to run it again, or give another --out")
+        for name, value in vars(train.parse_args(arguments)).items():
+            if name != "overwrite" and had.get(name, value) != value:
+                raise InputError(f"{out} was run with --{name.replace('_', '-')} {had[name]}, not {value}: remove it to run it again, or "
+                                 "give another --out")
         return None
     started = time.time()
     python("train.py", *arguments, *(["--overwrite"] if out.is_dir() else []))
@@ -183,13 +185,14 @@ def main(argv=None):
     runs = commands(args, data, weights)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(one_run, *each): each for each in runs}
-        for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
-            out, arguments = futures[future]
-            if future.exception():
-                pool.shutdown(cancel_futures=True)
-            seconds = future.result()
-            if seconds is not None:
-                print(f"{number}/{len(runs)} {seconds:.0f} s: python train.py {shlex.join(arguments)}", flush=True)
+        try:
+            for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
+                seconds = future.result()
+                if seconds is not None:
+                    print(f"{number}/{len(runs)} {seconds:.0f} s: python train.py {shlex.join(futures[future][1])}", flush=True)
+        except BaseException:  # Ctrl-C too: what has not begun does not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     (Path(args.out) / f"{args.grid}{'-quick' * args.quick}.md").write_text(table(runs) + "\n", encoding="utf-8")
     print(table(runs))
     print(f"{len(runs)} runs in {args.out}; {(time.time() - started) / 60:.1f} minutes")

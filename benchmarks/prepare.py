@@ -9,6 +9,7 @@ line: wall time (s), sequences/s, CPU time (s, all processes), and the peak of t
 once a second: "pss" counts a page that processes share once, "rss" once for each. Linux only: it reads /proc.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -66,7 +67,8 @@ def measure(command):
         looked = time.perf_counter()
         now = memory(tree(process.pid))
         peak, samples = {name: max(peak[name], now[name]) for name in peak}, samples + 1
-        time.sleep(max(0.1, 20 * (time.perf_counter() - looked)))  # adding up pages takes the kernel some 30 ms
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.1, 20 * (time.perf_counter() - looked)))  # adding up pages takes the kernel some 30 ms
     seconds = time.perf_counter() - start
     if process.returncode:
         raise InputError(f"{' '.join(command)} failed")

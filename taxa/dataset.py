@@ -15,6 +15,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from taxa.splits import SPLITS
 from taxa.tokens import nt_tokenizer
 
 FORMAT, VERSION = "taxa dataset", 1
+JOB = 4096  # sequences: the tokenizer goes to a worker with every job, so that small ones cost
 RECORD = np.dtype([("source", "<u2"), ("record", "<u4"), ("taxid", "<u4")])
 
 
@@ -34,7 +36,7 @@ class TokenWriter:
 
     def __init__(self, folder, split, tokenizer):
         self.base = Path(folder) / split / tokenizer
-        self._lengths = []
+        self._lengths, self._finished = [], False
         self._stack = contextlib.ExitStack()
 
     def __enter__(self):
@@ -50,10 +52,17 @@ class TokenWriter:
         self._file.write(ids.astype("<u2", copy=False).tobytes())
         self._lengths.append(counts)
 
+    def finish(self):
+        """Everything on the disk, under the temporary names: after it only renames are left, which need no room."""
+        offsets = np.concatenate(([0], np.cumsum(np.concatenate(self._lengths or [np.empty(0, np.int64)]))))
+        save_array(self._offsets_path, offsets.astype("<i8"))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._finished = True
+
     def __exit__(self, kind, value, traceback):
-        if kind is None:
-            offsets = np.concatenate(([0], np.cumsum(np.concatenate(self._lengths or [np.empty(0, np.int64)]))))
-            save_array(self._offsets_path, offsets.astype("<i8"))
+        if kind is None and not self._finished:
+            self.finish()
         return self._stack.__exit__(kind, value, traceback)
 
 
@@ -185,14 +194,18 @@ class PreparedDataset:
         progress: wraps an iterable. in_order: what maps a function over parts of the data (taxa.workers). Killed at any moment, the folder
         has its old tokens of that name, or none, or the new ones: never a mixture.
         """
+        writers = []
         with contextlib.ExitStack() as stack:
             for split in SPLITS:
                 offsets = np.load(self.folder / split / "nt.npy", mmap_mode="r")
                 writer = stack.enter_context(TokenWriter(self.folder, split, tokenizer.name))
-                starts = progress(range(0, len(offsets) - 1, 1024), f"{tokenizer.name} tokens, {split}")
-                jobs = ((self.folder / split / "nt.bin", offsets[start:start + 1025]) for start in starts)
+                starts = progress(range(0, len(offsets) - 1, JOB), f"{tokenizer.name} tokens, {split}")
+                jobs = ((self.folder / split / "nt.bin", offsets[start:start + JOB + 1]) for start in starts)
                 for ids, counts in in_order(functools.partial(_encode_spelled, tokenizer), jobs):
                     writer.append(ids, counts)
+                writers.append(writer)
+            for writer in writers:
+                writer.finish()
             if self.manifest["tokenizers"].pop(tokenizer.name, None):  # the old files go one by one now
                 for name in token_files(tokenizer.name):
                     del self.manifest["files"][name]

@@ -11,7 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
+from taxa.metrics import perplexity
+
 COLORS = {"full": "#0072B2", "random": "#777777", "freeze75": "#009E73", "lora": "#D55E00", "ia3": "#CC79A7"}
+PRETRAINING_COLORS = ("#000000", "#E69F00", "#56B4E9")  # of the same palette, and no strategy's
 MARKERS = {"tiny-nt": "o", "tiny-dnabert": "s", "nt50m": "^", "nt100m": "v", "nt250m": "D", "dnabert2": "P", "dnaberts": "X"}
 OTHER_MARKERS = "<>phd*"
 FONT = 10
@@ -84,13 +87,14 @@ def several_seeds(groups):
 
 
 def dot_rows(axes, groups, rows, models, values_of):
-    """One line of the axes for each row, in it the groups of that row, model under model."""
-    step = 0.72 / max(len(models), 1)
+    """One line of the axes for each row, in it the groups of that row, model under model. models: of all axes, for their markers."""
+    here = [model for model in models if any(group.model == model for group in groups)]
+    step = 0.72 / max(len(here), 1)
     for group in groups:
         values = values_of(group)
         if values:
-            y = rows.index(group.row) + (models.index(group.model) - (len(models) - 1) / 2) * step
-            mark(axes, values, y, group, marker(group.model, models), large=8 if len(models) < 3 else 6)
+            y = rows.index(group.row) + (here.index(group.model) - (len(here) - 1) / 2) * step
+            mark(axes, values, y, group, marker(group.model, models), large=8 if len(here) < 3 else 6)
     axes.set_yticks(range(len(rows)), rows, fontsize=FONT)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -98,7 +102,6 @@ def dot_rows(axes, groups, rows, models, values_of):
         axes.axhline(line - 0.5, color="#dddddd", linewidth=0.8, zorder=0)
     axes.grid(axis="x", color="#eeeeee", zorder=0)
     axes.set_axisbelow(True)
-
 
 
 def by_strategy(groups, values_of, label, right):
@@ -111,9 +114,10 @@ def by_strategy(groups, values_of, label, right):
     columns = len(parts) if len(parts) < 4 else 2
     lines = math.ceil(len(parts) / columns)
     most = max(len(unique(g.model for g in members)) for _, members in parts)
+    models = unique(g.model for g in groups)
     made, axes = figure(1.45 + lines * (0.6 + len(rows) * max(0.27, 0.1 * most)), lines, columns, sharex=True, sharey=True)
     for ax, (title, members) in zip(axes.flat, parts):
-        dot_rows(ax, members, rows, unique(g.model for g in members), values_of)
+        dot_rows(ax, members, rows, models, values_of)
         ax.set_title(title, fontsize=FONT + 1, loc="left")
         ax.tick_params(labelbottom=True)
         ax.set_xlabel(label, fontsize=FONT)
@@ -121,7 +125,6 @@ def by_strategy(groups, values_of, label, right):
     axes[0, 0].xaxis.set_major_locator(MaxNLocator(5 if columns < 3 else 4))
     for ax in list(axes.flat)[len(parts):]:
         ax.set_visible(False)
-    models = unique(g.model for g in groups)
     legend(made, models, any(g.heads == "frozen" for g in groups), several_seeds(groups))
     return made
 
@@ -163,6 +166,8 @@ def genus_by_r(groups):
     parts = panels([g for g in groups if g.strategy in ("lora", "full") and g.values("genus")
                     and (g.published or any(o.strategy == "lora" and o.data == g.data for o in groups))])
     ranks = sorted({g.r for _, members in parts for g in members if g.r})
+    used = [g for _, members in parts for g in members]
+    all_models = unique(g.model for g in used)
     columns = min(len(parts), 2)
     lines = math.ceil(len(parts) / columns)
     made, axes = figure(1.2 + 2.7 * lines, lines, columns, sharey=True)
@@ -177,10 +182,10 @@ def genus_by_r(groups):
                 ax.plot(*zip(*line) if line else ((), ()), color=COLORS["lora"], linewidth=1.3, zorder=2,
                         linestyle="--" if heads == "frozen" else "-")
                 for group in lora:
-                    mark(ax, group.values("genus"), ranks.index(group.r) + shift, group, marker(model, models), True, large)
+                    mark(ax, group.values("genus"), ranks.index(group.r) + shift, group, marker(model, all_models), True, large)
             for group in members:
                 if group.model == model and group.strategy == "full":
-                    mark(ax, group.values("genus"), len(ranks) + shift, group, marker(model, models), True, large)
+                    mark(ax, group.values("genus"), len(ranks) + shift, group, marker(model, all_models), True, large)
         ax.axvline(len(ranks) - 0.5, color="#dddddd", linewidth=0.8)
         ax.set_xticks(range(len(ranks) + 1), [f"r={r}" for r in ranks] + ["full"], fontsize=FONT)
         ax.set_xlim(-0.5, len(ranks) + 0.5)
@@ -193,8 +198,7 @@ def genus_by_r(groups):
     axes[0, 0].set_ylim(bottom=0)
     for ax in list(axes.flat)[len(parts):]:
         ax.set_visible(False)
-    used = [g for _, members in parts for g in members]
-    legend(made, unique(g.model for g in used), any(g.heads == "frozen" for g in used), several_seeds(used),
+    legend(made, all_models, any(g.heads == "frozen" for g in used), several_seeds(used),
            (("lora", "LoRA"), ("full", "full fine-tuning")))
     return made
 
@@ -300,9 +304,9 @@ def pretraining(runs):
     """Perplexity of masked tokens against steps of pretrain.py: lines in training, dots in validation, dotted the unigram's."""
     made, axes = figure(3.2)
     ax = axes[0, 0]
-    for color, run in zip(list(COLORS.values()) * len(runs), runs):
+    for color, run in zip(PRETRAINING_COLORS * len(runs), runs):
         checks = [line for line in run.validations if "perplexity" in line]
-        ax.plot([e["step"] for e in run.steps], [math.exp(e["loss"]) for e in run.steps], linewidth=1, color=color)
+        ax.plot([e["step"] for e in run.steps], [perplexity(e["loss"]) for e in run.steps], linewidth=1, color=color)
         ax.plot([e["step"] for e in checks], [e["perplexity"] for e in checks], "o", markersize=5, color=color, label=run.folder.name)
         ax.axhline(checks[-1]["unigram_perplexity"], color=color, linestyle=":")
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")

@@ -3,9 +3,16 @@
 Shapes: N sequences, C classes of a rank. confusion[t, p] counts the sequences of true class t predicted as p.
 """
 
+import math
+
 import numpy as np
 
 BINS = 15  # of the expected calibration error
+
+
+def perplexity(loss):
+    """exp of a mean loss in nats; a loss above 700, which a float cannot hold the exp of, counts as 700."""
+    return math.exp(min(loss, 700.0))
 
 
 def confusion_matrix(truth, predicted, num_classes):

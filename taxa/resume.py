@@ -79,11 +79,16 @@ def lock(out):
 def save_last(out, content):
     """Write last.pt; the one before it stays as last.prev.pt."""
     written = out / f".next.{LAST}.tmp"
-    checkpoint.save(written, {**content, "logs": {name: _size(out / name) for name in LOGS}}, checkpoint.RESUME_STATE)
+    checkpoint.save(written, {**content, "logs": log_sizes(out)}, checkpoint.RESUME_STATE)
     if (out / LAST).exists():
         os.replace(out / LAST, out / PREVIOUS)
     os.replace(written, out / LAST)
     to_disk(out)
+
+
+def log_sizes(out):
+    """{log: bytes}, for cut_logs()."""
+    return {name: _size(out / name) for name in LOGS}
 
 
 def _size(path):

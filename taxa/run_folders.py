@@ -9,9 +9,10 @@ from typing import NamedTuple, Optional
 
 from taxa.cli import InputError
 
-# What sets groups of one data set, model, strategy and heads apart, as their label says it: setting -> format.
-DETAILS = {"protocol": "{}", "lr": "lr {:g}", "augment": "augment {}", "adapters": "adapters {}", "lora_alpha": "alpha {:g}",
-           "epochs": "epochs {}", "max_steps": "steps {}", "batch": "batch {}", "weights": "weights {}"}
+# Arguments that change nothing in what comes out, or that a group's other fields tell: data, model, strategy, r, heads, base weights.
+SAME = {"seed", "out", "workers", "device", "save_every", "log_every", "overwrite", "resume", "dry_run", "num_classes", "ranks", "data",
+        "model", "weights", "revision", "settings", "base", "batch_size", "accumulate"}
+FORMATS = {"protocol": "{}", "lr": "lr {:g}", "lora_alpha": "alpha {:g}", "max_steps": "steps {}"}  # of a label; of the others: "name value"
 STRATEGY_LABELS = {"full": "full", "random": "random", "freeze75": "75% frozen", "lora": "LoRA", "ia3": "(IA)³"}
 PUBLISHED = Path(__file__).parent / "assets" / "published_results.csv"  # supplement of Berman et al. 2025, all 33 runs
 
@@ -92,13 +93,13 @@ class Run(NamedTuple):
         path = self.folder / f"confusion_{rank}.csv"
         if not path.is_file():
             return None
-        with open(path, newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
         try:
+            with open(path, newline="", encoding="utf-8") as file:
+                header, *rows = csv.reader(file)
             matrix = [[int(count) for count in row[1:]] for row in rows]
-        except ValueError:
+        except (ValueError, csv.Error):
             raise InputError(f"{path} is not a table of counts") from None
-        if [row[0] for row in rows] != header[1:] or any(len(row) != len(header) - 1 for row in matrix):
+        if [row[:1] for row in rows] != [[name] for name in header[1:]] or any(len(row) != len(header) - 1 for row in matrix):
             raise InputError(f"{path} is not a square table: the same classes as rows and as columns")
         return header[1:], matrix
 
@@ -107,8 +108,11 @@ class Run(NamedTuple):
         path = self.folder / "per_class.csv"
         if not path.is_file():
             return {}
-        with open(path, newline="", encoding="utf-8") as file:
-            return {row["taxid"] or row["name"]: row["name"] for row in csv.DictReader(file) if row["rank"] == rank}
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                return {row["taxid"] or row["name"]: row["name"] for row in csv.DictReader(file) if row["rank"] == rank}
+        except (KeyError, UnicodeDecodeError, csv.Error):
+            raise InputError(f"{path} is not the table of classes that evaluate.py writes") from None
 
 
 class Group(NamedTuple):
@@ -152,7 +156,7 @@ def find_runs(paths):
         if not inside:
             raise InputError(f"no run in {path}: there is no args.json in it or below it")
         found += inside
-    unique = {folder.resolve(): folder for folder in found}
+    unique = {folder.resolve(): folder if folder.name else folder.resolve() for folder in found}  # "." has a name too
     return sorted(unique.values(), key=lambda folder: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(folder))])
 
 
@@ -162,17 +166,23 @@ def read_run(folder):
     if not isinstance(args, dict) or not {"model", "batch_size", "accumulate", "seed", "lr"} <= args.keys():
         raise InputError(f"{folder / 'args.json'} is not of a run of train.py or pretrain.py")
     log, path = [], folder / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     for number, line in enumerate(lines, start=1):
-        if line.endswith("\n"):
+        if line.endswith(b"\n"):
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, UnicodeDecodeError):
                 raise InputError(f"{path}, line {number}: not JSON") from None
-            if not isinstance(entry, dict) or "step" not in entry or "epoch" not in entry:
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int) or not isinstance(entry.get("epoch"), int):
                 raise InputError(f"{path}, line {number}: not a line of train.py's log")
             log.append(entry)
-    return Run(folder, args, _json(folder / "environment.json", {}), log, _json(folder / "metrics.json", None))
+    environment, metrics = _json(folder / "environment.json", {}), _json(folder / "metrics.json", None)
+    if not isinstance(environment, dict):
+        raise InputError(f"{folder / 'environment.json'} is not of a run of train.py or pretrain.py")
+    if metrics is not None and (not isinstance(metrics, dict) or not isinstance(metrics.get("ranks", {}), dict)
+                                or ("settings" in args and "ranks" not in metrics)):
+        raise InputError(f"{folder / 'metrics.json'} is not of train.py or evaluate.py")
+    return Run(folder, args, environment, log, metrics)
 
 
 def _json(path, *missing):
@@ -185,9 +195,10 @@ def _json(path, *missing):
         raise InputError(f"{path} is not JSON: {error}") from None
 
 
-def strategy_row(strategy, r=None):
+def strategy_row(strategy, r=None, freeze_fraction=None):
     """ "LoRA r=4": a strategy as pictures and tables call it."""
-    return STRATEGY_LABELS.get(strategy, strategy) + (f" r={r}" if r else "")
+    name = f"{freeze_fraction:.0%} frozen" if freeze_fraction else STRATEGY_LABELS.get(strategy, strategy)
+    return name + (f" r={r}" if r else "")
 
 
 def data_names(runs):
@@ -198,30 +209,46 @@ def data_names(runs):
 
 
 def _details(run):
-    """What else must be equal for two runs to differ only in their seed: {setting: value}."""
+    """What must be equal for two runs of one data set, model, strategy, r and heads to differ only in their seed: {name: value}."""
     base = run.args["base"]
-    return {**{name: run.args.get(name) for name in DETAILS}, **{name: run.settings.get(name) for name in ("protocol", "lora_alpha")},
-            "batch": run.batch, "weights": Path(base["folder"]).name if base.get("folder") else base.get("revision"),
-            "digest": base.get("digest"), "rest": json.dumps(run.settings, sort_keys=True)}
+    arguments = {name: value for name, value in run.args.items() if name not in SAME} | run.settings
+    found = {name: arguments[name] or None for name in sorted(arguments.keys() - {"strategy", "r", "heads"})}
+    weights = Path(base["folder"]).name if base.get("folder") else base.get("revision")
+    dataset = run.environment.get("dataset") or (run.metrics or {}).get("dataset_digest")
+    return found | {"batch": run.batch, "weights": weights, "base": (base.get("digest") or "")[:8] or None,
+                    "dataset": dataset[:8] if dataset else None}
+
+
+def _label(name, value):
+    if isinstance(value, list):
+        value = ",".join(value)
+    return name.replace("_", " ") if value is True else FORMATS.get(name, name.replace("_", " ") + " {}").format(value)
 
 
 def group_runs(runs):
     """Groups of the fine-tuning runs, in the order data, model, strategy, r, heads."""
     names = data_names(runs)
     cells = {}
-    for run in runs:
-        key = (names[run.args["data"]], run.args["model"], run.settings["strategy"], run.settings.get("r"), run.settings["heads"])
-        cells.setdefault(key, {}).setdefault(tuple(_details(run).values()), []).append(run)
+    for run in runs:  # trained and frozen heads share a cell, so that what stands in one's label stands in the other's
+        key = (names[run.args["data"]], run.args["model"], run.settings["strategy"], run.settings.get("r"))
+        cells.setdefault(key, []).append((run, _details(run)))
     groups = []
-    for (data, model, strategy, r, heads), variants in cells.items():
-        details = [_details(members[0]) for members in variants.values()]
-        apart = [name for name in DETAILS if len({each[name] for each in details}) > 1]
-        for each, members in zip(details, variants.values()):
-            base = members[0].args["base"]["source"]
-            words = [strategy_row(strategy, r)]
+    for (data, model, strategy, r), members in cells.items():
+        apart = [name for name in dict.fromkeys(name for _, details in members for name in details)
+                 if len({json.dumps(details.get(name)) for _, details in members}) > 1]
+        variants = {}
+        for run, details in members:
+            variants.setdefault((run.settings["heads"], *(json.dumps(details.get(name)) for name in apart)), []).append((run, details))
+        if "base" in apart and len({details["weights"] for _, details in members}) == len({details["base"] for _, details in members}):
+            apart.remove("base")  # the names of the weights tell them apart
+        for (heads, *_), same in variants.items():
+            first, details = same[0]
+            base = first.args["base"]["source"]
+            words = [strategy_row(strategy, r, first.settings.get("freeze_fraction"))]
             words += ["random base"] if base == "seed" else []  # a model without published weights starts from a fixed seed
-            words += [DETAILS[name].format(each[name]) for name in apart if each[name] is not None]
-            groups.append(Group(data, model, strategy, r, heads, ", ".join(words), base not in ("none", "seed"), tuple(members)))
+            words += [_label(name, details[name]) for name in apart if details.get(name) is not None]
+            groups.append(Group(data, model, strategy, r, heads, ", ".join(words), base not in ("none", "seed"),
+                                tuple(run for run, _ in same)))
     order = list(STRATEGY_LABELS)
     return sorted(groups, key=lambda g: (g.data, g.model, order.index(g.strategy), g.r or 0, g.heads == "frozen", g.row))
 

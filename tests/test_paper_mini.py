@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_every_cell_once_then_nothing_and_what_was_cut_short_again(calls, tmp_pa
     assert [script for script, _ in again] == ["train.py"] and value_of("--out", again[0][1]) == str(cut) and "--overwrite" in again[0][1]
 
     monkeypatch.setitem(paper_mini.RATES, "ia3", 1e-2)
-    with pytest.raises(InputError, match="ia3.* was run with another --lr than 0.01: remove it"):
+    with pytest.raises(InputError, match="ia3.* was run with --lr 0.03, not 0.01: remove it"):
         paper_mini.main(flags)
 
 
@@ -106,3 +107,20 @@ def test_a_run_that_fails_is_named(monkeypatch, tmp_path):
         paper_mini.python("train.py", "--no-such-flag")
     with pytest.raises(InputError, match="--grid heads"):
         paper_mini.main(["--real", "x"])
+
+
+def test_ctrl_c_begins_nothing_more(calls, tmp_path, monkeypatch):
+    began, stand_in = [], paper_mini.python
+
+    def python(script, *arguments):
+        if script == "train.py":
+            began.append(value_of("--out", [str(argument) for argument in arguments]))
+            if len(began) == 3:
+                raise KeyboardInterrupt
+            time.sleep(0.5 * (len(began) > 3))  # so that the runner hears of it first
+        return stand_in(script, *arguments)
+
+    monkeypatch.setattr(paper_mini, "python", python)
+    with pytest.raises(KeyboardInterrupt):
+        paper_mini.main(["--quick", "--jobs", "1", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "runs")])
+    assert len(began) <= 4 and not (tmp_path / "runs" / "paper-quick.md").exists()

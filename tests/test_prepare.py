@@ -1,5 +1,6 @@
 """prepare.py end to end: every number in the folder is derived again from the FASTA; wrong input leaves nothing."""
 
+import errno
 import gzip
 import hashlib
 import io
@@ -20,10 +21,10 @@ import numpy as np
 import pytest
 
 import prepare
-from taxa import RANKS, fasta, simulate
+from taxa import RANKS, dataset, fasta, simulate
 from taxa.cli import InputError
 from taxa.dataset import PreparedDataset
-from taxa.files import new_folder, sha256
+from taxa.files import new_folder, save_array, sha256
 from taxa.splits import SPLITS, split_by_genus
 from taxa.tokens import NTTokenizer, TINY_BPE, get_tokenizer
 
@@ -738,6 +739,22 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_there(larger, tmp_path,
     _, errors = done.communicate()
     assert done.returncode == 2 and errors.startswith("prepare.py: error: ") and errors.count("\n") == 1, errors
     assert tree(tmp_path) == before
+
+
+def test_a_disk_that_fills_up_with_the_last_bytes_of_other_tokens_keeps_the_old_ones(small, tmp_path, monkeypatch):
+    run_main(*small_arguments(small, "--out", tmp_path / "out", "--tokenizers", "nt", "tiny-dnabert"))
+    before, calls = tree(tmp_path), []
+
+    def full_at_the_third(path, array):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return save_array(path, array)
+
+    monkeypatch.setattr(dataset, "save_array", full_at_the_third)
+    with pytest.raises(OSError, match="No space left"):
+        run_main("--add-tokens", "tiny-dnabert", "--out", tmp_path / "out", "--overwrite", "--workers", "1")
+    assert len(calls) == 3 and tree(tmp_path) == before
 
 
 def test_disk_need_is_said_and_compared(small, tmp_path, monkeypatch, capsys):

@@ -185,7 +185,20 @@ def test_pictures_and_page(written):
     assert embedded == {(written / name).read_bytes() for name in names}
     assert "http" not in re.sub(r"data:image/png;base64,[^\"]*", "", text)
     assert "unfinished is not finished (its log ends at step 10 of 40)" in text
-    assert "Genus" in text and "tiny-nt on few, phylum: full " in text
+    assert "Genus" in text
+
+
+@pytest.mark.parametrize("rank, one, other", [("phylum", "full-train", "random-train"), ("superkingdom", "full-train", "freeze75-train"),
+                                              ("genus", "lora-r4-train", "lora-r4-frozen"), ("genus", "ia3-train", "ia3-frozen")])
+def test_sentences_under_the_pictures(runs, written, rank, one, other):
+    values = [[json.loads((runs / f"few-tiny-nt-{name}-seed{seed}" / "metrics.json").read_text())["ranks"][rank]["balanced_accuracy"]
+               for seed in (1, 2)] for name in (one, other)]
+    apart = all(a > b for a in values[0] for b in values[1]) or all(a < b for a in values[0] for b in values[1])
+    said = "every seed of one lies above every seed of the other" if apart else "the seeds overlap"
+    found = re.findall(rf"tiny-nt on few, {rank}: ([^;.]+) ([.\d]+), ([^;.]+) ([.\d]+) \(2 and 2 runs; ([^)]+)\)",
+                       (written / "report.html").read_text(encoding="utf-8"))
+    means = [f"{sum(pair) / 2:.3f}" for pair in values]
+    assert any((a, b, c) == (*means, said) for _, a, _, b, c in found), (means, said, found)
 
 
 def test_groups_keep_apart_what_is_not_a_seed(tmp_path):
@@ -195,6 +208,68 @@ def test_groups_keep_apart_what_is_not_a_seed(tmp_path):
     groups = group_runs([read_run(folder) for folder in find_runs([tmp_path])])
     assert sorted((group.data, group.label, len(group.runs), group.pretrained) for group in groups) == [
         ("data/few", "full, lr 0.001", 2, True), ("data/few", "full, lr 0.003", 1, True), ("x/few", "full, random base", 1, False)]
+
+
+@pytest.mark.parametrize("one, other, labels", [
+    ({"weight_decay": 0.0}, {"weight_decay": 0.1}, ["full", "full, weight decay 0.1"]),
+    ({"precision": "fp32"}, {"precision": "bf16"}, ["full, precision bf16", "full, precision fp32"]),
+    ({"augment": False}, {"augment": True}, ["full", "full, augment"]),
+    ({}, {"augment": False, "max_steps": None}, ["full"]),  # an older run, which had no such flag
+    ({"workers": 0, "out": "x"}, {"workers": 2, "out": "y"}, ["full"]),
+    ({"base": {"source": "folder", "folder": "a/pre", "digest": "0123456789"}},
+     {"base": {"source": "folder", "folder": "b/pre", "digest": "abcdefghij"}}, ["full, base 01234567", "full, base abcdefgh"]),
+    ({"base": {"source": "folder", "folder": "a/one", "digest": "0123456789"}},
+     {"base": {"source": "folder", "folder": "a/two", "digest": "abcdefghij"}}, ["full, weights one", "full, weights two"]),
+])
+def test_what_sets_groups_apart_stands_in_their_labels(tmp_path, one, other, labels):
+    for seed, more in enumerate((one, other), start=1):
+        make_run(tmp_path / str(seed), seed=seed, **more)
+    assert sorted(group.label for group in group_runs([read_run(folder) for folder in find_runs([tmp_path])])) == labels
+
+
+def test_another_fraction_frozen_and_another_dataset_of_the_same_folder(tmp_path):
+    for name, fraction, digest in (("a", 0.5, "1" * 16), ("b", 0.75, "1" * 16), ("c", 0.75, "2" * 16)):
+        run = make_run(tmp_path / name, "freeze75", settings={"strategy": "freeze75", "heads": "train", "freeze_fraction": fraction})
+        (run / "environment.json").write_text(json.dumps({"dataset": digest}))
+    labels = {group.label for group in group_runs([read_run(folder) for folder in find_runs([tmp_path])])}
+    assert len(labels) == 3 and {label.split(" ")[0] for label in labels} == {"50%", "75%"}
+    assert sum("dataset 11111111" in label for label in labels) == 2
+
+
+def test_heads_are_compared_at_one_rate_whatever_else_was_run(tmp_path):
+    for name, heads, lr in (("a", "train", 1e-3), ("b", "train", 1e-2), ("c", "frozen", 1e-2)):
+        make_run(tmp_path / name, "lora", 4, heads, lr=lr)
+    rows = {(group.row, group.heads) for group in group_runs([read_run(folder) for folder in find_runs([tmp_path])])}
+    assert rows == {("LoRA r=4, lr 0.001", "train"), ("LoRA r=4, lr 0.01", "train"), ("LoRA r=4, lr 0.01", "frozen")}
+
+
+def test_runs_on_other_ranks_are_in_the_tables(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    run = make_run(tmp_path / "run")
+    text = (run / "metrics.json").read_text()
+    (run / "metrics.json").write_text(text.replace('"superkingdom"', '"order"').replace('"phylum"', '"family"').replace('"genus"', '"species"'))
+    for mine, other in (("superkingdom", "order"), ("phylum", "family"), ("genus", "species")):
+        (run / f"confusion_{mine}.csv").rename(run / f"confusion_{other}.csv")
+    monkeypatch.chdir(run)
+    report.main([".", "--out", str(tmp_path / "report")])
+    (row,) = csv.DictReader((tmp_path / "report" / "table.csv").read_text().splitlines())
+    species = json.loads((run / "metrics.json").read_text())["ranks"]["species"]["balanced_accuracy"]
+    assert row["run"] == "run" and float(row["species"]) == species and "genus" not in row
+    (summary,) = csv.DictReader((tmp_path / "report" / "summary.csv").read_text().splitlines())
+    assert float(summary["species mean"]) == species
+    assert "run was tested at order, family, species" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_model_has_one_marker_in_all_axes(tmp_path):
+    pytest.importorskip("matplotlib")
+    from taxa import figures
+    for model, data in (("org/b", "x"), ("org/a", "y"), ("org/b", "y")):
+        make_run(tmp_path / f"{model[-1]}{data}", model=model, data=data)
+    groups = group_runs([read_run(folder) for folder in find_runs([tmp_path])])
+    made = figures.superkingdom(groups)
+    drawn = [{line.get_marker() for line in axes.lines if line.get_marker() in figures.OTHER_MARKERS} for axes in made.axes]
+    by_label = {handle.get_label(): handle.get_marker() for handle in made.legends[0].legend_handles}
+    assert drawn == [{by_label["org/b"]}, {by_label["org/a"], by_label["org/b"]}]
 
 
 def test_published_numbers():
@@ -239,6 +314,12 @@ def damaged(folder, name, text):
     (lambda run: damaged(run, "metrics.json", "nonsense"), r"metrics.json is not JSON"),
     (lambda run: damaged(run, "log.jsonl", '{"epoch": 1, "step": 1}\n?\n'), r"log.jsonl, line 2: not JSON"),
     (lambda run: damaged(run, "confusion_phylum.csv", "truth,1,2\n1,3,4\n"), r"confusion_phylum.csv is not a square table"),
+    (lambda run: damaged(run, "confusion_phylum.csv", "truth,1\n1,3\n\n"), r"confusion_phylum.csv is not a square table"),
+    (lambda run: damaged(run, "confusion_phylum.csv", ""), r"confusion_phylum.csv is not a table of counts"),
+    (lambda run: damaged(run, "metrics.json", '{"a": 1}'), r"metrics.json is not of train.py or evaluate.py"),
+    (lambda run: damaged(run, "environment.json", "[]"), r"environment.json is not of a run"),
+    (lambda run: damaged(run, "per_class.csv", "a,b\n1,2\n"), r"per_class.csv is not the table of classes"),
+    (lambda run: (run / "log.jsonl").write_bytes(b"\xff\xfe\n"), r"log.jsonl, line 1: not JSON"),
 ])
 def test_wrong_input_is_one_line_and_nothing_is_written(tmp_path, spoil, message):
     pytest.importorskip("matplotlib")
