@@ -1,7 +1,7 @@
 """The paper in miniature: prepare, pretrain what is not shipped, then every strategy on several seeds, each run one train.py command line.
 
   python benchmarks/paper_mini.py                  # make paper-mini: two backbones, all strategies, heads trained and frozen
-  python benchmarks/paper_mini.py --quick          # make paper-mini QUICK=1: the same on fewer sequences and seeds
+  python benchmarks/paper_mini.py --quick          # make paper-mini QUICK=1: on fewer sequences and seeds, less of r = 1 and 20
   python benchmarks/paper_mini.py --grid heads --real REALDATA     # what training the heads is worth: few and many genera, and real DNA
   python benchmarks/paper_mini.py --list           # only print the commands
 
@@ -28,7 +28,7 @@ import train  # noqa: E402
 from taxa.cli import InputError, Parser, positive_int, run  # noqa: E402
 
 # data set -> (genera, sequences, seed) of benchmarks/genomes.py; the pretraining genomes have seed 1, so no genus is the same
-GENOMES = {"few": (40, 4000, 11), "many": (320, 4800, 12)}
+GENOMES = {"few": (40, 4000, 11), "many": (320, 4800, 12), "few-quick": (20, 640, 11), "many-quick": (106, 1600, 12)}
 SPLIT = ["--test", "0.2", "--validation", "0.05"]
 REAL_SPLIT, REAL_STEPS = ["--test", "0.05", "--validation", "0.01"], 200  # real DNA: as many training sequences as the others, of 19,000
 BATCH = 16
@@ -36,14 +36,14 @@ RATES = {"full": 3e-3, "random": 3e-3, "freeze75": 3e-3, "lora": 1e-2, "ia3": 3e
 TRAINED = [("full", []), ("random", []), ("freeze75", []), *(("lora", ["--r", r]) for r in ("1", "4", "20")), ("ia3", [])]
 FROZEN = [(strategy, [*flags, "--heads", "frozen"]) for strategy, flags in TRAINED if strategy in ("lora", "ia3")]
 PROBE = ["--memory-limit", "200MiB", "--steps", "1"]  # of tiny-nt: ceilings of some 27 sequences (freeze75: 51); 2 minutes on busy cores
-PRETRAINING = {"full": (400, 8000, 1), "quick": (40, 2000, 1)}  # as GENOMES, for tiny-dnabert; a genus needs three sequences to validate
+PRETRAINING = {"full": (400, 6000, 1), "quick": (40, 1500, 1)}  # as GENOMES, for tiny-dnabert; a genus needs three sequences to validate
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--grid", choices=("paper", "heads"), default="paper", help="paper: two backbones on few genera; heads: tiny-nt on few and many")
-    add("--quick", action="store_true", help="fewer sequences and seeds")
+    add("--quick", action="store_true", help="fewer sequences, seeds and cells")
     add("--seeds", type=positive_int, metavar="N", help="runs per cell (default 3; quick: 2)")
     add("--real", metavar="DIR", help="--grid heads: also on real FASTA files, DIR/*_db.fa with DIR/taxdmp*.zip")
     add("--jobs", type=positive_int, default=os.cpu_count(), help="runs at a time, one thread each (default: one per core)")
@@ -57,10 +57,10 @@ def parse_args(argv=None):
     return args
 
 
-def python(*arguments):
-    """Run a script of the project with one thread; returns its output. Raises InputError with the script's last line when it fails."""
+def python(*arguments, threads=1):
+    """Run a script of the project; returns its output. Raises InputError with the script's last line when it fails."""
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+                          env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)})
     if done.returncode:
         raise InputError(f"{shlex.join(map(str, arguments))} failed: {done.stderr.strip().splitlines()[-1:]}")
     return done.stdout
@@ -81,11 +81,9 @@ def prepare_all(args):
     root = Path(args.data).resolve()
     both = ["--tokenizers", "nt", "tiny-dnabert"]
     names = ["few"] if args.grid == "paper" else ["few", "many"]
-    scale = 3 if args.quick else 1
     data = {name: root / (name + "-quick" * args.quick) for name in names}
-    for name, folder in data.items():
-        genera, sequences, seed = GENOMES[name]
-        prepare_genomes(folder, genera, sequences // scale, seed, *SPLIT, *both)
+    for folder in data.values():
+        prepare_genomes(folder, *GENOMES[folder.name], *SPLIT, *both)
     if args.real:
         data["real"] = root / "real"
         if not (data["real"] / "manifest.json").is_file():
@@ -98,7 +96,7 @@ def prepare_all(args):
 
 
 def pretrain_tiny_dnabert(args):
-    """Nothing ships for tiny-dnabert: pretrain it here, minutes."""
+    """Nothing ships for tiny-dnabert: pretrain it here, alone and so with all the threads, minutes."""
     out = Path(args.out).resolve() / f"pretrain-tiny-dnabert{'-quick' * args.quick}"
     if not (out / "metrics.json").is_file():
         folder = Path(args.data).resolve() / f"pretraining{'-quick' * args.quick}"
@@ -106,13 +104,16 @@ def pretrain_tiny_dnabert(args):
                         "--tokenizers", "nt", "tiny-dnabert")
         started = time.time()
         print(python("pretrain.py", "--model", "tiny-dnabert", "--data", folder, "--epochs", "1", "--batch-size", BATCH, "--lr", "2e-3",
-                     "--out", out, "--resume" if (out / "last.pt").is_file() else "--overwrite").splitlines()[-1],
+                     "--out", out, "--resume" if (out / "last.pt").is_file() else "--overwrite", threads=args.jobs).splitlines()[-1],
               f"({time.time() - started:.0f} s)", flush=True)
     return out
 
 
 def commands(args, data, weights):
-    """[(name of the run folder, arguments of train.py)], seed by seed, so that a table of part of the runs is balanced."""
+    """[(name of the run folder, arguments of train.py)], seed by seed, so that a table of part of the runs is balanced.
+
+    --quick leaves out r = 1 and 20 with frozen heads, and for tiny-dnabert altogether.
+    """
     models = ("tiny-nt", "tiny-dnabert") if args.grid == "paper" else ("tiny-nt",)
     cells = TRAINED + FROZEN if args.grid == "paper" else [cell for cell in TRAINED if cell[0] != "random"] + FROZEN
     runs = []
@@ -122,6 +123,8 @@ def commands(args, data, weights):
                 if model == "tiny-dnabert" and seed > 1:  # twice as slow: one seed
                     continue
                 for strategy, flags in cells:
+                    if args.quick and {"1", "20"} & set(flags) and ("frozen" in flags or model == "tiny-dnabert"):
+                        continue
                     parts = [folder.name, model, strategy] + ([f"r{flags[1]}"] if strategy == "lora" else [])
                     parts += ["frozen-heads"] if "frozen" in flags else []
                     out = Path(args.out).resolve() / "-".join([*parts, f"seed{seed}"])
