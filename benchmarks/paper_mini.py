@@ -103,7 +103,7 @@ def pretrain_tiny_dnabert(args):
         prepare_genomes(folder, *PRETRAINING["quick" if args.quick else "full"], "--test", "0.01", "--validation", "0.01",
                         "--tokenizers", "nt", "tiny-dnabert")
         started = time.time()
-        print(python("pretrain.py", "--model", "tiny-dnabert", "--data", folder, "--epochs", "1", "--batch-size", BATCH, "--lr", "2e-3",
+        print(python("pretrain.py", "--model", "tiny-dnabert", "--data", folder, "--epochs", "1", "--batch-size", BATCH, "--lr", "2e-3", "--warmup-steps", 40,
                      "--out", out, "--resume" if (out / "last.pt").is_file() else "--overwrite", threads=args.jobs).splitlines()[-1],
               f"({time.time() - started:.0f} s)", flush=True)
     return out
