@@ -32,7 +32,8 @@ GENOMES = {"few": (40, 4000, 11), "many": (320, 4800, 12), "few-quick": (20, 640
 SPLIT = ["--test", "0.2", "--validation", "0.05"]
 REAL_SPLIT, REAL_STEPS = ["--test", "0.05", "--validation", "0.01"], 200  # real DNA: as many training sequences as the others, of 19,000
 BATCH = 16
-RATES = {"full": 3e-3, "random": 3e-3, "freeze75": 3e-3, "lora": 1e-2, "ia3": 3e-2}  # how they were chosen: docs/LOG.md
+RATES = {"tiny-nt": {"full": 3e-3, "random": 3e-3, "freeze75": 3e-3, "lora": 1e-2, "ia3": 3e-2},  # how they were chosen: docs/LOG.md
+         "tiny-dnabert": {"full": 1e-3, "random": 1e-3, "freeze75": 3e-3, "lora": 3e-3, "ia3": 3e-2}}
 TRAINED = [("full", []), ("random", []), ("freeze75", []), *(("lora", ["--r", r]) for r in ("1", "4", "20")), ("ia3", [])]
 FROZEN = [(strategy, [*flags, "--heads", "frozen"]) for strategy, flags in TRAINED if strategy in ("lora", "ia3")]
 PROBE = ["--memory-limit", "200MiB", "--steps", "1"]  # of tiny-nt: ceilings of some 27 sequences (freeze75: 51); 2 minutes on busy cores
@@ -103,8 +104,9 @@ def pretrain_tiny_dnabert(args):
         prepare_genomes(folder, *PRETRAINING["quick" if args.quick else "full"], "--test", "0.01", "--validation", "0.01",
                         "--tokenizers", "nt", "tiny-dnabert")
         started = time.time()
-        print(python("pretrain.py", "--model", "tiny-dnabert", "--data", folder, "--epochs", "1", "--batch-size", BATCH, "--lr", "2e-3", "--warmup-steps", 40,
-                     "--out", out, "--resume" if (out / "last.pt").is_file() else "--overwrite", threads=args.jobs).splitlines()[-1],
+        again = "--resume" if (out / "last.pt").is_file() else "--overwrite"
+        print(python("pretrain.py", "--model", "tiny-dnabert", "--data", folder, "--epochs", "1", "--batch-size", BATCH, "--lr", "2e-3",
+                     "--warmup-steps", 40, "--out", out, again, threads=args.jobs).splitlines()[-1],
               f"({time.time() - started:.0f} s)", flush=True)
     return out
 
@@ -129,7 +131,7 @@ def commands(args, data, weights):
                     parts += ["frozen-heads"] if "frozen" in flags else []
                     out = Path(args.out).resolve() / "-".join([*parts, f"seed{seed}"])
                     arguments = ["--model", model, "--strategy", strategy, *flags, "--data", folder, "--batch-size", BATCH,
-                                 "--lr", f"{RATES[strategy]:g}", "--epochs", 1, "--seed", seed, "--out", out]
+                                 "--lr", f"{RATES[model][strategy]:g}", "--epochs", 1, "--seed", seed, "--out", out]
                     arguments += ["--max-steps", REAL_STEPS] if name == "real" else []
                     arguments += ["--weights", weights] if model == "tiny-dnabert" and strategy != "random" else []
                     runs.append((out, [str(argument) for argument in arguments]))

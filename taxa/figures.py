@@ -255,7 +255,7 @@ def heads(groups, ranks):
                 ax.plot(means, [y] * len(means), color="#bbbbbb", linewidth=3, zorder=1)
             ax.set_yticks(range(len(rows)), rows, fontsize=FONT)
             ax.set_ylim(len(rows) - 0.5, -0.5)
-            ax.set_xlim(left=0)
+            ax.set_xlim(0, 1.08 * max(value for group in groups for value in group.values(rank)))  # of all rows: they share it
             ax.xaxis.set_major_locator(MaxNLocator(4))
             ax.grid(axis="x", color="#eeeeee")
             ax.set_axisbelow(True)

@@ -67,7 +67,7 @@ def test_every_cell_once_then_nothing_and_what_was_cut_short_again(calls, tmp_pa
     again = [(script, arguments) for script, arguments in calls if script != "report.py"]
     assert [script for script, _ in again] == ["train.py"] and value_of("--out", again[0][1]) == str(cut) and "--overwrite" in again[0][1]
 
-    monkeypatch.setitem(paper_mini.RATES, "ia3", 1e-2)
+    monkeypatch.setitem(paper_mini.RATES["tiny-nt"], "ia3", 1e-2)
     with pytest.raises(InputError, match="ia3.* was run with --lr 0.03, not 0.01: remove it"):
         paper_mini.main(flags)
 

@@ -272,6 +272,22 @@ def test_a_model_has_one_marker_in_all_axes(tmp_path):
     assert drawn == [{by_label["org/b"]}, {by_label["org/a"], by_label["org/b"]}]
 
 
+def test_every_mark_is_inside_its_axes(tmp_path):
+    """Two models far apart in one picture: axes that share a scale must hold both."""
+    pytest.importorskip("matplotlib")
+    from taxa import figures
+    make_grid(tmp_path, models=("tiny-dnabert",), grid=[(s, r, heads, skill / 4) for s, r, heads, skill in GRID])
+    make_grid(tmp_path, data=("data/few", "data/many"))
+    groups = group_runs([read_run(folder) for folder in find_runs([tmp_path])])
+    for made in (figures.heads(groups, report.RANKS), figures.superkingdom(groups), figures.pretraining_gain(groups),
+                 figures.genus_by_r(groups), figures.epoch_time(groups)):
+        for axes in made.axes:
+            marks = [line for line in axes.lines if line.get_marker() not in ("None", "")]
+            assert marks
+            for (low, high), at in ((sorted(axes.get_xlim()), "get_xdata"), (sorted(axes.get_ylim()), "get_ydata")):
+                assert all(low <= value <= high for line in marks for value in getattr(line, at)())
+
+
 def test_published_numbers():
     groups = published_groups()
     assert sum(len(group.published) for group in groups) == 28  # of 33: five are of 3% of the data
