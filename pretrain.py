@@ -206,7 +206,7 @@ def pretrain(w, args):
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
         write_json(out / "args.json", vars(args))
-        write_json(out / "environment.json", environment(w))
+        write_json(out / "environment.json", environment(w) | {"dataset": digest})
         print(f"{args.model} {'from ' + args.weights if args.weights else 'from random weights'}, language-model head {head}: "
               f"{sum(p.numel() for p in parameters):,} parameters; {len(splits['train']):,} sequences, {total_steps:,} steps of "
               f"{per_step}; folder {out}", flush=True)

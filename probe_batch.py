@@ -431,8 +431,8 @@ def main(argv=None):
     def isolated(work, more=0):
         return on_cuda(work, device) if device.type == "cuda" else in_child(work, limit + more)
 
-    threads = torch.get_num_threads()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {threads}"
     tokens = f"tokens of {args.data.folder}" if args.data else f"{args.length} random tokens"
     print(f"{args.model} on {name}, torch {torch.__version__}, {args.precision}, {tokens}, limit {limit / GiB:.2f} GiB, "
           f"{args.sequences:,} sequences per epoch")

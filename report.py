@@ -96,8 +96,16 @@ def watch(args):
 # ---------------------------------------------------------------- tables
 
 def ranks_of(runs):
-    """The ranks that runs were tested at, from the root down; the paper's where none was tested yet."""
-    return tuple(dict.fromkeys(rank for each in runs for rank in (each.metrics or {}).get("ranks", ()))) or RANKS
+    """The ranks that runs were tested at, each run's in its order; the paper's where none was tested yet."""
+    merged = []
+    for each in runs:
+        at = len(merged)
+        for rank in reversed((each.metrics or {}).get("ranks", {})):
+            if rank in merged:
+                at = merged.index(rank)
+            else:
+                merged.insert(at, rank)
+    return tuple(merged) or RANKS
 
 
 def columns_of(runs):
@@ -125,8 +133,8 @@ def shown(column, value):
     """A cell for people: four digits of a metric, five of a fraction, one of seconds."""
     if value is None:
         return "–"
-    form = {"trainable_fraction": ".5f", "epoch_seconds": ".1f", "learning_rate": "g", "data_fraction": "g", "epochs": "g"}.get(column, ".4f")
-    return format(value, form) if isinstance(value, float) else str(value)
+    forms = {"trainable_fraction": ".5f", "epoch_seconds": ".1f", "learning_rate": "g", "data_fraction": "g", "epochs": "g"}
+    return format(value, forms.get(column, ".4f")) if isinstance(value, float) else str(value)
 
 
 def summary_rows(groups):
@@ -206,8 +214,8 @@ def confused_pairs(group):
     _, names, matrix = found
     pairs = [(matrix[i][j] + matrix[j][i], i, j) for i in range(len(names)) for j in range(i)]
     pairs = sorted((pair for pair in pairs if pair[0]), key=lambda pair: (-pair[0], names[pair[1]], names[pair[2]]))[:PAIRS]
-    return [{"data": group.data, "model": group.model, "strategy": group.label, "rank": rank, "A": names[j], "B": names[i], "A as B": matrix[j][i],
-             "B as A": matrix[i][j], "A tested": sum(matrix[j]), "B tested": sum(matrix[i])} for _, i, j in pairs]
+    return [{"data": group.data, "model": group.model, "strategy": group.label, "rank": rank, "A": names[j], "B": names[i],
+             "A as B": matrix[j][i], "B as A": matrix[i][j], "A tested": sum(matrix[j]), "B tested": sum(matrix[i])} for _, i, j in pairs]
 
 
 # ---------------------------------------------------------------- probe_batch.py
@@ -236,12 +244,15 @@ def read_probes(paths):
 
 # ---------------------------------------------------------------- the report
 
-def seeds_sentence(groups, rank, one, other):
-    """What the seeds say of one strategy against another, for each data set and model that has both."""
+def seeds_sentence(groups, of_rank, one, other):
+    """What the seeds say of one strategy against another, for each data set and model that has both. of_rank: None for the finest."""
     sentences = []
-    for a in (g for g in groups if one(g) and g.values(rank)):
-        for b in (g for g in groups if other(g, a) and (g.data, g.model) == (a.data, a.model) and g.values(rank)):
+    for a in (g for g in groups if one(g)):
+        rank = of_rank or group_rank(a)
+        for b in (g for g in groups if other(g, a) and (g.data, g.model) == (a.data, a.model)):
             x, y = a.values(rank), b.values(rank)
+            if not x or not y:
+                continue
             apart = "every seed of one lies above every seed of the other" if min(x) > max(y) or min(y) > max(x) else "the seeds overlap"
             apart = "one run each" if len(x) == len(y) == 1 else apart
             sentences.append(f"{a.model} on {a.data}, {rank}: {a.label} {statistics.mean(x):.3f}, {b.label} {statistics.mean(y):.3f} "
@@ -274,7 +285,8 @@ def sections(groups, published, probes, pretraining_runs):
             figures.pretraining_gain, done + published)
     text = seeds_sentence(done, "superkingdom", lambda g: g.strategy == "full", lambda g, _: g.strategy == "freeze75")
     section("1b", "Figure 1b: superkingdom by strategy",
-            "Every strategy; hollow marks are adapters whose heads were frozen, as in all published LoRA and (IA)³ runs. " + " ".join(text),
+            "Every strategy; hollow marks are adapters whose heads were frozen, as in all published LoRA and (IA)³ runs. "
+            + " ".join(text),
             any(g.values("superkingdom") for g in done), figures.superkingdom, done + published)
     section("1c", "Figure 1c: genus against LoRA's r",
             "Solid: heads trained; dashed and hollow: heads frozen. At the right, full fine-tuning of the same model.",
@@ -289,8 +301,8 @@ def sections(groups, published, probes, pretraining_runs):
             "The largest batch that fits the memory limit, by probe_batch.py. The paper reports only that the largest power of two was the "
             "same for all strategies.", probes[0], figures.ceilings, *probes)
     pairs = {(g.data, g.model, g.row) for g in done if g.heads == "frozen"} & {(g.data, g.model, g.row) for g in done if g.heads == "train"}
-    ranks = ranks_of([each for g in done for each in g.runs])
-    text = seeds_sentence(done, ranks[-1], lambda g: g.strategy in ("lora", "ia3") and g.heads == "train",
+    ranks = ranks_of([each for g in done if (g.data, g.model, g.row) in pairs for each in g.runs])
+    text = seeds_sentence(done, None, lambda g: g.strategy in ("lora", "ia3") and g.heads == "train",
                           lambda g, a: g.heads == "frozen" and g.row == a.row)
     section("heads", "Adapters with trained and with frozen heads",
             "Filled: the heads train with the adapter, the default here. Hollow: they stay random, as in the published code. "

@@ -24,8 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import pretrain  # noqa: E402
 import train  # noqa: E402
 from taxa.cli import InputError, Parser, positive_int, run  # noqa: E402
+from taxa.dataset import PreparedDataset  # noqa: E402
 
 # data set -> (genera, sequences, seed) of benchmarks/genomes.py; the pretraining genomes have seed 1, so no genus is the same
 GENOMES = {"few": (40, 4000, 11), "many": (320, 4800, 12), "few-quick": (20, 640, 11), "many-quick": (106, 1600, 12)}
@@ -38,6 +40,11 @@ TRAINED = [("full", []), ("random", []), ("freeze75", []), *(("lora", ["--r", r]
 FROZEN = [(strategy, [*flags, "--heads", "frozen"]) for strategy, flags in TRAINED if strategy in ("lora", "ia3")]
 PROBE = ["--memory-limit", "200MiB", "--steps", "1"]  # of tiny-nt: ceilings of some 27 sequences (freeze75: 51); 2 minutes on busy cores
 PRETRAINING = {"full": (400, 6000, 1), "quick": (40, 1500, 1)}  # as GENOMES, for tiny-dnabert; a genus needs three sequences to validate
+
+
+# Arguments that may differ in a finished run: paths, what changes no number, and one that pretrain.py fills in.
+IGNORED = ("out", "data", "weights", "workers", "device", "save_every", "log_every", "max_bad_steps", "overwrite", "resume", "dry_run",
+           "tied")
 
 
 def parse_args(argv=None):
@@ -68,8 +75,11 @@ def python(*arguments, threads=1):
 
 
 def prepare_genomes(folder, genera, sequences, seed, *more):
-    """Simulate and prepare a data set, unless it is there."""
+    """Simulate and prepare a data set, unless it is there. InputError when what is there has another size."""
     if (folder / "manifest.json").is_file():
+        had = PreparedDataset(folder).manifest["sequences"]
+        if had != sequences:
+            raise InputError(f"{folder} holds {had:,} sequences, not {sequences:,}: remove it to prepare it again, or give another --data")
         return
     fasta = folder.with_name(folder.name + "-fasta")
     python("benchmarks/genomes.py", "--genera", genera, "--sequences", sequences, "--seed", seed, "--out", fasta)
@@ -99,15 +109,17 @@ def prepare_all(args):
 def pretrain_tiny_dnabert(args):
     """Nothing ships for tiny-dnabert: pretrain it here, alone and so with all the threads, minutes."""
     out = Path(args.out).resolve() / f"pretrain-tiny-dnabert{'-quick' * args.quick}"
-    if not (out / "metrics.json").is_file():
-        folder = Path(args.data).resolve() / f"pretraining{'-quick' * args.quick}"
-        prepare_genomes(folder, *PRETRAINING["quick" if args.quick else "full"], "--test", "0.01", "--validation", "0.01",
-                        "--tokenizers", "nt", "tiny-dnabert")
-        started = time.time()
-        again = "--resume" if (out / "last.pt").is_file() else "--overwrite"
-        print(python("pretrain.py", "--model", "tiny-dnabert", "--data", folder, "--epochs", "1", "--batch-size", BATCH, "--lr", "2e-3",
-                     "--warmup-steps", 40, "--out", out, again, threads=args.jobs).splitlines()[-1],
-              f"({time.time() - started:.0f} s)", flush=True)
+    folder = Path(args.data).resolve() / f"pretraining{'-quick' * args.quick}"
+    prepare_genomes(folder, *PRETRAINING["quick" if args.quick else "full"], "--test", "0.01", "--validation", "0.01",
+                    "--tokenizers", "nt", "tiny-dnabert")
+    arguments = ["--model", "tiny-dnabert", "--data", str(folder), "--epochs", "1", "--batch-size", str(BATCH), "--lr", "2e-3",
+                 "--warmup-steps", "40", "--out", str(out)]
+    if (out / "metrics.json").is_file():
+        check_same(out, pretrain.parse_args(arguments))
+        return out
+    started = time.time()
+    again = "--resume" if (out / "last.pt").is_file() else "--overwrite"
+    print(python("pretrain.py", *arguments, again, threads=args.jobs).splitlines()[-1], f"({time.time() - started:.0f} s)", flush=True)
     return out
 
 
@@ -138,14 +150,22 @@ def commands(args, data, weights):
     return runs
 
 
+def check_same(out, args):
+    """InputError when the finished run in `out` had other arguments than args, or another data set."""
+    had = json.loads((out / "args.json").read_text(encoding="utf-8"))
+    for name, value in vars(args).items():
+        if name not in IGNORED and had.get(name, value) != value:
+            raise InputError(f"{out} was run with --{name.replace('_', '-')} {had[name]}, not {value}: remove it to run it again, or give "
+                             "another --out")
+    environment, digest = json.loads((out / "environment.json").read_text(encoding="utf-8")), PreparedDataset(args.data).digest
+    if environment.get("dataset", digest) != digest:
+        raise InputError(f"{out} was run on other data than {args.data} holds now: remove it to run it again, or give another --out")
+
+
 def one_run(out, arguments):
     """Run train.py unless it is finished. Returns seconds, or None for a run that was there. InputError when that has other settings."""
     if (out / "metrics.json").is_file():
-        had = json.loads((out / "args.json").read_text(encoding="utf-8"))
-        for name, value in vars(train.parse_args(arguments)).items():
-            if name != "overwrite" and had.get(name, value) != value:
-                raise InputError(f"{out} was run with --{name.replace('_', '-')} {had[name]}, not {value}: remove it to run it again, or "
-                                 "give another --out")
+        check_same(out, train.parse_args(arguments))
         return None
     started = time.time()
     python("train.py", *arguments, *(["--overwrite"] if out.is_dir() else []))

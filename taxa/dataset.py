@@ -53,7 +53,7 @@ class TokenWriter:
         self._lengths.append(counts)
 
     def finish(self):
-        """Everything on the disk, under the temporary names: after it only renames are left, which need no room."""
+        """All of it on the disk, under the temporary names: after it only renames are left."""
         offsets = np.concatenate(([0], np.cumsum(np.concatenate(self._lengths or [np.empty(0, np.int64)]))))
         save_array(self._offsets_path, offsets.astype("<i8"))
         self._file.flush()
@@ -61,9 +61,10 @@ class TokenWriter:
         self._finished = True
 
     def __exit__(self, kind, value, traceback):
-        if kind is None and not self._finished:
+        if kind is not None or self._finished:
+            return self._stack.__exit__(kind, value, traceback)
+        with self._stack:  # which cleans up when finish() fails, too
             self.finish()
-        return self._stack.__exit__(kind, value, traceback)
 
 
 def file_digests(folder, names):

@@ -138,13 +138,14 @@ def pretraining_gain(groups):
     """Figure 1a: phylum, the pretrained backbone fine-tuned whole against the same from random initialisation. A row for each model."""
     parts = panels([g for g in groups if (g.strategy == "random" or (g.strategy == "full" and g.pretrained)) and g.values("phylum")])
     rows = [unique(g.model for g in members) for _, members in parts]
+    all_models = unique(model for models in rows for model in models)
     made, axes = figure(1.3 + sum(0.5 + 0.36 * len(models) for models in rows), len(parts), 1, sharex=True,
                         height_ratios=[len(models) + 0.4 for models in rows])
     for ax, (title, members), models in zip(axes.flat, parts, rows):
         for y, model in enumerate(models):
             found = [g for g in members if g.model == model]
             for group in found:
-                mark(ax, group.values("phylum"), y, group, marker(model, models))
+                mark(ax, group.values("phylum"), y, group, marker(model, all_models))
             if sorted(g.strategy for g in found) == ["full", "random"]:
                 means = {g.strategy: statistics.mean(g.values("phylum")) for g in found}
                 gain = means["full"] - means["random"]
@@ -236,6 +237,7 @@ def heads(groups, ranks):
     frozen, trained = ({(g.data, g.model, g.row) for g in groups if g.heads == heads} for heads in ("frozen", "train"))
     pairs = frozen & trained
     places = unique((g.data, g.model) for g in groups if (g.data, g.model, g.row) in pairs)
+    models = unique(model for _, model in places)
     rows_of = {place: unique(g.row for g in groups if (g.data, g.model) == place and (*place, g.row) in pairs) for place in places}
     made, axes = figure(1.1 + sum(0.75 + 0.32 * len(rows) for rows in rows_of.values()), len(places), len(ranks),
                         sharey="row", sharex="col", height_ratios=[len(rows_of[place]) + 1 for place in places])
@@ -247,7 +249,7 @@ def heads(groups, ranks):
                 if (group.data, group.model) != place or not values:
                     continue
                 if group.row in rows:
-                    mark(ax, values, rows.index(group.row), group, marker(group.model, [group.model]))
+                    mark(ax, values, rows.index(group.row), group, marker(group.model, models))
                 elif group.strategy == "full":
                     ax.axvline(statistics.mean(values), color=COLORS["full"], linewidth=1.3, linestyle=":", zorder=1)
             for y, row in enumerate(rows):

@@ -10,9 +10,9 @@ from typing import NamedTuple, Optional
 from taxa.cli import InputError
 
 # Arguments that change nothing in what comes out, or that a group's other fields tell: data, model, strategy, r, heads, base weights.
-SAME = {"seed", "out", "workers", "device", "save_every", "log_every", "overwrite", "resume", "dry_run", "num_classes", "ranks", "data",
-        "model", "weights", "revision", "settings", "base", "batch_size", "accumulate"}
-FORMATS = {"protocol": "{}", "lr": "lr {:g}", "lora_alpha": "alpha {:g}", "max_steps": "steps {}"}  # of a label; of the others: "name value"
+SAME = {"seed", "out", "workers", "device", "save_every", "log_every", "max_bad_steps", "overwrite", "resume", "dry_run", "num_classes",
+        "ranks", "data", "model", "weights", "revision", "settings", "base", "batch_size", "accumulate"}
+FORMATS = {"protocol": "{}", "lr": "lr {:g}", "lora_alpha": "alpha {:g}", "max_steps": "steps {}"}  # in a label; the others: "name value"
 STRATEGY_LABELS = {"full": "full", "random": "random", "freeze75": "75% frozen", "lora": "LoRA", "ia3": "(IA)³"}
 PUBLISHED = Path(__file__).parent / "assets" / "published_results.csv"  # supplement of Berman et al. 2025, all 33 runs
 
@@ -212,6 +212,7 @@ def _details(run):
     """What must be equal for two runs of one data set, model, strategy, r and heads to differ only in their seed: {name: value}."""
     base = run.args["base"]
     arguments = {name: value for name, value in run.args.items() if name not in SAME} | run.settings
+    arguments |= {"protocol": None} if run.settings["strategy"] == "lora" else {}  # published LoRA differs in its heads alone
     found = {name: arguments[name] or None for name in sorted(arguments.keys() - {"strategy", "r", "heads"})}
     weights = Path(base["folder"]).name if base.get("folder") else base.get("revision")
     dataset = run.environment.get("dataset") or (run.metrics or {}).get("dataset_digest")
@@ -234,19 +235,28 @@ def group_runs(runs):
         cells.setdefault(key, []).append((run, _details(run)))
     groups = []
     for (data, model, strategy, r), members in cells.items():
-        apart = [name for name in dict.fromkeys(name for _, details in members for name in details)
-                 if len({json.dumps(details.get(name)) for _, details in members}) > 1]
+        datasets = {details["dataset"] for _, details in members} - {None}
+        if len(datasets) == 1:  # a run that does not say is of the same
+            members = [(run, details | {"dataset": None}) for run, details in members]
+
+        def variant(details, names):
+            return tuple(json.dumps(details.get(name)) for name in names)
+
+        names = dict.fromkeys(name for _, details in members for name in details)
+        apart = [name for name in names if len({variant(details, [name]) for _, details in members}) > 1]
+        for name in ("base", "targets", "feedforward_targets"):  # not where the others say it: weights of another name, the protocol
+            rest = [other for other in apart if other != name]
+            if len({variant(details, rest) for _, details in members}) == len({variant(details, apart) for _, details in members}):
+                apart = rest
         variants = {}
         for run, details in members:
-            variants.setdefault((run.settings["heads"], *(json.dumps(details.get(name)) for name in apart)), []).append((run, details))
-        if "base" in apart and len({details["weights"] for _, details in members}) == len({details["base"] for _, details in members}):
-            apart.remove("base")  # the names of the weights tell them apart
+            variants.setdefault((run.settings["heads"], *variant(details, apart)), []).append((run, details))
         for (heads, *_), same in variants.items():
             first, details = same[0]
             base = first.args["base"]["source"]
             words = [strategy_row(strategy, r, first.settings.get("freeze_fraction"))]
             words += ["random base"] if base == "seed" else []  # a model without published weights starts from a fixed seed
-            words += [_label(name, details[name]) for name in apart if details.get(name) is not None]
+            words += [_label(name, details[name]) for name in apart if details.get(name) is not None and name != "freeze_fraction"]
             groups.append(Group(data, model, strategy, r, heads, ", ".join(words), base not in ("none", "seed"),
                                 tuple(run for run, _ in same)))
     order = list(STRATEGY_LABELS)

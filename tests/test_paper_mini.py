@@ -4,9 +4,11 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import pretrain
 import probe_batch
 import train
 from taxa.cli import InputError
@@ -24,7 +26,7 @@ def value_of(flag, arguments):
 @pytest.fixture
 def calls(monkeypatch):
     """Scripts that the runner starts, each standing in for its output file; balanced accuracy is the seed over 10."""
-    made = []
+    made, sizes = [], []
 
     def python(script, *arguments, threads=1):
         arguments = [str(argument) for argument in arguments]
@@ -36,14 +38,26 @@ def calls(monkeypatch):
             out.write_text("{}")
             return ""
         out.mkdir(parents=True, exist_ok=True)
+        if script == "benchmarks/genomes.py":
+            sizes.append(int(value_of("--sequences", arguments)))
+        if script == "prepare.py":
+            (out / "manifest.json").write_text(json.dumps({"sequences": sizes[-1]}))
+            return "done\n"
         seed = int(value_of("--seed", arguments)) if script == "train.py" else 0
         metrics = {"ranks": {rank: {"balanced_accuracy": seed / 10} for rank in RANKS}}
-        (out / {"prepare.py": "manifest.json"}.get(script, "metrics.json")).write_text(json.dumps(metrics))
-        if script == "train.py":
-            (out / "args.json").write_text(json.dumps(vars(train.parse_args(arguments))))
+        (out / "metrics.json").write_text(json.dumps(metrics))
+        if script in ("train.py", "pretrain.py"):
+            parse_args = {"train.py": train, "pretrain.py": pretrain}[script].parse_args
+            (out / "args.json").write_text(json.dumps(vars(parse_args(arguments)) | {"resume": True}))
+            (out / "environment.json").write_text(json.dumps({"dataset": "as it was"}))
         return "done\n"
 
+    def opened(folder):
+        manifest = json.loads((Path(folder) / "manifest.json").read_text())
+        return SimpleNamespace(manifest=manifest, digest=manifest.get("digest", "as it was"))
+
     monkeypatch.setattr(paper_mini, "python", python)
+    monkeypatch.setattr(paper_mini, "PreparedDataset", opened)
     return made
 
 
@@ -69,6 +83,19 @@ def test_every_cell_once_then_nothing_and_what_was_cut_short_again(calls, tmp_pa
 
     monkeypatch.setitem(paper_mini.RATES["tiny-nt"], "ia3", 1e-2)
     with pytest.raises(InputError, match="ia3.* was run with --lr 0.03, not 0.01: remove it"):
+        paper_mini.main(flags)
+    monkeypatch.setitem(paper_mini.RATES["tiny-nt"], "ia3", 3e-2)
+    moved = tmp_path / "moved"
+    tmp_path.joinpath("runs").rename(moved)  # a folder may move
+    calls.clear()
+    paper_mini.main([*flags[:-1], str(moved)])
+    assert not any(script == "train.py" for script, _ in calls)
+    manifest = tmp_path / "data" / "few-quick" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "digest": "another"}))
+    with pytest.raises(InputError, match="was run on other data than"):
+        paper_mini.main([*flags[:-1], str(moved)])
+    manifest.write_text('{"sequences": 7}')
+    with pytest.raises(InputError, match="few-quick holds 7 sequences, not 640: remove it"):
         paper_mini.main(flags)
 
 
@@ -112,17 +139,19 @@ def test_a_run_that_fails_is_named(monkeypatch, tmp_path):
 
 
 def test_ctrl_c_begins_nothing_more(calls, tmp_path, monkeypatch):
-    began, stand_in = [], paper_mini.python
+    def interrupted(futures):
+        yield next(as_completed(futures))
+        raise KeyboardInterrupt
+
+    as_completed = paper_mini.concurrent.futures.as_completed
+    monkeypatch.setattr(paper_mini.concurrent.futures, "as_completed", interrupted)
+    stand_in = paper_mini.python
 
     def python(script, *arguments, threads=1):
-        if script == "train.py":
-            began.append(value_of("--out", [str(argument) for argument in arguments]))
-            if len(began) == 3:
-                raise KeyboardInterrupt
-            time.sleep(0.5 * (len(began) > 3))  # so that the runner hears of it first
+        time.sleep(0.2 * (script == "train.py"))
         return stand_in(script, *arguments)
 
     monkeypatch.setattr(paper_mini, "python", python)
     with pytest.raises(KeyboardInterrupt):
         paper_mini.main(["--quick", "--jobs", "1", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "runs")])
-    assert len(began) <= 4 and not (tmp_path / "runs" / "paper-quick.md").exists()
+    assert sum(script == "train.py" for script, _ in calls) <= 3 and not (tmp_path / "runs" / "paper-quick.md").exists()

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -215,7 +216,7 @@ def test_groups_keep_apart_what_is_not_a_seed(tmp_path):
     ({"precision": "fp32"}, {"precision": "bf16"}, ["full, precision bf16", "full, precision fp32"]),
     ({"augment": False}, {"augment": True}, ["full", "full, augment"]),
     ({}, {"augment": False, "max_steps": None}, ["full"]),  # an older run, which had no such flag
-    ({"workers": 0, "out": "x"}, {"workers": 2, "out": "y"}, ["full"]),
+    ({"workers": 0, "out": "x"}, {"workers": 2, "out": "y", "max_bad_steps": 3}, ["full"]),
     ({"base": {"source": "folder", "folder": "a/pre", "digest": "0123456789"}},
      {"base": {"source": "folder", "folder": "b/pre", "digest": "abcdefghij"}}, ["full, base 01234567", "full, base abcdefgh"]),
     ({"base": {"source": "folder", "folder": "a/one", "digest": "0123456789"}},
@@ -234,6 +235,28 @@ def test_another_fraction_frozen_and_another_dataset_of_the_same_folder(tmp_path
     labels = {group.label for group in group_runs([read_run(folder) for folder in find_runs([tmp_path])])}
     assert len(labels) == 3 and {label.split(" ")[0] for label in labels} == {"50%", "75%"}
     assert sum("dataset 11111111" in label for label in labels) == 2
+    (tmp_path / "c" / "environment.json").write_text("{}")  # an older run, which does not say
+    labels = [group.label for group in group_runs([read_run(folder) for folder in find_runs([tmp_path])])]
+    assert labels == ["50% frozen", "75% frozen"]
+
+
+def test_ranks_of_runs_that_differ_in_them():
+    ranks = [("phylum", "genus"), ("superkingdom", "phylum", "genus"), ("order", "genus", "species"), ()]
+    runs = [SimpleNamespace(metrics={"ranks": dict.fromkeys(each)} if each else None) for each in ranks]
+    assert report.ranks_of(runs) == ("superkingdom", "phylum", "order", "genus", "species")
+    assert report.ranks_of(runs[3:]) == report.RANKS
+
+
+def test_the_published_protocol_beside_ours(tmp_path):
+    ours = {"targets": ["key", "value"], "feedforward_targets": ["dense"]}
+    published = {"targets": ["query", "value"], "feedforward_targets": ["output"]}
+    for strategy, r in (("lora", 4), ("ia3", None)):
+        more = [{}, {}] if r else [ours, published]
+        for protocol, heads, extra in zip(("corrected", "published"), ("train", "frozen"), more):
+            settings = {"strategy": strategy, "protocol": protocol, "heads": heads, **({"r": r} if r else {}), **extra}
+            make_run(tmp_path / f"{strategy}{protocol}", strategy, r, heads, settings=settings)
+    labels = [group.label for group in group_runs([read_run(folder) for folder in find_runs([tmp_path])])]
+    assert labels == ["LoRA r=4", "LoRA r=4, heads frozen", "(IA)³, corrected", "(IA)³, published, heads frozen"]
 
 
 def test_heads_are_compared_at_one_rate_whatever_else_was_run(tmp_path):
@@ -247,9 +270,10 @@ def test_runs_on_other_ranks_are_in_the_tables(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     run = make_run(tmp_path / "run")
     text = (run / "metrics.json").read_text()
-    (run / "metrics.json").write_text(text.replace('"superkingdom"', '"order"').replace('"phylum"', '"family"').replace('"genus"', '"species"'))
     for mine, other in (("superkingdom", "order"), ("phylum", "family"), ("genus", "species")):
+        text = text.replace(f'"{mine}"', f'"{other}"')
         (run / f"confusion_{mine}.csv").rename(run / f"confusion_{other}.csv")
+    (run / "metrics.json").write_text(text)
     monkeypatch.chdir(run)
     report.main([".", "--out", str(tmp_path / "report")])
     (row,) = csv.DictReader((tmp_path / "report" / "table.csv").read_text().splitlines())
