@@ -90,6 +90,9 @@ def prepare_genomes(folder, genera, sequences, seed, *more):
 def prepare_all(args):
     """The prepared data sets, {name: folder}."""
     root = Path(args.data).resolve()
+    dump = sorted(Path(args.real).resolve().glob("taxdmp*.zip")) if args.real else []
+    if args.real and not dump:
+        raise InputError(f"--real {args.real}: no taxdmp*.zip in it")
     both = ["--tokenizers", "nt", "tiny-dnabert"]
     names = ["few"] if args.grid == "paper" else ["few", "many"]
     data = {name: root / (name + "-quick" * args.quick) for name in names}
@@ -98,10 +101,7 @@ def prepare_all(args):
     if args.real:
         data["real"] = root / "real"
         if not (data["real"] / "manifest.json").is_file():
-            dump = sorted(Path(args.real).glob("taxdmp*.zip"))
-            if not dump:
-                raise InputError(f"--real {args.real}: no taxdmp*.zip in it")
-            print(python("prepare.py", "--fasta", *sorted(Path(args.real).resolve().glob("*_db.fa")), "--taxdump", dump[0].resolve(),
+            print(python("prepare.py", "--fasta", *sorted(Path(args.real).resolve().glob("*_db.fa")), "--taxdump", dump[0],
                          "--out", data["real"], *REAL_SPLIT), end="")
     return data
 

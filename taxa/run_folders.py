@@ -226,6 +226,22 @@ def _label(name, value):
     return name.replace("_", " ") if value is True else FORMATS.get(name, name.replace("_", " ") + " {}").format(value)
 
 
+def _values(details, names):
+    return tuple(json.dumps(details.get(name)) for name in names)
+
+
+def _apart(members):
+    """The names in which some details differ, without those that the others tell: weights of another name, the protocol's targets."""
+    def variants(names):
+        return len({_values(details, names) for details in members})
+
+    apart = [name for name in dict.fromkeys(name for details in members for name in details) if variants([name]) > 1]
+    for name in ("base", "targets", "feedforward_targets"):
+        rest = [other for other in apart if other != name]
+        apart = rest if variants(rest) == variants(apart) else apart
+    return apart
+
+
 def group_runs(runs):
     """Groups of the fine-tuning runs, in the order data, model, strategy, r, heads."""
     names = data_names(runs)
@@ -235,22 +251,12 @@ def group_runs(runs):
         cells.setdefault(key, []).append((run, _details(run)))
     groups = []
     for (data, model, strategy, r), members in cells.items():
-        datasets = {details["dataset"] for _, details in members} - {None}
-        if len(datasets) == 1:  # a run that does not say is of the same
+        if len({details["dataset"] for _, details in members} - {None}) == 1:  # a run that does not say is of the same
             members = [(run, details | {"dataset": None}) for run, details in members]
-
-        def variant(details, names):
-            return tuple(json.dumps(details.get(name)) for name in names)
-
-        names = dict.fromkeys(name for _, details in members for name in details)
-        apart = [name for name in names if len({variant(details, [name]) for _, details in members}) > 1]
-        for name in ("base", "targets", "feedforward_targets"):  # not where the others say it: weights of another name, the protocol
-            rest = [other for other in apart if other != name]
-            if len({variant(details, rest) for _, details in members}) == len({variant(details, apart) for _, details in members}):
-                apart = rest
+        apart = _apart([details for _, details in members])
         variants = {}
         for run, details in members:
-            variants.setdefault((run.settings["heads"], *variant(details, apart)), []).append((run, details))
+            variants.setdefault((run.settings["heads"], *_values(details, apart)), []).append((run, details))
         for (heads, *_), same in variants.items():
             first, details = same[0]
             base = first.args["base"]["source"]

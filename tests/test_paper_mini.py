@@ -136,6 +136,9 @@ def test_a_run_that_fails_is_named(monkeypatch, tmp_path):
         paper_mini.python("train.py", "--no-such-flag")
     with pytest.raises(InputError, match="--grid heads"):
         paper_mini.main(["--real", "x"])
+    with pytest.raises(InputError, match="--real .*: no taxdmp"):  # before anything is made
+        paper_mini.main(["--grid", "heads", "--real", str(tmp_path), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "runs")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_begins_nothing_more(calls, tmp_path, monkeypatch):
