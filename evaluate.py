@@ -8,16 +8,17 @@
 import os
 from pathlib import Path
 
-from taxa import checkpoint
-from taxa.cli import InputError, Parser, non_negative_int, positive_int, run
-from taxa.dataset import PreparedDataset
-from taxa.distributed import main_first, world
-from taxa.evaluation import details, run_split, split_temperature, summarize, table, write_tables
-from taxa.files import write_json
-from taxa.precision import PRECISIONS, set_precision
-from taxa.progress import progress
-from taxa.splits import SPLITS
-from taxa.taxonomy import class_id
+from taxa.data.dataset import PreparedDataset
+from taxa.data.splits import SPLITS
+from taxa.data.taxonomy import class_id
+from taxa.errors import InputError
+from taxa.results.evaluation import details, run_split, split_temperature, summarize, table, write_tables
+from taxa.runtime.cli import Parser, non_negative_int, positive_int, run
+from taxa.runtime.distributed import main_first, world
+from taxa.runtime.files import write_json
+from taxa.runtime.precision import PRECISIONS, set_precision
+from taxa.runtime.progress import progress
+from taxa.training import checkpoint
 
 
 def parse_args(argv=None):

@@ -24,12 +24,13 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
-from taxa import checkpoint, peft_format
 from taxa.backbones import FAMILIES, MODELS, get_model
-from taxa.cli import InputError, Parser, run
-from taxa.evaluation import table
-from taxa.files import new_folder, write_json
+from taxa.errors import InputError
 from taxa.inject import merge_adapters
+from taxa.results.evaluation import table
+from taxa.runtime.cli import Parser, run
+from taxa.runtime.files import new_folder, write_json
+from taxa.training import checkpoint, peft_format
 
 
 def parse_args(argv=None):

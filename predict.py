@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 
-from taxa import checkpoint
-from taxa.cli import InputError, Parser, fraction, positive_int, run
-from taxa.decode import JointDecoder, log_probabilities
-from taxa.distributed import sum_over_ranks, world
-from taxa.files import replacing
-from taxa.precision import PRECISIONS, autocast, set_precision
-from taxa.progress import progress
-from taxa.reads import check_files, read_ahead, records, slices
-from taxa.tokens import TOKENIZERS, get_tokenizer
-from taxa.writers import FORMATS, LineWriter, VectorWriter
+from taxa.data.reads import check_files, read_ahead, records, slices
+from taxa.data.tokens import TOKENIZERS, get_tokenizer
+from taxa.errors import InputError
+from taxa.results.decode import JointDecoder, log_probabilities
+from taxa.results.writers import FORMATS, LineWriter, VectorWriter
+from taxa.runtime.cli import Parser, fraction, positive_int, run
+from taxa.runtime.distributed import sum_over_ranks, world
+from taxa.runtime.files import replacing
+from taxa.runtime.precision import PRECISIONS, autocast, set_precision
+from taxa.runtime.progress import progress
+from taxa.training import checkpoint
 
 BATCHES_PER_SLICE = 8  # windows are sorted by length within so many batches; so much is also read ahead, twice
 

@@ -19,18 +19,20 @@ from pathlib import Path
 
 import numpy as np
 
-from taxa import RANKS, simulate
-from taxa.cli import InputError, Parser, fraction, positive_int, run, seed
-from taxa.dataset import RECORD, PreparedDataset, TokenWriter, write_manifest
-from taxa.describe import describe, picture
-from taxa.fasta import batches, index_fasta, is_gzip, normalize, read_sequences
-from taxa.files import locked, new_folder, save_array, sha256
-from taxa.progress import progress
-from taxa.splits import SPLITS, copies, find_ids, read_ids, split_by_genus, write_ids
-from taxa.table import check_columns, read_table
-from taxa.taxonomy import SUPERKINGDOMS, check_ranks, label_taxids
-from taxa.tokens import TOKENIZERS, get_tokenizer, nt_tokenizer
-from taxa.workers import available_cores, in_order
+from taxa import RANKS
+from taxa.data import simulate
+from taxa.data.dataset import RECORD, PreparedDataset, TokenWriter, write_manifest
+from taxa.data.describe import describe, picture
+from taxa.data.fasta import batches, index_fasta, is_gzip, normalize, read_sequences
+from taxa.data.splits import SPLITS, copies, find_ids, read_ids, split_by_genus, write_ids
+from taxa.data.table import check_columns, read_table
+from taxa.data.taxonomy import SUPERKINGDOMS, check_ranks, label_taxids
+from taxa.data.tokens import TOKENIZERS, get_tokenizer, nt_tokenizer
+from taxa.errors import InputError
+from taxa.runtime.cli import Parser, fraction, positive_int, run, seed
+from taxa.runtime.files import locked, new_folder, save_array, sha256
+from taxa.runtime.progress import progress
+from taxa.runtime.workers import available_cores, in_order
 
 # bytes on disk for sequences of 1500 letters (measured: nt 0.35, dnabert 0.42, tiny-dnabert 0.49)
 NT_BYTES, BPE_BYTES = 0.36, 0.5  # tokens, labels and offsets, per letter
@@ -186,7 +188,7 @@ def check_what_is_overwritten(out, inputs):
 def prepare(args, out, scratch, mapped):
     """Write labels, records, nt tokens and the manifest of `args` into the empty folder `out`. Returns the manifest.
 
-    mapped: what maps a function over jobs (taxa.workers).
+    mapped: what maps a function over jobs (taxa.runtime.workers).
     """
     sources = [Path(path) for path in ([args.table] if args.table else args.fasta)]
     if len({source.name for source in sources}) < len(sources):

@@ -26,19 +26,20 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from taxa import checkpoint, resume
 from taxa.backbones import MODELS, get_model, load_backbone, read_config, table_name
-from taxa.cli import InputError, Parser, fraction, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
-from taxa.dataset import micro_batches
-from taxa.distributed import barrier, main_first, sum_over_ranks, world
-from taxa.files import sha256, write_json
-from taxa.mlm import MASKING, MaskedLM, generator_for, load_head, mask_tokens, save_hub_folder, unigram_losses
-from taxa.metrics import perplexity
-from taxa.optim import adamw, cosine_rate
-from taxa.precision import PRECISIONS, autocast, set_precision
-from taxa.progress import print_line, progress
-from taxa.reads import check_files, records, tokenized_windows
-from taxa.tokens import get_tokenizer
+from taxa.backbones.masked_lm import MASKING, MaskedLM, generator_for, load_head, mask_tokens, save_hub_folder, unigram_losses
+from taxa.data.dataset import micro_batches
+from taxa.data.reads import check_files, records, tokenized_windows
+from taxa.data.tokens import get_tokenizer
+from taxa.errors import InputError
+from taxa.results.metrics import perplexity
+from taxa.runtime.cli import Parser, fraction, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
+from taxa.runtime.distributed import barrier, main_first, sum_over_ranks, world
+from taxa.runtime.files import sha256, write_json
+from taxa.runtime.precision import PRECISIONS, autocast, set_precision
+from taxa.runtime.progress import print_line, progress
+from taxa.training import checkpoint, resume
+from taxa.training.optim import adamw, cosine_rate
 from train import environment, open_data
 
 RUN_FILES = ("args.json", "environment.json", "log.jsonl", "last.pt", "config.json", "model.safetensors", "metrics.json")

@@ -36,14 +36,15 @@ from pathlib import Path
 import torch
 
 from taxa.backbones import MODELS, get_model, load_backbone, table_name
-from taxa.cli import InputError, Parser, byte_size, choose, positive_int, run
-from taxa.dataset import PreparedDataset
-from taxa.files import replacing, write_json
-from taxa.memory import ACTIVATIONS, PARTS, allocator_peak, step_memory
+from taxa.data.dataset import PreparedDataset
+from taxa.errors import InputError, choose
+from taxa.measure.memory import ACTIVATIONS, PARTS, allocator_peak, step_memory
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.optim import adamw
-from taxa.precision import PRECISIONS, autocast, set_precision
+from taxa.runtime.cli import Parser, byte_size, positive_int, run
+from taxa.runtime.files import replacing, write_json
+from taxa.runtime.precision import PRECISIONS, autocast, set_precision
 from taxa.strategies import PROTOCOLS, STRATEGIES, inject, settings_from_flags, train_only, trainable_names
+from taxa.training.optim import adamw
 
 FIRST_BATCH = 4  # the paper's
 TOLERANCE = 0.02  # of the ceiling

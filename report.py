@@ -19,9 +19,10 @@ import sys
 import time
 from pathlib import Path
 
-from taxa.cli import InputError, Parser, positive_float, run
-from taxa.files import new_folder
-from taxa.run_folders import Group, find_runs, group_runs, data_names, published_groups, read_run, strategy_row
+from taxa.errors import InputError
+from taxa.results.run_folders import Group, find_runs, group_runs, data_names, published_groups, read_run, strategy_row
+from taxa.runtime.cli import Parser, positive_float, run
+from taxa.runtime.files import new_folder
 
 # The columns of the paper's supplement, in its order, among what tells our runs apart.
 COLUMNS = ("run", "data", "model", "strategy", "r", "heads", "seed", "data_fraction", "learning_rate", "epochs", "superkingdom", "phylum",
@@ -262,7 +263,7 @@ def seeds_sentence(groups, of_rank, one, other):
 
 def sections(groups, published, probes, pretraining_runs):
     """[(file, title, caption, Figure or None)]; a picture that there is nothing for is None and its caption says why."""
-    from taxa import figures
+    from taxa.results import figures
 
     done = [g for g in groups if g.values(group_rank(g))]
     found = []

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 TEST = ["pytest>=8", "hypothesis>=6.100", "scikit-learn>=1.4", "peft>=0.13", "pytest-xdist>=3.5"]
 
@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["taxa", "taxa.backbones", "taxa.inspect"],
+    packages=find_packages(include=["taxa", "taxa.*"]),
     package_data={"taxa": ["assets/*.json", "assets/*.csv", "assets/tiny_nt/*"]},
     install_requires=[
         "torch>=2.6",

@@ -24,26 +24,27 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import prepare
-from taxa import __version__, checkpoint, peft_format, resume
-from taxa.augment import AugmentedSplit
+from taxa import __version__
 from taxa.backbones import FAMILIES, MODELS, backbone_config, find_model
-from taxa.cli import (InputError, Parser, Saved, interval, interval_of, non_negative_float, non_negative_int, positive_float,
-                      positive_int, run, seed)
-from taxa.dataset import PreparedDataset, micro_batches
-from taxa.distributed import any_process, barrier, copy_from_main, from_main, leave, main_first, same_on_all, sum_over_ranks, world
-from taxa.evaluation import run_split, summarize, table, write_tables
-from taxa.files import write_json
-from taxa.flags import add_classes, add_model, add_strategy, check_strategy, classes_of
+from taxa.data.augment import AugmentedSplit
+from taxa.data.dataset import PreparedDataset, micro_batches
+from taxa.data.splits import SPLITS
+from taxa.data.tokens import get_tokenizer
+from taxa.errors import InputError, Saved
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.optim import adamw, cosine_rate
-from taxa.precision import PRECISIONS, autocast, compile_in_place, set_precision
-from taxa.progress import print_line, progress
 from taxa.random_init import reinitialize
-from taxa.signals import Signals
-from taxa.splits import SPLITS
+from taxa.results.evaluation import run_split, summarize, table, write_tables
+from taxa.runtime.cli import Parser, interval, interval_of, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
+from taxa.runtime.distributed import any_process, barrier, copy_from_main, from_main, leave, main_first, same_on_all, sum_over_ranks, world
+from taxa.runtime.files import write_json
+from taxa.runtime.precision import PRECISIONS, autocast, compile_in_place, set_precision
+from taxa.runtime.progress import print_line, progress
+from taxa.runtime.signals import Signals
 from taxa.strategies import (STRATEGY_FLAGS, inject, published_fraction, settings_from_flags, train_only,
                              trainable_names)
-from taxa.tokens import get_tokenizer
+from taxa.training import checkpoint, peft_format, resume
+from taxa.training.flags import add_classes, add_model, add_strategy, check_strategy, classes_of
+from taxa.training.optim import adamw, cosine_rate
 
 DEMO = "data/demo"
 RUN_FILES = ("args.json", "environment.json", "log.jsonl", "bad_steps.jsonl", "ckpt.pt", "last.pt", "last.prev.pt", "metrics*.json",

@@ -23,10 +23,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from taxa.cli import InputError, Parser, positive_int, run, seed  # noqa: E402
-from taxa.files import replacing  # noqa: E402
-from taxa.progress import progress  # noqa: E402
-from taxa.simulate import LETTERS, SHARE, fragments  # noqa: E402
+from taxa.data.simulate import LETTERS, SHARE, fragments  # noqa: E402
+from taxa.errors import InputError
+from taxa.runtime.cli import Parser, positive_int, run, seed  # noqa: E402
+from taxa.runtime.files import replacing  # noqa: E402
+from taxa.runtime.progress import progress  # noqa: E402
 
 LENGTH, CHUNK = 1500, 2048
 SUPERKINGDOMS = {2157: "Archaea", 2: "Bacteria", 2759: "Eukaryota", 10239: "Viruses"}
@@ -51,7 +52,7 @@ def tree(genera, phyla):
 
 
 def genomes(lineages, rng):
-    """Per genus: the three threshold arrays of its chain (as taxa.simulate has them), its codons (G, TABLE) uint8, its share of genes."""
+    """Per genus: the three threshold arrays of its chain (as in taxa.data.simulate), codons (G, TABLE) uint8, its share of genes."""
     k, p = np.array(lineages).T
 
     def evolve(what, *shape):

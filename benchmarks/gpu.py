@@ -11,7 +11,7 @@ steps that fit into --seconds, at least 5, after 3 that do not count.
 
 vs_published: our sequences/s by the published ones of full fine-tuning, per GPU (one H100, float32; DNABERT-2: 42 on four GPUs). mfu: model
 FLOP utilisation, the operations of our own step (no unused head, no gradient that nothing needs) per second by the card's dense peak; the
-same operations count for the peer. Its optimizer is ours too (taxa/optim.py: fused AdamW), so that the two differ in the model alone;
+same operations count for the peer. Its optimizer is ours too (fused AdamW), so that the two differ in the model alone;
 benchmarks/step.py gives the peer torch.optim.AdamW as the HF Trainer had it.
 """
 
@@ -29,11 +29,12 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import probe_batch  # noqa: E402
 from taxa.backbones import get_model  # noqa: E402
-from taxa.cli import InputError, Parser, byte_size, positive_float, run  # noqa: E402
-from taxa.files import write_json  # noqa: E402
-from taxa.optim import adamw  # noqa: E402
-from taxa.precision import compile_in_place, set_precision  # noqa: E402
+from taxa.errors import InputError
+from taxa.runtime.cli import Parser, byte_size, positive_float, run  # noqa: E402
+from taxa.runtime.files import write_json  # noqa: E402
+from taxa.runtime.precision import compile_in_place, set_precision  # noqa: E402
 from taxa.strategies import settings_from_flags  # noqa: E402
+from taxa.training.optim import adamw  # noqa: E402
 
 STRATEGIES = ("full", "lora", "ia3", "freeze75")  # lora with its default r = 4
 PUBLISHED = {"nt50m": 606.0, "nt100m": 343.0, "nt250m": 225.0, "dnabert2": 42.0 / 4}  # sequences/s per GPU, full (4.56 million / epoch_s)

@@ -18,12 +18,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from taxa.cli import Parser, positive_float, positive_int, run  # noqa: E402
-from taxa.dataset import PreparedDataset  # noqa: E402
-from taxa.evaluation import Outcome, summarize, table  # noqa: E402
+from taxa.data.dataset import PreparedDataset  # noqa: E402
+from taxa.data.tokens import NTTokenizer  # noqa: E402
 from taxa.model import sequence_losses  # noqa: E402
-from taxa.optim import adamw, cosine_rate  # noqa: E402
-from taxa.tokens import NTTokenizer  # noqa: E402
+from taxa.results.evaluation import Outcome, summarize, table  # noqa: E402
+from taxa.runtime.cli import Parser, positive_float, positive_int, run  # noqa: E402
+from taxa.training.optim import adamw, cosine_rate  # noqa: E402
 
 
 def kmer_counts(split, overlapping):

@@ -4,7 +4,7 @@
   python benchmarks/loader.py --data data/bertax     # the train split of a prepared dataset
   python benchmarks/loader.py --workers 2            # batches made by two processes beside the loop, as train.py --workers 2
 
-One epoch in train.py's own order (taxa.dataset.micro_batches) through the same DataLoader; a step takes the batch and does nothing.
+One epoch in train.py's own order (taxa.data.dataset.micro_batches) through the same DataLoader; a step takes the batch and does nothing.
 Prints the median over the rounds and their range as one JSON line.
 """
 
@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from taxa import RANKS  # noqa: E402
-from taxa.cli import Parser, non_negative_int, positive_int, run  # noqa: E402
-from taxa.dataset import PreparedDataset, TokenSplit, TokenWriter, micro_batches  # noqa: E402
+from taxa.data.dataset import PreparedDataset, TokenSplit, TokenWriter, micro_batches  # noqa: E402
+from taxa.runtime.cli import Parser, non_negative_int, positive_int, run  # noqa: E402
 
 CLASSES = {rank: 1000 for rank in RANKS}
 

@@ -26,8 +26,9 @@ sys.path.insert(0, str(ROOT))
 
 import pretrain  # noqa: E402
 import train  # noqa: E402
-from taxa.cli import InputError, Parser, positive_int, run  # noqa: E402
-from taxa.dataset import PreparedDataset  # noqa: E402
+from taxa.data.dataset import PreparedDataset  # noqa: E402
+from taxa.errors import InputError
+from taxa.runtime.cli import Parser, positive_int, run  # noqa: E402
 
 # data set -> (genera, sequences, seed) of benchmarks/genomes.py; the pretraining genomes have seed 1, so no genus is the same
 GENOMES = {"few": (40, 4000, 11), "many": (320, 4800, 12), "few-quick": (20, 640, 11), "many-quick": (106, 1600, 12)}

@@ -26,14 +26,14 @@ sys.path.insert(0, str(ROOT))  # before this folder, whose predict.py is this fi
 import predict  # noqa: E402
 from taxa import checkpoint  # noqa: E402
 from taxa.backbones import FAMILIES, backbone_config, get_model  # noqa: E402
-from taxa.cli import Parser, positive_int, run  # noqa: E402
-from taxa.decode import JointDecoder  # noqa: E402
-from taxa.distributed import world  # noqa: E402
+from taxa.data.reads import read_ahead, records, slices  # noqa: E402
+from taxa.data.tokens import NTTokenizer  # noqa: E402
 from taxa.model import TaxonClassifier  # noqa: E402
-from taxa.reads import read_ahead, records, slices  # noqa: E402
+from taxa.results.decode import JointDecoder  # noqa: E402
+from taxa.results.writers import LineWriter  # noqa: E402
+from taxa.runtime.cli import Parser, positive_int, run  # noqa: E402
+from taxa.runtime.distributed import world  # noqa: E402
 from taxa.strategies import settings_from_flags  # noqa: E402
-from taxa.tokens import NTTokenizer  # noqa: E402
-from taxa.writers import LineWriter  # noqa: E402
 
 CLASSES = {"superkingdom": 4, "phylum": 57, "genus": 1884}
 SIZES = {"tiny-nt": (256, 32)}  # reads, batch size

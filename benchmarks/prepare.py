@@ -4,7 +4,7 @@
   python benchmarks/prepare.py --sequences 5181880 --scratch corpora --workers 2
   python benchmarks/prepare.py --sequences 500000 --scratch corpora --tokens dnabert --tokenizer-file PATH
 
-Simulates each corpus with `python -m taxa.simulate --study` in --scratch unless it is there, runs prepare.py on it and prints a JSON
+Simulates each corpus with `python -m taxa.data.simulate --study` in --scratch unless it is there, runs prepare.py on it and prints a JSON
 line: wall time (s), sequences/s, CPU time (s, all processes), and the peak of the memory of all its processes together, sampled about
 once a second: "pss" counts a page that processes share once, "rss" once for each. Linux only: it reads /proc.
 """
@@ -21,8 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from taxa.cli import InputError, Parser, positive_int, run  # noqa: E402
-from taxa.workers import available_cores  # noqa: E402
+from taxa.errors import InputError
+from taxa.runtime.cli import Parser, positive_int, run  # noqa: E402
+from taxa.runtime.workers import available_cores  # noqa: E402
 
 NCBI_TAXA = 2_600_000  # about what NCBI's dump has
 
@@ -90,7 +91,7 @@ def main(argv=None):
     for sequences in args.sequences:
         corpus, out = Path(args.scratch) / f"study{sequences}", Path(args.scratch) / f"prepared{sequences}"
         if not (corpus / "Viruses_db.fa").is_file():
-            subprocess.run([sys.executable, "-m", "taxa.simulate", "--study", "--sequences", str(sequences), "--out", str(corpus),
+            subprocess.run([sys.executable, "-m", "taxa.data.simulate", "--study", "--sequences", str(sequences), "--out", str(corpus),
                             "--unused-taxa", str(NCBI_TAXA)], cwd=ROOT, check=True)
         command = [sys.executable, "prepare.py", "--out", str(out), "--overwrite", "--workers", str(args.workers)]
         if args.tokens == "nt":

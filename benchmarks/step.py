@@ -26,12 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peer import make_peer  # noqa: E402
 
 from taxa.backbones import FAMILIES, backbone_config, get_model  # noqa: E402
-from taxa.cli import InputError, Parser, positive_int, run  # noqa: E402
-from taxa.files import write_json  # noqa: E402
+from taxa.errors import InputError
 from taxa.model import TaxonClassifier, sequence_losses  # noqa: E402
-from taxa.optim import adamw  # noqa: E402
 from taxa.random_init import reinitialize  # noqa: E402
+from taxa.runtime.cli import Parser, positive_int, run  # noqa: E402
+from taxa.runtime.files import write_json  # noqa: E402
 from taxa.strategies import inject, settings_from_flags, train_only, trainable_names  # noqa: E402
+from taxa.training.optim import adamw  # noqa: E402
 
 VARIANTS = (("full", None), ("lora", 1), ("lora", 4), ("lora", 20), ("ia3", None), ("freeze75", None))
 NUM_CLASSES = (4, 57, 1884)  # the study's

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from taxa.cli import InputError
+from taxa.errors import InputError
 from taxa.inject import plain_linear, replace_linears, share_linear
 
 THIRDS = ("query", "key", "value")  # of the rows of a fused Wqkv

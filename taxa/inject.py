@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from taxa.cli import InputError
+from taxa.errors import InputError
 
 
 def matches(name, target):

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from taxa.precision import product_dtype
+from taxa.runtime.precision import product_dtype
 
 
 def recomputed(function, *inputs, then):

@@ -8,7 +8,7 @@ initialisation, (IA)3 sits elsewhere, and freezing also counts tensors that the 
 import torch
 
 from taxa.backbones import FAMILIES, backbone_config, get_model
-from taxa.cli import InputError
+from taxa.errors import InputError
 from taxa.freeze import frozen_names
 from taxa.ia3 import IA3Linear, inject_ia3
 from taxa.lora import LoRALinear, inject_lora

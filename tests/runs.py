@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate  # noqa: E402
 import train  # noqa: E402
 from taxa import cli  # noqa: E402
-from taxa.distributed import world  # noqa: E402
+from taxa.runtime.distributed import world  # noqa: E402
 
 
 class Killed(BaseException):

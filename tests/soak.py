@@ -28,11 +28,13 @@ import torch  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
 from runs import free_port, ranks  # noqa: E402
-from taxa import checkpoint, resume  # noqa: E402
-from taxa.cli import InputError, Parser, positive_int, run  # noqa: E402
-from taxa.cli import seed as seed_type  # noqa: E402
-from taxa.dataset import micro_batches  # noqa: E402
-from taxa.files import write_json  # noqa: E402
+from taxa import resume  # noqa: E402
+from taxa.data.dataset import micro_batches  # noqa: E402
+from taxa.errors import InputError
+from taxa.runtime.cli import Parser, positive_int, run  # noqa: E402
+from taxa.runtime.cli import seed as seed_type  # noqa: E402
+from taxa.runtime.files import write_json  # noqa: E402
+from taxa.training import checkpoint
 from test_resume import assert_same_end  # noqa: E402
 
 KINDS = ("SIGKILL to all", "SIGKILL to rank 0", "SIGKILL to rank 1", "SIGTERM to all")

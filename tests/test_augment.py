@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import train
-from taxa import checkpoint
-from taxa.augment import FRAMES, VIEWS, AugmentedSplit, view
-from taxa.dataset import PreparedDataset
-from taxa.tokens import NTTokenizer, get_tokenizer
+from taxa.data.augment import FRAMES, VIEWS, AugmentedSplit, view
+from taxa.data.dataset import PreparedDataset
+from taxa.data.tokens import NTTokenizer, get_tokenizer
+from taxa.training import checkpoint
 
 
 def test_the_views_of_a_sequence_by_hand():

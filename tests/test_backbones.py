@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from taxa import backbones
 from taxa.backbones import FAMILIES, MODELS, backbone_config, dnabert2, get_model, load_backbone, parameter_counts
-from taxa.cli import InputError
+from taxa.errors import InputError
 from taxa.model import masked_mean
 
 ROOT = Path(__file__).resolve().parents[1]

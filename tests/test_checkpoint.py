@@ -10,14 +10,15 @@ import torch
 from test_backbones import Touch, batch, hub_folder, logits, random_state
 from torch import nn
 
-from taxa import RANKS, checkpoint
+from taxa import RANKS
 from taxa.backbones import MODELS, load_backbone
-from taxa.checkpoint import base_source, changed_state, load_base, load_state, read, rebuild, save, seal, weights_digest
-from taxa.cli import InputError
+from taxa.errors import InputError
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.optim import adamw
 from taxa.random_init import reinitialize
 from taxa.strategies import STRATEGIES, inject, settings_from_flags, train_only, trainable_names
+from taxa.training import checkpoint
+from taxa.training.checkpoint import base_source, changed_state, load_base, load_state, read, rebuild, save, seal, weights_digest
+from taxa.training.optim import adamw
 
 TINY = ["tiny-nt", "tiny-dnabert"]
 UNPUBLISHED = {"tiny-nt": {"source": "package"}, "tiny-dnabert": {"source": "seed", "seed": 0}}

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from taxa import RANKS
-from taxa.cli import InputError
-from taxa.dataset import PreparedDataset, TokenWriter, micro_batches, write_manifest
-from taxa.files import new_folder, replacing, sha256, write_json
-from taxa.splits import SPLITS
-from taxa.tokens import NTTokenizer, get_tokenizer
+from taxa.data.dataset import PreparedDataset, TokenWriter, micro_batches, write_manifest
+from taxa.data.splits import SPLITS
+from taxa.data.tokens import NTTokenizer, get_tokenizer
+from taxa.errors import InputError
+from taxa.runtime.files import new_folder, replacing, sha256, write_json
 
 CLASSES = (2, 3, 5)
 

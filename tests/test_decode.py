@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from taxa.decode import HIGHEST, LOWEST, JointDecoder, fit_temperature, log_probabilities, prefixes
-from taxa.evaluation import Outcome, Probabilities, inconsistent_share, summarize
-from taxa.metrics import expected_calibration_error
+from taxa.results.decode import HIGHEST, LOWEST, JointDecoder, fit_temperature, log_probabilities, prefixes
+from taxa.results.evaluation import Outcome, Probabilities, inconsistent_share, summarize
+from taxa.results.metrics import expected_calibration_error
 
 SIZES = {"superkingdom": 3, "phylum": 7, "genus": 20}
 

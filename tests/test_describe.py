@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import prepare
-from taxa.cli import InputError
-from taxa.dataset import PreparedDataset
-from taxa.splits import SPLITS
+from taxa.data.dataset import PreparedDataset
+from taxa.data.splits import SPLITS
+from taxa.errors import InputError
 
 
 def table(text, head):

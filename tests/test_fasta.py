@@ -7,8 +7,8 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from taxa.cli import InputError
-from taxa.fasta import batches, index_fasta, normalize, read_sequences
+from taxa.data.fasta import batches, index_fasta, normalize, read_sequences
+from taxa.errors import InputError
 
 
 def naive_records(data):

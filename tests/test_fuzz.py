@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from test_fasta import index_bytes, naive_records, read_batches
 from test_taxonomy import archive_bytes, dump_texts
 
-from taxa import checkpoint
-from taxa.cli import InputError
-from taxa.dataset import PreparedDataset
-from taxa.splits import SPLITS
-from taxa.taxonomy import Label, label_taxids
-from taxa.tokens import get_tokenizer
+from taxa.data.dataset import PreparedDataset
+from taxa.data.splits import SPLITS
+from taxa.data.taxonomy import Label, label_taxids
+from taxa.data.tokens import get_tokenizer
+from taxa.errors import InputError
+from taxa.training import checkpoint
 
 MORE = int(os.environ.get("MORE", "1"))
 

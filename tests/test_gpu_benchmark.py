@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import gpu  # noqa: E402
 
-from taxa.cli import InputError  # noqa: E402
+from taxa.runtime.cli import InputError  # noqa: E402
 
 
 def test_one_cell_of_each_sort(tmp_path, monkeypatch):

@@ -9,12 +9,12 @@ import pytest
 
 import prepare
 import train
-from taxa import cli
-from taxa.cli import InputError
+from taxa.errors import InputError
+from taxa.runtime import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "def parse_args(" in path.read_text(encoding="utf-8"))
-SCRIPTS.append("taxa.inspect.__main__")
+SCRIPTS.append("taxa.measure.tree.__main__")
 
 
 def parser_of(script, monkeypatch):
@@ -37,7 +37,7 @@ def examples(script):
     for line in importlib.import_module(script).__doc__.replace("\\\n", " ").splitlines():
         found = re.match(r"\s+(?:torchrun .*?|python) (?:-- )?(\S+\.py|-m \S+)(.*)", line.partition("  #")[0])
         if found:
-            yield found[1].removesuffix(".py").replace("-m taxa.inspect", "taxa.inspect.__main__"), shlex.split(found[2])
+            yield found[1].removesuffix(".py").replace("-m taxa.measure.tree", "taxa.measure.tree.__main__"), shlex.split(found[2])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -17,12 +17,12 @@ import prepare
 import pretrain
 import probe_batch
 import train
-from taxa import checkpoint
 from taxa.backbones import MODELS, find_model, load_backbone
-from taxa.cli import InputError
-from taxa.dataset import PreparedDataset
-from taxa.inspect import __main__ as inspect
-from taxa.tokens import DNABERT_DIGEST, TINY_BPE, NTTokenizer, get_tokenizer
+from taxa.data.dataset import PreparedDataset
+from taxa.data.tokens import DNABERT_DIGEST, TINY_BPE, NTTokenizer, get_tokenizer
+from taxa.errors import InputError
+from taxa.measure.tree import __main__ as inspect
+from taxa.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

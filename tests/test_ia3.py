@@ -8,7 +8,7 @@ from test_backbones import batch, logits, scrambled
 from torch import nn
 
 from taxa.backbones import FAMILIES, backbone_config, dnabert2, get_model, nucleotide_transformer
-from taxa.cli import InputError
+from taxa.errors import InputError
 from taxa.ia3 import IA3Linear, inject_ia3, split_target
 from taxa.inject import merge_adapters
 from taxa.lora import inject_lora

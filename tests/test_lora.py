@@ -9,7 +9,7 @@ from test_backbones import batch, logits, scrambled
 from torch import nn
 
 from taxa.backbones import FAMILIES, backbone_config, dnabert2, get_model, nucleotide_transformer
-from taxa.cli import InputError
+from taxa.errors import InputError
 from taxa.inject import matches, merge_adapters
 from taxa.lora import LoRALinear, inject_lora
 from taxa.model import TaxonClassifier, sequence_losses

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from taxa.backbones import load_backbone
-from taxa.memory import ACTIVATIONS, PARTS, activation_parts, allocator_peak, step_memory
+from taxa.measure.memory import ACTIVATIONS, PARTS, activation_parts, allocator_peak, step_memory
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.optim import adamw
 from taxa.strategies import inject, settings_from_flags, train_only, trainable_names
+from taxa.training.optim import adamw
 
 CLASSES = (4, 5, 6)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from taxa.metrics import accuracy, balanced_accuracy, confusion_matrix, macro_f1, per_class, rank_metrics
+from taxa.results.metrics import accuracy, balanced_accuracy, confusion_matrix, macro_f1, per_class, rank_metrics
 
 sklearn = pytest.importorskip("sklearn.metrics")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # scikit-learn's, of classes that only the truth lacks

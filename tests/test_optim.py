@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from taxa.optim import adamw, cosine_rate
+from taxa.training.optim import adamw, cosine_rate
 
 
 @pytest.mark.parametrize("total, warmup", [(1, 0), (2, 0), (7, 0), (100, 0), (100, 10), (50, 50), (13, 1), (20, 19)])

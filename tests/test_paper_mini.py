@@ -11,7 +11,7 @@ import pytest
 import pretrain
 import probe_batch
 import train
-from taxa.cli import InputError
+from taxa.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import paper_mini  # noqa: E402

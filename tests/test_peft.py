@@ -13,16 +13,17 @@ from torch import nn
 import evaluate
 import export
 import train
-from taxa import checkpoint, peft_format, recompute
+from taxa import recompute
 from taxa.backbones import load_backbone
-from taxa.cli import InputError
-from taxa.dataset import PreparedDataset
+from taxa.data.dataset import PreparedDataset
+from taxa.errors import InputError
 from taxa.ia3 import IA3Linear
 from taxa.inject import merge_adapters
 from taxa.lora import LoRALinear
 from taxa.model import TaxonClassifier, masked_mean, sequence_losses
-from taxa.optim import adamw
 from taxa.strategies import inject, settings_from_flags, train_only, trainable_names
+from taxa.training import checkpoint, peft_format
+from taxa.training.optim import adamw
 
 peft = pytest.importorskip("peft")
 

@@ -16,15 +16,15 @@ import torch
 import evaluate
 import predict
 import train
-from taxa import checkpoint
-from taxa.cli import InputError
-from taxa.dataset import PreparedDataset
-from taxa.decode import JointDecoder, log_probabilities
-from taxa.distributed import world
-from taxa.evaluation import run_split
-from taxa.reads import Record, read_ahead, slices, window_starts
-from taxa.tokens import NTTokenizer, get_tokenizer
-from taxa.writers import LineWriter
+from taxa.data.dataset import PreparedDataset
+from taxa.data.reads import Record, read_ahead, slices, window_starts
+from taxa.data.tokens import NTTokenizer, get_tokenizer
+from taxa.errors import InputError
+from taxa.results.decode import JointDecoder, log_probabilities
+from taxa.results.evaluation import run_split
+from taxa.results.writers import LineWriter
+from taxa.runtime.distributed import world
+from taxa.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,12 +21,13 @@ import numpy as np
 import pytest
 
 import prepare
-from taxa import RANKS, dataset, fasta, simulate
-from taxa.cli import InputError
-from taxa.dataset import PreparedDataset
-from taxa.files import new_folder, save_array, sha256
-from taxa.splits import SPLITS, split_by_genus
-from taxa.tokens import NTTokenizer, TINY_BPE, get_tokenizer
+from taxa import RANKS
+from taxa.data import dataset, fasta, simulate
+from taxa.data.dataset import PreparedDataset
+from taxa.data.splits import SPLITS, split_by_genus
+from taxa.data.tokens import NTTokenizer, TINY_BPE, get_tokenizer
+from taxa.errors import InputError
+from taxa.runtime.files import new_folder, save_array, sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

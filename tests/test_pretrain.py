@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 import prepare
 import pretrain
 import train
-from taxa import checkpoint
 from taxa.backbones import MODELS, load_backbone
-from taxa.cli import InputError
-from taxa.dataset import PreparedDataset, micro_batches
-from taxa.mlm import MASKING, MaskedLM, generator_for, load_head, mask_tokens, save_hub_folder, unigram_losses
-from taxa.optim import adamw, cosine_rate
-from taxa.reads import records, tokenized_windows
-from taxa.tokens import get_tokenizer
+from taxa.backbones.masked_lm import MASKING, MaskedLM, generator_for, load_head, mask_tokens, save_hub_folder, unigram_losses
+from taxa.data.dataset import PreparedDataset, micro_batches
+from taxa.data.reads import records, tokenized_windows
+from taxa.data.tokens import get_tokenizer
+from taxa.errors import InputError
+from taxa.training import checkpoint
+from taxa.training.optim import adamw, cosine_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["tiny-nt", "tiny-dnabert"]
@@ -91,7 +91,7 @@ def test_the_proportions_and_that_special_tokens_are_never_chosen(name, special,
 
 
 def test_the_mask_tokens_are_the_tokenizers_own():
-    from taxa.tokens import TINY_BPE, nt_vocabulary
+    from taxa.data.tokens import TINY_BPE, nt_vocabulary
 
     assert nt_vocabulary()[2] == "<mask>" and [w for w in nt_vocabulary() if w[0] == "<"] == nt_vocabulary()[:6]
     assert {w: i for w, i in json.loads(TINY_BPE.read_text())["model"]["vocab"].items() if w[0] == "["} == {

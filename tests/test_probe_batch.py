@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import probe_batch
-from taxa.cli import InputError, byte_size
+from taxa.errors import InputError
+from taxa.runtime.cli import byte_size
 
 ROOT = Path(probe_batch.__file__).parent
 

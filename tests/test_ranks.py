@@ -10,12 +10,13 @@ import torch
 import evaluate
 import prepare
 import train
-from taxa import checkpoint, simulate
 from taxa.backbones import load_backbone
-from taxa.cli import InputError
-from taxa.dataset import PreparedDataset
+from taxa.data import simulate
+from taxa.data.dataset import PreparedDataset
+from taxa.data.splits import SPLITS, split_by_genus
+from taxa.errors import InputError
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.splits import SPLITS, split_by_genus
+from taxa.training import checkpoint
 
 FOUR = ["superkingdom", "phylum", "genus", "species"]
 LINEAGES = {lineage[-1][0]: [taxid for taxid, _ in lineage] for lineage in simulate.species()}

@@ -17,10 +17,10 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from safetensors.torch import load_file, save_file
 from test_backbones import GOLDEN, SHARED, naive_dnabert, naive_nt
 
-from taxa import checkpoint
 from taxa.backbones import MODELS, load_backbone
+from taxa.data.tokens import get_tokenizer
 from taxa.model import masked_mean
-from taxa.tokens import get_tokenizer
+from taxa.training import checkpoint
 
 PROBES = json.loads((Path(__file__).parent / "probes.json").read_text())  # made by the hub's own code, float32, CPU
 WEIGHT_FILES = {"dnabert2": "pytorch_model.bin", "dnaberts": "pytorch_model.bin", "nt250m": "pytorch_model.bin"}  # else model.safetensors

@@ -23,9 +23,10 @@ from test_train import ROOT, command, python
 
 import evaluate
 import train
-from taxa import checkpoint, cli, distributed, resume
 from taxa.backbones import load_backbone
-from taxa.dataset import PreparedDataset
+from taxa.data.dataset import PreparedDataset
+from taxa.runtime import cli, distributed
+from taxa.training import checkpoint, resume
 
 SHORT = ("--max-steps", "4", "--batch-size", "32")
 

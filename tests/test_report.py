@@ -1,4 +1,4 @@
-"""report.py on small run folders that hold what train.py leaves: args, environment, log, and the tables of taxa.evaluation."""
+"""report.py on small run folders that hold what train.py leaves: args, environment, log, and the tables of taxa.results.evaluation."""
 
 import base64
 import csv
@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 import report
-from taxa.cli import InputError
-from taxa.evaluation import Outcome, summarize, write_tables
-from taxa.run_folders import find_runs, group_runs, published_groups, read_run
+from taxa.errors import InputError
+from taxa.results.evaluation import Outcome, summarize, write_tables
+from taxa.results.run_folders import find_runs, group_runs, published_groups, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = {"superkingdom": [{"taxid": i, "name": n} for i, n in (
@@ -286,7 +286,7 @@ def test_runs_on_other_ranks_are_in_the_tables(tmp_path, monkeypatch):
 
 def test_a_model_has_one_marker_in_all_axes(tmp_path):
     pytest.importorskip("matplotlib")
-    from taxa import figures
+    from taxa.results import figures
     for model, data in (("org/b", "x"), ("org/a", "y"), ("org/b", "y")):
         make_run(tmp_path / f"{model[-1]}{data}", model=model, data=data)
     groups = group_runs([read_run(folder) for folder in find_runs([tmp_path])])
@@ -299,7 +299,7 @@ def test_a_model_has_one_marker_in_all_axes(tmp_path):
 def test_every_mark_is_inside_its_axes(tmp_path):
     """Two models far apart in one picture: axes that share a scale must hold both."""
     pytest.importorskip("matplotlib")
-    from taxa import figures
+    from taxa.results import figures
     make_grid(tmp_path, models=("tiny-dnabert",), grid=[(s, r, heads, skill / 4) for s, r, heads, skill in GRID])
     make_grid(tmp_path, data=("data/few", "data/many"))
     groups = group_runs([read_run(folder) for folder in find_runs([tmp_path])])

@@ -13,7 +13,8 @@ from runs import Killed, dies, in_step
 from test_train import ROOT, STRATEGIES, command, python
 
 import train
-from taxa import checkpoint, cli, resume
+from taxa.runtime import cli
+from taxa.training import checkpoint, resume
 
 MORE = ("--epochs", "2", "--batch-size", "32", "--log-every", "3", "--save-every", "4")  # 292 sequences: 10 steps an epoch, 5 by two
 RESUME = checkpoint.RESUME_STATE

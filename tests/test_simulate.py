@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from taxa import simulate
-from taxa.cli import InputError
+from taxa.data import simulate
+from taxa.errors import InputError
 
 NAMES = ["Archaea_db.fa", "Bacteria_db.fa", "Eukaryota_db.fa", "Viruses_db.fa"]
 SPECIES = simulate.species()
@@ -33,7 +33,7 @@ def read_dump(path):
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "taxa.simulate", *arguments], capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "taxa.data.simulate", *arguments], capture_output=True, text=True,
                           cwd=Path(__file__).parents[1], check=False)
 
 

@@ -10,7 +10,7 @@ import time
 from runs import free_port
 from test_train import ROOT, command
 
-from taxa import resume
+from taxa.training import resume
 
 SRUN = """#!/bin/bash
 # Starts two tasks of everything after the options, passes SIGUSR1 on to them, and leaves with the highest status of a task.

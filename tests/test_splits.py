@@ -7,8 +7,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from taxa.cli import InputError
-from taxa.splits import SPLITS, copies, find_ids, read_ids, shares, split_by_genus, write_ids
+from taxa.data.splits import SPLITS, copies, find_ids, read_ids, shares, split_by_genus, write_ids
+from taxa.errors import InputError
 
 TRAIN, VALIDATION, TEST = range(3)
 PINNED_SMALL = [2, 2, 0, 0, 0, 2, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0]

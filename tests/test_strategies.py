@@ -8,11 +8,11 @@ import pytest
 import torch
 from test_backbones import batch, scrambled
 
-from taxa.cli import InputError
+from taxa.errors import InputError
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.optim import adamw
 from taxa.strategies import (PROTOCOLS, STRATEGIES, STRATEGY_FLAGS, inject, published_fraction, published_sizes,
                              settings_from_flags, train_only, trainable_names)
+from taxa.training.optim import adamw
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = ["tiny-nt", "tiny-dnabert"]

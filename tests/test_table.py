@@ -11,11 +11,11 @@ import evaluate
 import predict
 import prepare
 import train
-from taxa.cli import InputError
-from taxa.dataset import PreparedDataset
-from taxa.splits import SPLITS, split_by_genus
-from taxa.table import read_table
-from taxa.tokens import NTTokenizer
+from taxa.data.dataset import PreparedDataset
+from taxa.data.splits import SPLITS, split_by_genus
+from taxa.data.table import read_table
+from taxa.data.tokens import NTTokenizer
+from taxa.errors import InputError
 
 NT = NTTokenizer()
 RANKS = ("phylum", "sub family")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from taxa.cli import InputError
-from taxa.taxonomy import Dump, check_ranks, label_taxids
-from taxa.taxonomy import Label as LabelAt
+from taxa.data.taxonomy import Dump, check_ranks, label_taxids
+from taxa.data.taxonomy import Label as LabelAt
+from taxa.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -273,7 +273,7 @@ def run_python(code, tmp_path, *arguments):
 
 
 def test_ete3_is_imported_only_where_a_dump_is_read_and_leaves_home_alone(tmp_path):
-    code = ("import sys; from taxa.taxonomy import label_taxids; before = 'ete3' in sys.modules; "
+    code = ("import sys; from taxa.data.taxonomy import label_taxids; before = 'ete3' in sys.modules; "
             "label_taxids('dump.zip', [562], '.'); print(before, 'ete3' in sys.modules)")
     (tmp_path / "dump.zip").write_bytes(archive_bytes(dump_texts(), "zip"))
     assert run_python(code, tmp_path) == ["False", "True"]

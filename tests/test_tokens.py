@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from taxa import simulate
-from taxa.cli import InputError
-from taxa.fasta import normalize
-from taxa.tokens import TINY_BPE, TOKENIZERS, BPETokenizer, NTTokenizer, get_tokenizer, nt_vocabulary, train_bpe
+from taxa.data import simulate
+from taxa.data.fasta import normalize
+from taxa.data.tokens import TINY_BPE, TOKENIZERS, BPETokenizer, NTTokenizer, get_tokenizer, nt_vocabulary, train_bpe
+from taxa.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VOCABULARY_SHA256 = "c00e0ad166d6ab3f7540ebc92270392e581bb3106763412f29034b49323e1052"  # of the hub's vocab.txt

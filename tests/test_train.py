@@ -15,11 +15,11 @@ from torch.distributed.run import get_args_parser
 
 import evaluate
 import train
-from taxa import checkpoint
 from taxa.backbones import load_backbone
-from taxa.dataset import PreparedDataset
+from taxa.data.dataset import PreparedDataset
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.optim import cosine_rate
+from taxa.training import checkpoint
+from taxa.training.optim import cosine_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = {"full": [], "random": [], "lora": ["--r", "4", "--lora-dropout", "0"], "ia3": [], "freeze75": []}

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from taxa import fasta
-from taxa.cli import InputError
-from taxa.fasta import batches, index_fasta, normalize, read_sequences
-from taxa.workers import in_order
+from taxa.data import fasta
+from taxa.data.fasta import batches, index_fasta, normalize, read_sequences
+from taxa.errors import InputError
+from taxa.runtime.workers import in_order
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,7 +59,7 @@ def test_a_killed_worker_is_said_in_one_line():
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
-    code = ("import os, sys, time; sys.path.insert(0, sys.argv[1]); from taxa.workers import in_order\n"
+    code = ("import os, sys, time; sys.path.insert(0, sys.argv[1]); from taxa.runtime.workers import in_order\n"
             "def job(n):\n open(str(os.getpid()), 'w').close(); time.sleep(60)\n"
             "with in_order(2) as mapped: list(mapped(job, range(9)))\n")
     (tmp_path / "script.py").write_text(code)

@@ -21,7 +21,8 @@ import prepare
 import pretrain
 import probe_batch
 import train
-from taxa import checkpoint, cli
+from taxa.runtime import cli
+from taxa.training import checkpoint
 
 SCRIPTS = {"prepare": prepare, "train": train, "evaluate": evaluate, "predict": predict, "export": export, "pretrain": pretrain,
            "probe_batch": probe_batch}

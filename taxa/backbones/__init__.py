@@ -17,14 +17,12 @@ import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from taxa import ASSETS
 from taxa.backbones import dnabert2, nucleotide_transformer
-from taxa.cli import InputError, choose
-from taxa.files import UNREADABLE, read_text
+from taxa.data.tokens import NTTokenizer, get_tokenizer
+from taxa.errors import InputError, choose
 from taxa.random_init import reinitialize
-from taxa.tokens import NTTokenizer, get_tokenizer
-
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
-
+from taxa.runtime.files import UNREADABLE, read_text
 
 # A config.json asks for memory before a byte of weights is read: 40 GB at most, 40 times the largest model of the table. A layer of any
 # width takes memory and time of its own, here as that of so many parameters.

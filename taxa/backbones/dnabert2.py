@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from taxa.precision import product_dtype
 from taxa.recompute import gated, recomputed, run_layers
+from taxa.runtime.precision import product_dtype
 
 LICENSE = "apache-2.0"  # of the published weights
 LORA_TARGETS = ("attention.self.Wqkv",)

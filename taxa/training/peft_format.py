@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from taxa.cli import InputError
-from taxa.files import UNREADABLE, read_text, write_json
+from taxa.data.taxonomy import class_id
+from taxa.errors import InputError
 from taxa.ia3 import IA3Linear, rows_of, split_target
 from taxa.inject import matches
 from taxa.lora import LoRALinear
-from taxa.taxonomy import class_id
+from taxa.runtime.files import UNREADABLE, read_text, write_json
 
 CONFIG, ADAPTERS = "adapter_config.json", "adapter_model.safetensors"
 HEADS, LABELS, REST = "heads.safetensors", "labels.json", "taxa.json"

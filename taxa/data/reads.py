@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from taxa.cli import InputError
-from taxa.dataset import padded
-from taxa.fasta import normalize
+from taxa.data.dataset import padded
+from taxa.data.fasta import normalize
+from taxa.errors import InputError
 
 
 class Record(NamedTuple):
@@ -168,7 +168,7 @@ def _slice(reads, complete, pieces, tokenizer, batch_size, rank, size):
 
 
 class Windows(torch.utils.data.Dataset):
-    """Some of the windows whose tokens are in memory. Indexed by a list of B numbers, it gives their batch (taxa.dataset.padded)."""
+    """Some of the windows whose tokens are in memory. Indexed by a list of B numbers, it gives their batch (taxa.data.dataset.padded)."""
 
     def __init__(self, ids, offsets, windows, pad_token_id):
         """ids: of all windows, joined, uint16; offsets: where each starts and the last ends; windows: (N,) the numbers of these."""

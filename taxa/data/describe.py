@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from taxa.cli import InputError
-from taxa.files import replacing
-from taxa.splits import SPLITS
+from taxa.data.splits import SPLITS
+from taxa.errors import InputError
+from taxa.runtime.files import replacing
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)  # percent
 

@@ -7,15 +7,15 @@ import functools
 import hashlib
 import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 
-from taxa.cli import InputError, choose
-from taxa.files import read_text
+from taxa import ASSETS
+from taxa.errors import InputError, choose
+from taxa.runtime.files import read_text
 
 TOKENIZERS = ("nt", "dnabert", "tiny-dnabert", "bpe")  # bpe: any tokenizer.json; its tokens go by the vocabulary's digest
-TINY_BPE = Path(__file__).parent / "assets" / "tiny_dnabert_tokenizer.json"
+TINY_BPE = ASSETS / "tiny_dnabert_tokenizer.json"
 DNABERT_HUB = ("zhihan1996/DNABERT-2-117M", "7bce263b15377fc15361f52cfab88f8b586abda0")  # DNABERT-S has the same vocabulary and merges
 DNABERT_DIGEST = "4216c74a6b68b79740eb6d4948395c1cdaaa09c9ea859c943ff62b36d14c3b81"  # of that vocabulary and its merges
 

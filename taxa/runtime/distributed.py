@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from taxa.cli import InputError, Stop
+from taxa.errors import InputError, Stop
 
 
 # Peers wait this long for each other within a step, and for rank 0, which may tokenize millions of sequences. A process that dies is

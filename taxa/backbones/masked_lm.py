@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from taxa.backbones import FAMILIES
-from taxa.cli import InputError
-from taxa.files import UNREADABLE, replacing, write_json
+from taxa.errors import InputError
 from taxa.random_init import reinitialize
+from taxa.runtime.files import UNREADABLE, replacing, write_json
 
 
 class NTHead(nn.Module):

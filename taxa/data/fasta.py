@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pyfaidx
 
-from taxa.cli import InputError
+from taxa.errors import InputError
 
 
 class Index(NamedTuple):
@@ -97,7 +97,7 @@ class _Lines:
 def index_fasta(path, scratch, in_order=map, pattern=None):
     """Index one FASTA file, plain or gzip (bgzip is gzip too), leaving all it writes in the folder `scratch`.
 
-    in_order: what maps a function over the ranges of the file (taxa.workers). pattern: a compiled regular expression; records with the same
+    in_order: what maps a function over its ranges (taxa.runtime.workers). pattern: a compiled regular expression; records with the same
     text in its first pair of parentheses (without any: in all of the match) in the header are of one group. Raises InputError, naming
     the file and the record, for a missing or empty file, text that is not FASTA, lines of unequal length within a record, a header whose
     first word is not a taxid, and one in which the pattern finds nothing.

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from taxa.decode import JointDecoder, fit_temperature, log_probabilities
-from taxa.distributed import sum_over_ranks
-from taxa.files import replacing, write_json
-from taxa.metrics import BINS, confusion_matrix, expected_calibration_error, per_class, rank_metrics
-from taxa.precision import autocast
-from taxa.progress import progress
-from taxa.taxonomy import class_id
+from taxa.data.taxonomy import class_id
+from taxa.results.decode import JointDecoder, fit_temperature, log_probabilities
+from taxa.results.metrics import BINS, confusion_matrix, expected_calibration_error, per_class, rank_metrics
+from taxa.runtime.distributed import sum_over_ranks
+from taxa.runtime.files import replacing, write_json
+from taxa.runtime.precision import autocast
+from taxa.runtime.progress import progress
 
 
 TEMPERATURE_SEQUENCES = 20_000  # enough for one number per rank, and their logits fit in memory

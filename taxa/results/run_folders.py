@@ -7,14 +7,15 @@ import re
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from taxa.cli import InputError
+from taxa import ASSETS
+from taxa.errors import InputError
 
 # Arguments that change nothing in what comes out, or that a group's other fields tell: data, model, strategy, r, heads, base weights.
 SAME = {"seed", "out", "workers", "device", "save_every", "log_every", "max_bad_steps", "overwrite", "resume", "dry_run", "num_classes",
         "ranks", "data", "model", "weights", "revision", "settings", "base", "batch_size", "accumulate"}
 FORMATS = {"protocol": "{}", "lr": "lr {:g}", "lora_alpha": "alpha {:g}", "max_steps": "steps {}"}  # in a label; the others: "name value"
 STRATEGY_LABELS = {"full": "full", "random": "random", "freeze75": "75% frozen", "lora": "LoRA", "ia3": "(IA)³"}
-PUBLISHED = Path(__file__).parent / "assets" / "published_results.csv"  # supplement of Berman et al. 2025, all 33 runs
+PUBLISHED = ASSETS / "published_results.csv"  # supplement of Berman et al. 2025, all 33 runs
 
 
 class Run(NamedTuple):

@@ -1,7 +1,7 @@
 """A model as a tree on one screen: what is frozen, what trains, which Linear carries what, parameters and operations per token.
 
-  python -m taxa.inspect --model nt50m --strategy lora --r 4
-  python -m taxa.inspect --model dnabert2 --strategy ia3 --protocol published --num-classes 4 31 75
+  python -m taxa.measure.tree --model nt50m --strategy lora --r 4
+  python -m taxa.measure.tree --model dnabert2 --strategy ia3 --protocol published --num-classes 4 31 75
 
 Builds on the meta device: nothing is computed, and nothing is downloaded for a model of the table. Layers that are alike are folded.
 
@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from taxa.backbones import FAMILIES, backbone_config, find_model
-from taxa.cli import Parser, positive_int, run
-from taxa.flags import add_classes, add_model, add_strategy, check_strategy, classes_of, strategy_settings
-from taxa.flops import parts
 from taxa.ia3 import THIRDS, IA3Linear
 from taxa.lora import LoRALinear
+from taxa.measure.flops import parts
 from taxa.model import TaxonClassifier
+from taxa.runtime.cli import Parser, positive_int, run
 from taxa.strategies import inject, trainable_names
+from taxa.training.flags import add_classes, add_model, add_strategy, check_strategy, classes_of, strategy_settings
 
 TOKENS = {"nt": 251, "dnabert": 312}  # of 1500 bp: exact without N; about, for bacterial DNA
 
@@ -50,7 +50,7 @@ def main(argv=None):
 
 
 def tree(model, found, settings, T):
-    """The table as text. found: taxa.flops.parts() for sequences of T tokens."""
+    """The table as text. found: taxa.measure.flops.parts() for sequences of T tokens."""
     lora = f" r = {settings['r']}, lora_alpha = {settings['lora_alpha']:g}" if "r" in settings else ""
     protocol = ", protocol published" if settings["protocol"] == "published" else ""
     heads = "train" if settings["heads"] == "train" else "frozen"

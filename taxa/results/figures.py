@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
-from taxa.metrics import perplexity
+from taxa.results.metrics import perplexity
 
 COLORS = {"full": "#0072B2", "random": "#777777", "freeze75": "#009E73", "lora": "#D55E00", "ia3": "#CC79A7"}
 PRETRAINING_COLORS = ("#000000", "#E69F00", "#56B4E9")  # of the same palette, and no strategy's

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 
-from taxa.cli import InputError
+from taxa.errors import InputError
 
 
 def available_cores():

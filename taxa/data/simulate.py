@@ -1,7 +1,7 @@
 """A corpus in BERTax's layout, simulated: invented genomes. For demos, tests and timings without a download.
 
-    python -m taxa.simulate --out simulated --sequences 8000
-    python -m taxa.simulate --out simulated --study                  # the study's size and shape, 7.8 GB
+    python -m taxa.data.simulate --out simulated --sequences 8000
+    python -m taxa.data.simulate --out simulated --study                  # the study's size and shape, 7.8 GB
 
 The first
 writes Archaea_db.fa, Bacteria_db.fa, Eukaryota_db.fa, Viruses_db.fa and taxdmp_simulated.zip. A FASTA record is
@@ -49,9 +49,10 @@ from pathlib import Path
 
 import numpy as np
 
-from taxa.cli import InputError, Parser, non_negative_int, positive_int, run
-from taxa.files import replacing
-from taxa.progress import progress as progress_bar
+from taxa.errors import InputError
+from taxa.runtime.cli import Parser, non_negative_int, positive_int, run
+from taxa.runtime.files import replacing
+from taxa.runtime.progress import progress as progress_bar
 
 # (NCBI taxid, scientific name) as of December 2024. A row is a genus and its species. In each superkingdom
 # the genera go from the most to the fewest sequences.

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from taxa import peft_format
 from taxa.backbones import FAMILIES, checked_config, get_model, load_backbone
-from taxa.cli import InputError
-from taxa.files import UNREADABLE, replacing
+from taxa.errors import InputError
 from taxa.model import TaxonClassifier
 from taxa.random_init import reinitialize
+from taxa.runtime.files import UNREADABLE, replacing
 from taxa.strategies import inject, trainable_names
+from taxa.training import peft_format
 
 CHECKPOINT, RESUME_STATE, VERSION = "taxa checkpoint", "taxa resume state", 1
 SEAL, SEAL_BYTES = b"taxa sha256 ", 12 + 64  # the comment: these letters, then the digest in hex

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
-from taxa.cli import InputError, choose
-from taxa.taxonomy import Label, check_ranks
+from taxa.data.taxonomy import Label, check_ranks
+from taxa.errors import InputError, choose
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 NAMES_OF_MODULES = frozenset(dir(nn.ModuleDict()))  # a rank names its head in the network

@@ -2,9 +2,10 @@
 
 from taxa import RANKS
 from taxa.backbones import MODELS, table_name
-from taxa.cli import InputError, choose, fraction, positive_float, positive_int
+from taxa.data.taxonomy import check_ranks
+from taxa.errors import InputError, choose
+from taxa.runtime.cli import fraction, positive_float, positive_int
 from taxa.strategies import PROTOCOLS, STRATEGIES, STRATEGY_FLAGS, settings_from_flags
-from taxa.taxonomy import check_ranks
 
 
 def add_model(parser):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from taxa.cli import InputError
+from taxa.errors import InputError
 
 SPLITS = ("train", "validation", "test")
 

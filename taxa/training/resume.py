@@ -12,10 +12,10 @@ import sys
 
 import numpy as np
 
-from taxa import checkpoint
-from taxa.cli import InputError
-from taxa.dataset import micro_batches
-from taxa.files import to_disk
+from taxa.data.dataset import micro_batches
+from taxa.errors import InputError
+from taxa.runtime.files import to_disk
+from taxa.training import checkpoint
 
 LAST, PREVIOUS, LOCK = "last.pt", "last.prev.pt", ".lock"
 LOGS = ("log.jsonl", "bad_steps.jsonl")  # appended to, so cut back on resuming to what they were when last.pt was written

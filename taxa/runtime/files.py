@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
-from taxa.cli import InputError
+from taxa.errors import InputError
 
 # What reading a file of weights raises when it is cut short, damaged, or something else altogether.
 UNREADABLE = (pickle.UnpicklingError, SafetensorError, struct.error, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError,

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from taxa.cli import InputError
+from taxa.errors import InputError
 
 FORMATS = ("tsv", "jsonl", "kraken")
 

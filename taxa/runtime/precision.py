@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from taxa.cli import InputError
+from taxa.errors import InputError
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 

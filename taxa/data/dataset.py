@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from taxa.cli import InputError
-from taxa.files import read_text, replacing, save_array, sha256, write_json
-from taxa.splits import SPLITS
-from taxa.tokens import nt_tokenizer
+from taxa.data.splits import SPLITS
+from taxa.data.tokens import nt_tokenizer
+from taxa.errors import InputError
+from taxa.runtime.files import read_text, replacing, save_array, sha256, write_json
 
 FORMAT, VERSION = "taxa dataset", 1
 JOB = 4096  # sequences: the tokenizer goes to a worker with every job, so that small ones cost
@@ -192,7 +192,7 @@ class PreparedDataset:
     def add_tokens(self, tokenizer, progress, in_order=map):
         """Write the tokens of another tokenizer, made from the letters that the nt tokens spell.
 
-        progress: wraps an iterable. in_order: what maps a function over parts of the data (taxa.workers). Killed at any moment, the folder
+        progress: wraps an iterable. in_order: what maps a function over parts (taxa.runtime.workers). Killed at any moment, the folder
         has its old tokens of that name, or none, or the new ones: never a mixture.
         """
         writers = []

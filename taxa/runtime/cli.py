@@ -1,35 +1,17 @@
 """What every script shares at its edge: one clear line and exit status 2 for bad input."""
 
 import argparse
-import difflib
 import errno
 import itertools
 import os
 import re
 import sys
 
+from taxa.errors import InputError, Stop, nearest
 
 # What a full disk, a missing permission or a file in a folder's place says; any other OSError is a bug and keeps its traceback.
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
                errno.EISDIR, errno.EEXIST)
-
-
-class Stop(Exception):
-    """Ends a script with an exit status and one line on stderr, or, when the message is empty, none: one process of many speaks."""
-
-    status, kind = 1, "error: "
-
-
-class InputError(Stop):
-    """The user's input is wrong. The message is one line that names the file, record or flag, and says what to do."""
-
-    status = 2
-
-
-class Saved(Stop):
-    """Stopped by a signal with everything saved: the same command with --resume goes on. 75 is sysexits' EX_TEMPFAIL, try again."""
-
-    status, kind = 75, ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,19 +51,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")
-
-
-def choose(kind, name, choices):
-    """Return `name` if it is one of `choices`, else raise InputError with the nearest valid name."""
-    if name in choices:
-        return name
-    raise InputError(f"unknown {kind} '{name}': choose from {' '.join(choices)}{nearest(name, choices)}")
-
-
-def nearest(name, choices):
-    """"; did you mean X?" of the choice most like `name`, or nothing."""
-    near = difflib.get_close_matches(str(name), list(map(str, choices)), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def positive_int(text):

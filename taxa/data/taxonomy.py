@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 from taxa import RANKS
-from taxa.cli import InputError, choose
+from taxa.errors import InputError, choose
 
 SUPERKINGDOMS = {2157: "Archaea", 2: "Bacteria", 2759: "Eukaryota", 10239: "Viruses"}
 MEMBERS = ("nodes.dmp", "names.dmp", "merged.dmp", "delnodes.dmp")

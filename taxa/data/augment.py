@@ -7,8 +7,8 @@ letters, they share no token with it. Neither the paper nor its code does this: 
 import numpy as np
 import torch
 
-from taxa.dataset import padded_batch
-from taxa.tokens import NTTokenizer
+from taxa.data.dataset import padded_batch
+from taxa.data.tokens import NTTokenizer
 
 COMPLEMENT = bytes.maketrans(b"ACGTN", b"TGCAN")
 FRAMES = 6

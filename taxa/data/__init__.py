@@ -1,0 +1,1 @@
+"""FASTA -> index -> labels -> splits -> tokens -> dataset. Knows nothing of models."""

@@ -1,0 +1,1 @@
+"""What a model holds, computes and keeps: memory, operations, the tree."""
