@@ -43,7 +43,8 @@ from taxa.model import TaxonClassifier, sequence_losses
 from taxa.runtime.cli import Parser, byte_size, positive_int, run
 from taxa.runtime.files import replacing, write_json
 from taxa.runtime.precision import PRECISIONS, autocast, set_precision
-from taxa.strategies import PROTOCOLS, STRATEGIES, inject, settings_from_flags, train_only, trainable_names
+from taxa.strategies import PROTOCOLS, STRATEGIES, inject_adapters, settings_from_flags, train_only, trainable_names
+from taxa.training.activation_checkpointing import MODES, checkpoint_layers
 from taxa.training.optim import adamw
 
 FIRST_BATCH = 4  # the paper's
@@ -86,7 +87,7 @@ def parse_args(argv=None):
     add("--steps", type=positive_int, default=5, metavar="N", help="timed at each size, after two that are not (default 5)")
     add = parser.group("machine")
     add("--precision", choices=PRECISIONS, default="fp32", help="of matrix products (default fp32, as published)")
-    add("--recompute", action="store_true", help="keep only each layer's input for the backward, as train.py's flag does")
+    add("--activation-checkpointing", choices=MODES, default="none", help="as train.py's flag (default none)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
     add = parser.group("output")
     add("--out", metavar="FILE", help="write everything as one JSON document")
@@ -127,9 +128,9 @@ def build(args, settings, device, lr):
     """The model in train mode and its optimizer, as train.py makes them: load, inject, freeze, optimizer."""
     torch.manual_seed(0)
     backbone = load_backbone(args.model, args.weights, pretrained=False)
-    backbone.recompute = args.recompute
+    checkpoint_layers(backbone, args.activation_checkpointing)
     model = TaxonClassifier(backbone, args.data.num_classes if args.data else NUM_CLASSES)
-    inject(model, settings)
+    inject_adapters(model, settings)
     train_only(model, trainable_names(model, settings))
     model.to(device).train()
     return model, adamw([p for p in model.parameters() if p.requires_grad], lr)
@@ -411,7 +412,7 @@ def plot(args, runs, path):
     axes.set_xlim(0, 1.12 * max(left))
     axes.set_xlabel(f"memory at the peak of a training step ({unit})")
     length = "" if args.data else f", {args.length} tokens"
-    axes.set_title(f"{args.model}, batch {runs[0]['memory']['batch']}{length}, {args.precision}{', recomputed' if args.recompute else ''}")
+    axes.set_title(f"{args.model}, batch {runs[0]['memory']['batch']}{length}, {args.precision}{'' if args.activation_checkpointing == 'none' else ', ' + args.activation_checkpointing + ' checkpointing'}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     with replacing(path) as temporary:
@@ -450,7 +451,7 @@ def main(argv=None):
     print(f"\nno memory by part: {why}" if why else f"\nbatch {batch}\n{memory_table(runs)}", flush=True)
     if args.out:
         write_json(args.out, {
-            "model": args.model, "device": name, "torch": torch.__version__, "precision": args.precision, "recompute": args.recompute,
+            "model": args.model, "device": name, "torch": torch.__version__, "precision": args.precision, "activation_checkpointing": args.activation_checkpointing,
             "date": time.strftime("%Y-%m-%d"),
             "command": ["probe_batch.py", *(sys.argv[1:] if argv is None else argv)], "length": None if args.data else args.length,
             "data": args.data and str(args.data.folder), "sequences": args.sequences, "memory_limit_bytes": limit,

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 import prepare
 from taxa import __version__
-from taxa.backbones import FAMILIES, MODELS, backbone_config, find_model
+from taxa.backbones import MODELS, backbone_config, find_model
 from taxa.data.augment import AugmentedSplit
 from taxa.data.dataset import PreparedDataset, micro_batches
 from taxa.data.splits import SPLITS
@@ -40,10 +40,12 @@ from taxa.runtime.files import write_json
 from taxa.runtime.precision import PRECISIONS, autocast, compile_in_place, set_precision
 from taxa.runtime.progress import print_line, progress
 from taxa.runtime.signals import Signals
-from taxa.strategies import (STRATEGY_FLAGS, inject, published_fraction, settings_from_flags, train_only,
+from taxa.measure.published import published_fraction
+from taxa.strategies import (STRATEGY_FLAGS, classifier_on_meta, inject_adapters, settings_from_flags, train_only,
                              trainable_names)
 from taxa.training import checkpoint, peft_format, resume
 from taxa.training.flags import add_classes, add_model, add_strategy, check_strategy, classes_of
+from taxa.training.activation_checkpointing import MODES, checkpoint_layers
 from taxa.training.optim import adamw, cosine_rate
 
 DEMO = "data/demo"
@@ -78,7 +80,8 @@ def parse_args(argv=None):
     add = parser.group("machine")
     add("--precision", choices=PRECISIONS, default="fp32", help="of matrix products (default fp32, as published)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
-    add("--recompute", action="store_true", help="keep only each layer's input for the backward, and run the layer again there")
+    add("--activation-checkpointing", choices=MODES, default="none",
+        help="what the layers keep for the backward: everything, products and attention, or their input (default none)")
     add("--compile", action="store_true", help="torch.compile the model; takes minutes at the start")
     add = parser.group("output")
     add("--out", metavar="DIR", help="run folder (default runs/MODEL-STRATEGY...)")
@@ -123,10 +126,7 @@ def run_name(args, settings):
 def dry_run(args, row, settings):
     """Print one JSON line: what would train. Builds on the meta device; reads no weights and downloads nothing."""
     num_classes = PreparedDataset(DEMO if args.data == "demo" else args.data).num_classes if args.data else classes_of(args)
-    with torch.device("meta"):
-        model = FAMILIES[row.family].model(backbone_config(row, args.weights))
-        classifier = TaxonClassifier(model, num_classes)
-        inject(classifier, settings)
+    classifier = classifier_on_meta(row, num_classes, settings, backbone_config(row, args.weights))
     names = trainable_names(classifier, settings)
     sizes = {name: p.numel() for name, p in classifier.named_parameters()}
     trainable, total = sum(sizes[name] for name in names), sum(sizes.values())
@@ -224,11 +224,11 @@ def train(w, args, row, settings, signals, start=None):
     model = TaxonClassifier(backbone, data.num_classes)
     if args.strategy == "random":
         reinitialize(model, backbone.config.initializer_range)
-    inject(model, settings)
+    inject_adapters(model, settings)
     started = peft_format.start_from(model, args.adapters, start, base, data.classes) if start else None
     names = trainable_names(model, settings)
     train_only(model, names)
-    backbone.recompute = args.recompute
+    checkpoint_layers(backbone, args.activation_checkpointing)
     model.to(w.device)
     if args.compile:
         compile_in_place(model, w.device)

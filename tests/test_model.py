@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_backbones import batch, scrambled
+from helpers import batch, scrambled
 from torch import nn
 
 from taxa import RANKS

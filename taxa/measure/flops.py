@@ -18,17 +18,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from taxa.backbones import FAMILIES
 from taxa.ia3 import IA3Linear
 from taxa.lora import LoRALinear
-
-# What runs in a layer, in order; "attention.self" is the attention itself, what begins so are its projections, side by side.
-ORDER = {
-    "nt": ("attention.LayerNorm", "attention.self.query", "attention.self.key", "attention.self.value", "attention.self",
-           "attention.output.dense", "LayerNorm", "intermediate.dense", "output.dense"),
-    "dnabert": ("attention.self.Wqkv", "attention.self", "attention.output.dense", "attention.output.LayerNorm", "mlp.gated_layers",
-                "mlp.wo", "mlp.layernorm"),
-}
-
 
 class Part(NamedTuple):
     """One module that holds parameters, or the attention of a layer (which holds none)."""
@@ -46,12 +38,12 @@ def parts(classifier, family, names, T):
     modules, trains = dict(classifier.named_modules()), set(names)
     layers = sorted((name for name in modules if name.startswith("backbone.encoder.layer.") and name.count(".") == 3),
                     key=lambda name: int(name.rpartition(".")[2]))
-    inside = [f"{layer}.{name}" for layer in layers for name in ORDER[family]]
+    inside = [f"{layer}.{name}" for layer in layers for name in FAMILIES[family].module.LAYER_ORDER]
     holders = [name for name, module in modules.items() if next(module.parameters(recurse=False), None) is not None]
     before = [name for name in holders if name.startswith("backbone.embeddings.")]
     after = [name for name in holders if name not in inside and name not in before]
     if missing := [name for name in after if name.startswith(tuple(layers))]:
-        raise ValueError(f"not in ORDER: {missing}")
+        raise ValueError(f"not in LAYER_ORDER: {missing}")
 
     found, upstream, projections = [], False, {}  # upstream: does something that has run train?
     for name in (*before, *inside, *after):

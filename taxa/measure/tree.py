@@ -11,19 +11,16 @@ every Python started in this folder.)
 
 import itertools
 
-import torch
 from torch import nn
 
 from taxa.backbones import FAMILIES, backbone_config, find_model
 from taxa.ia3 import THIRDS, IA3Linear
 from taxa.lora import LoRALinear
 from taxa.measure.flops import parts
-from taxa.model import TaxonClassifier
 from taxa.runtime.cli import Parser, positive_int, run
-from taxa.strategies import inject, trainable_names
+from taxa.strategies import classifier_on_meta, trainable_names
 from taxa.training.flags import add_classes, add_model, add_strategy, check_strategy, classes_of, strategy_settings
 
-TOKENS = {"nt": 251, "dnabert": 312}  # of 1500 bp: exact without N; about, for bacterial DNA
 
 
 def parse_args(argv=None):
@@ -42,10 +39,8 @@ def main(argv=None):
     args = parse_args(argv)
     row = find_model(args.model, args.weights, args.revision)
     settings, num_classes = strategy_settings(args, row), classes_of(args)
-    with torch.device("meta"):
-        classifier = TaxonClassifier(FAMILIES[row.family].model(backbone_config(row, args.weights)), num_classes)
-        inject(classifier, settings)
-    T = args.tokens or TOKENS[row.family]
+    classifier = classifier_on_meta(row, num_classes, settings, backbone_config(row, args.weights))
+    T = args.tokens or FAMILIES[row.family].module.TOKENS_OF_1500_BP
     print(tree(args.model, parts(classifier, row.family, trainable_names(classifier, settings), T), settings, T))
 
 
