@@ -37,7 +37,7 @@ from taxa.results.evaluation import run_split, summarize, table, write_tables
 from taxa.runtime.cli import Parser, interval, interval_of, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
 from taxa.runtime.distributed import any_process, barrier, copy_from_main, from_main, leave, main_first, same_on_all, sum_over_ranks, world
 from taxa.runtime.files import write_json
-from taxa.runtime.precision import PRECISIONS, autocast, compile_in_place, set_precision
+from taxa.runtime.precision import PRECISIONS, autocast, compile_layers, set_precision
 from taxa.runtime.progress import print_line, progress
 from taxa.runtime.signals import Signals
 from taxa.measure.published import published_fraction
@@ -231,7 +231,7 @@ def train(w, args, row, settings, signals, start=None):
     checkpoint_layers(backbone, args.activation_checkpointing)
     model.to(w.device)
     if args.compile:
-        compile_in_place(model, w.device)
+        compile_layers(backbone.encoder.layer, w.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(parameters, args.lr, args.weight_decay)
     ddp = DistributedDataParallel(model, device_ids=[w.device.index] if w.device.type == "cuda" else None) if w.size > 1 else model

@@ -38,16 +38,11 @@ class DNABert2Config(PretrainedConfig):
     def __init__(self, vocab_size=4096, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
                  type_vocab_size=2, layer_norm_eps=1e-12, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.0,
                  initializer_range=0.02, pad_token_id=3, **kwargs):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
-        self.type_vocab_size = type_vocab_size
-        self.layer_norm_eps = layer_norm_eps
-        self.hidden_dropout_prob = hidden_dropout_prob
-        self.attention_probs_dropout_prob = attention_probs_dropout_prob
-        self.initializer_range = initializer_range
+        self.vocab_size, self.type_vocab_size = vocab_size, type_vocab_size
+        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
+        self.num_attention_heads, self.intermediate_size = num_attention_heads, intermediate_size
+        self.hidden_dropout_prob, self.attention_probs_dropout_prob = hidden_dropout_prob, attention_probs_dropout_prob
+        self.layer_norm_eps, self.initializer_range = layer_norm_eps, initializer_range
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 
@@ -169,10 +164,11 @@ class DNABert2(PreTrainedModel):
     def get_input_embeddings(self):
         return self.embeddings.word_embeddings
 
-    def forward(self, input_ids, attention_mask):
-        """input_ids (B, T), attention_mask (B, T) with 1 at real tokens -> last_hidden_state (B, T, H)."""
+    def forward(self, input_ids, attention_mask=None):
+        """input_ids (B, T), attention_mask (B, T) with 1 at real tokens, or None: all are real -> last_hidden_state (B, T, H)."""
         bias = alibi_bias(input_ids.shape[1], self.config.num_attention_heads, input_ids.device)
-        bias = bias.masked_fill(~attention_mask.bool()[:, None, None, :], float("-inf"))  # (B, nh, T, T): no query looks at padding
+        if attention_mask is not None:
+            bias = bias.masked_fill(~attention_mask.bool()[:, None, None, :], float("-inf"))  # (B, nh, T, T): no query looks at padding
         x = self.embeddings(input_ids)
         bias = bias.to(product_dtype(x))
         for layer in self.encoder.layer:

@@ -33,14 +33,10 @@ class NucleotideTransformerConfig(PretrainedConfig):
 
     def __init__(self, vocab_size=4107, hidden_size=512, num_hidden_layers=12, num_attention_heads=16, intermediate_size=2048,
                  max_position_embeddings=2050, layer_norm_eps=1e-12, initializer_range=0.02, pad_token_id=1, **kwargs):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
+        self.num_attention_heads, self.intermediate_size = num_attention_heads, intermediate_size
         self.max_position_embeddings = max_position_embeddings  # only sizes the unused position table of the checkpoints
-        self.layer_norm_eps = layer_norm_eps
-        self.initializer_range = initializer_range
+        self.layer_norm_eps, self.initializer_range = layer_norm_eps, initializer_range
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 
@@ -73,9 +69,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         H = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.query = nn.Linear(H, H)
-        self.key = nn.Linear(H, H)
-        self.value = nn.Linear(H, H)
+        self.query, self.key, self.value = nn.Linear(H, H), nn.Linear(H, H), nn.Linear(H, H)
 
     def forward(self, x, mask, cos, sin):
         B, T, H = x.shape
@@ -101,7 +95,9 @@ class Attention(nn.Module):
         self.LayerNorm = nn.LayerNorm(H, eps=config.layer_norm_eps)
 
     def forward(self, x, mask, cos, sin):
-        return x + self.output.dense(self.self(self.LayerNorm(x), mask, cos, sin))
+        y = self.LayerNorm(x)
+        y = y.to(product_dtype(y))  # one cast under autocast, where query, key and value would each make their own
+        return x + self.output.dense(self.self(y, mask, cos, sin))
 
 
 class Layer(nn.Module):
@@ -148,10 +144,10 @@ class NucleotideTransformer(PreTrainedModel):
     def get_input_embeddings(self):
         return self.embeddings.word_embeddings
 
-    def forward(self, input_ids, attention_mask):
-        """input_ids (B, T), attention_mask (B, T) with 1 at real tokens -> last_hidden_state (B, T, H)."""
+    def forward(self, input_ids, attention_mask=None):
+        """input_ids (B, T), attention_mask (B, T) with 1 at real tokens, or None: all are real -> last_hidden_state (B, T, H)."""
         T, config = input_ids.shape[1], self.config
-        mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T): no query looks at padding
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T): no query looks at padding
         x = self.embeddings.word_embeddings(input_ids)
         table = rotary_table(T, config.hidden_size // config.num_attention_heads, input_ids.device)
         cos, sin = (angles.to(product_dtype(x)) for angles in table)

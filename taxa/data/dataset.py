@@ -309,6 +309,13 @@ def padded(rows, pad_token_id):
     return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
 
 
+def on_device(batch, device):
+    """The batch on a device. Its attention_mask is None where no token is padding, which spares attention the mask: faster on CUDA."""
+    if batch["attention_mask"].all():
+        batch = batch | {"attention_mask": None}
+    return {name: tensor if tensor is None else tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
 def micro_batches(N, seed, epoch, batch_size, accumulate, rank, size):
     """The order of one epoch, as seen by process `rank` of `size`.
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+from taxa.data.dataset import on_device
 from taxa.data.taxonomy import class_id
 from taxa.results.decode import JointDecoder, fit_temperature, log_probabilities
 from taxa.results.metrics import BINS, confusion_matrix, expected_calibration_error, per_class, rank_metrics
@@ -47,7 +48,7 @@ def batch_logits(w, model, split, batches, precision="fp32", workers=0):
     model.eval()
     loader = DataLoader(split, batch_size=None, sampler=batches, num_workers=workers, pin_memory=w.device.type == "cuda")
     for rows, batch in zip(progress(batches, f"{split.name}", unit="batch"), loader):
-        batch = {name: tensor.to(w.device, non_blocking=True) for name, tensor in batch.items()}
+        batch = on_device(batch, w.device)
         with autocast(w.device, precision):
             logits = model(batch["input_ids"], batch["attention_mask"])
         yield rows, batch["labels"], logits

@@ -26,12 +26,16 @@ def product_dtype(x):
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
-def compile_in_place(model, device):
-    """torch.compile the model where it stands (no name changes). Raises InputError where there is nothing to compile with."""
+def compile_layers(layers, device):
+    """torch.compile each layer where it stands (no name changes): equal layers share one compilation, for any batch size and length.
+
+    Raises InputError where there is nothing to compile with.
+    """
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except RuntimeError as error:  # what torch's compilers raise is derived from it
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--compile: torch.compile does not work here ({first}); it needs a C++ compiler on the CPU and Triton on "
                          "CUDA: install that, or leave out --compile") from None
-    model.compile()
+    for layer in layers:
+        layer.compile(fullgraph=True)
