@@ -7,6 +7,7 @@ import torch
 from taxa.errors import InputError
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+COMPILE = ("layers", "model", "cudagraphs")
 
 
 def set_precision(precision, device):
@@ -26,8 +27,12 @@ def product_dtype(x):
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
-def compile_layers(layers, device):
-    """torch.compile each layer where it stands (no name changes): equal layers share one compilation, for any batch size and length.
+def compile_in_place(model, layers, how, device):
+    """torch.compile a model where it stands; no name changes. how, of COMPILE:
+
+        layers      each layer by itself: equal layers share one compilation, whatever the batch and the length; starts in seconds
+        model       the whole model as one graph: fewer launches, which small batches need; starts in half a minute
+        cudagraphs  the same, replayed as CUDA graphs, one for each shape of batch; for CUDA and few shapes
 
     Raises InputError where there is nothing to compile with.
     """
@@ -37,5 +42,8 @@ def compile_layers(layers, device):
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--compile: torch.compile does not work here ({first}); it needs a C++ compiler on the CPU and Triton on "
                          "CUDA: install that, or leave out --compile") from None
-    for layer in layers:
-        layer.compile(fullgraph=True)
+    if how == "layers":
+        for layer in layers:
+            layer.compile(fullgraph=True, dynamic=True)
+    else:
+        model.compile(mode="reduce-overhead" if how == "cudagraphs" else None)
