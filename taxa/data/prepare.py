@@ -151,8 +151,8 @@ def split(labels, test, validation, seed, group, pinned):
         pairs = np.unique(np.stack((labels.y[:, -1], np.unique(groups, return_inverse=True)[1])), axis=1)  # (2, P) class, group
         rank, most = list(labels.classes)[-1], np.bincount(pairs[0]).max()
         raise InputError(f"--group '{group.pattern}' leaves nothing for {' and '.join(empty)}: no {rank} has more than {most} "
-                         f"group{'s' if most > 1 else ''}; a group is never divided, so a {rank} takes part in the test split from two groups "
-                         "on, in validation from three on: give a REGEX that finds smaller groups, or leave out --group")
+                         f"group{'s' if most > 1 else ''}; a group is never divided, so a {rank} takes part in the test split from two "
+                         "groups on, in validation from three on: give a REGEX that finds smaller groups, or leave out --group")
     return part
 
 
