@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -22,7 +23,7 @@ import pytest
 
 import prepare
 from taxa import RANKS
-from taxa.data import dataset, fasta, simulate
+from taxa.data import dataset, fasta, prepare as steps, simulate, sources
 from taxa.data.dataset import PreparedDataset
 from taxa.data.splits import SPLITS, split_by_genus
 from taxa.data.tokens import NTTokenizer, TINY_BPE, get_tokenizer
@@ -255,6 +256,14 @@ def test_demo_is_the_simulated_corpus_prepared(tmp_path):
     check_folder(tmp_path / "a", simulated_arguments(tmp_path / "source")[1:5], SIMULATED, SIMULATED_NAMES, seed=3)
 
 
+def test_prepare_demo_writes_what_the_command_does(tmp_path):
+    manifest = steps.prepare_demo(tmp_path / "a")
+    run_main("--demo", "--out", tmp_path / "b")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b") and manifest["sequences"] == 4000
+    with pytest.raises(InputError, match="a exists"):
+        steps.prepare_demo(tmp_path / "a")
+
+
 def naive_drops(fastas, length):
     """The drop report, one record at a time. length None: any but 0."""
     reasons = {40: "no phylum", 50: "no genus", 60: "no superkingdom", 98: "deleted taxid", 97: "unknown taxid"}
@@ -302,7 +311,7 @@ def test_other_letters_are_counted_by_file(small, tmp_path, capsys):
     counted = [source["letters_changed_to_N"] for source in PreparedDataset(tmp_path / "out").manifest["sources"]]
     wrong = [x for _, letters in naive_records(small[0][1]) for x in letters if x.upper() not in "ACGTN"]
     assert counted == [0, len(wrong)] and set("RYku") <= set(wrong)
-    assert f"two.fa: {len(wrong)} letters outside ACGTN became N" in capsys.readouterr().out
+    assert f"two.fa: {len(wrong)} bases outside ACGTN became N" in capsys.readouterr().out
 
 
 def test_a_single_sequence_is_a_dataset(tmp_path):
@@ -404,31 +413,45 @@ def test_repeated_sequences_are_counted(tmp_path, capsys):
                ((name, data.split(name, "nt")) for name in SPLITS)}
     in_train = sum(text in letters["train"] for text in letters["test"])
     assert data.manifest["repeated"] == {"sequences": 60, "test_in_train": in_train}
-    assert f"60 sequences have the letters of an earlier one; {in_train} of the test split are in train too" in capsys.readouterr().out
+    assert f"60 sequences have the bases of an earlier one; {in_train} of the test split are in train too" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("regex, key", [("^[0-9]+", 0), (r"genome=(\S+)", 1)])
-def test_groups_stay_on_one_side(tmp_path, regex, key):
-    text, groups = [], []
-    for i in range(300):
-        taxid, genome = (22, 21, 23, 99, 31)[i % 5], f"G{i % 5}_{i // 5 % 6}"
-        text.append(f">{taxid} {i} genome={genome} x\n{random_letters(30, i)}\n")
-        groups.append((str(taxid), genome)[key])
-    (tmp_path / "x.fa").write_text("".join(text))
-    run_main("--fasta", tmp_path / "x.fa", "--taxdump", write_dump(tmp_path / "d.zip"), "--length", 30, "--out", tmp_path / "out",
-             "--group", regex)
+def genomes_fasta(path, n=300):
+    """n records of 30 bases in four genera, G{0-4}_{0-5} their genomes. Returns (path, [(taxid, genome)])."""
+    keys = [((22, 21, 23, 99, 31)[i % 5], f"G{i % 5}_{i // 5 % 6}") for i in range(n)]
+    path.write_text("".join(f">{taxid} {i} genome={genome} x\n{random_letters(30, i)}\n" for i, (taxid, genome) in enumerate(keys)))
+    return path, keys
+
+
+def test_groups_stay_on_one_side(tmp_path):
+    path, keys = genomes_fasta(tmp_path / "x.fa")
+    run_main("--fasta", path, "--taxdump", write_dump(tmp_path / "d.zip"), "--length", 30, "--out", tmp_path / "out",
+             "--group", r"genome=(\S+)")
     sides = {}
     for split in SPLITS:
         for record in np.load(tmp_path / "out" / split / "records.npy")["record"].tolist():
-            sides.setdefault(groups[record], set()).add(split)
-    assert {len(splits) for splits in sides.values()} == {1} and len(sides) == (5, 30)[key]
-    assert set.union(*sides.values()) == ({"train", "test"} if key == 0 else set(SPLITS))
-    assert PreparedDataset(tmp_path / "out").manifest["settings"]["group"] == regex
+            sides.setdefault(keys[record][1], set()).add(split)
+    assert {len(splits) for splits in sides.values()} == {1} and len(sides) == 30 and set.union(*sides.values()) == set(SPLITS)
+    assert PreparedDataset(tmp_path / "out").manifest["settings"]["group"] == r"genome=(\S+)"
+
+
+@pytest.mark.parametrize("regex, words", [
+    ("x$", "leaves nothing for validation and test: no genus has more than 1 group;"),  # one group per genus
+    ("^[0-9]+", "leaves nothing for validation: no genus has more than 2 groups;"),  # two taxids in two of the genera
+])
+def test_groups_too_few_for_a_split_are_refused(tmp_path, regex, words):
+    path, _ = genomes_fasta(tmp_path / "x.fa", 60)
+    dump = write_dump(tmp_path / "d.zip")
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match=re.escape(words)) as caught:
+        run_main("--fasta", path, "--taxdump", dump, "--length", 30, "--out", tmp_path / "out", "--group", regex)
+    assert str(caught.value).startswith(f"--group '{regex}' ") and tree(tmp_path) == before
 
 
 # nothing half written
 
-@pytest.mark.parametrize("step", ["index_fasta", "label_taxids", "split_by_genus", "normalize", "write_manifest"])
+@pytest.mark.parametrize("step", [(sources, "index_fasta"), (sources, "label_taxids"), (steps, "split_by_genus"), (steps, "normalize"),
+                                  (steps, "write_manifest")], ids=lambda step: step[1])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_a_run_that_fails_leaves_nothing_and_keeps_the_old_folder(small, tmp_path, monkeypatch, step, error):
     run_main(*small_arguments(small, "--out", tmp_path / "old"))
@@ -437,7 +460,7 @@ def test_a_run_that_fails_leaves_nothing_and_keeps_the_old_folder(small, tmp_pat
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(prepare, step, fail)
+    monkeypatch.setattr(*step, fail)
     for arguments in (["--out", tmp_path / "new"], ["--out", tmp_path / "old", "--overwrite"]):
         with pytest.raises((KeyboardInterrupt, OSError, InputError)):
             run_main(*small_arguments(small, *arguments, "--tokenizers", "tiny-dnabert"))
@@ -770,12 +793,12 @@ def test_disk_need_is_said_and_compared(small, tmp_path, monkeypatch, capsys):
 
 
 def test_each_distinct_taxid_is_labelled_once(small, tmp_path, monkeypatch):
-    asked, label = [], prepare.label_taxids
+    asked, label = [], sources.label_taxids
 
     def record(dump, taxids, *rest):
         asked.append(taxids)
         return label(dump, taxids, *rest)
 
-    monkeypatch.setattr(prepare, "label_taxids", record)
+    monkeypatch.setattr(sources, "label_taxids", record)
     run_main(*small_arguments(small, "--out", tmp_path / "out"))
     assert asked == [sorted({taxid for path in small[0] for taxid, _ in naive_records(path)})]
