@@ -39,7 +39,7 @@ from taxa.runtime.files import sha256, write_json
 from taxa.runtime.precision import PRECISIONS, autocast, set_precision
 from taxa.runtime.progress import print_line, progress
 from taxa.training import checkpoint, resume
-from taxa.training.optim import adamw, cosine_rate
+from taxa.training.optim import adamw, cosine_lr
 from train import environment, open_data
 
 RUN_FILES = ("args.json", "environment.json", "log.jsonl", "last.pt", "config.json", "model.safetensors", "metrics.json")
@@ -249,7 +249,7 @@ def pretrain(w, args):
         since, sums, seen = time.perf_counter(), torch.zeros(2, dtype=torch.float64), 0
         for micros, count in progress(plan, f"epoch {epoch + 1}/{args.epochs}", unit="seq", unit_scale=per_step):
             # ---------------------------------------------------------------- a single training step
-            rate = cosine_rate(step, total_steps, args.lr, args.warmup_steps)
+            rate = cosine_lr(step, total_steps, args.lr, args.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + w.rank)  # dropout: another stream per step and process

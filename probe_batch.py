@@ -43,7 +43,7 @@ from taxa.model import TaxonClassifier, sequence_losses
 from taxa.runtime.cli import Parser, byte_size, positive_int, run
 from taxa.runtime.files import replacing, write_json
 from taxa.runtime.precision import PRECISIONS, autocast, set_precision
-from taxa.strategies import PROTOCOLS, STRATEGIES, inject, settings_from_flags, train_only, trainable_names
+from taxa.strategies import PROTOCOLS, STRATEGIES, inject_adapters, settings_from_flags, train_only, trainable_names
 from taxa.training.optim import adamw
 
 FIRST_BATCH = 4  # the paper's
@@ -129,7 +129,7 @@ def build(args, settings, device, lr):
     backbone = load_backbone(args.model, args.weights, pretrained=False)
     backbone.recompute = args.recompute
     model = TaxonClassifier(backbone, args.data.num_classes if args.data else NUM_CLASSES)
-    inject(model, settings)
+    inject_adapters(model, settings)
     train_only(model, trainable_names(model, settings))
     model.to(device).train()
     return model, adamw([p for p in model.parameters() if p.requires_grad], lr)

@@ -40,11 +40,11 @@ from taxa.runtime.files import write_json
 from taxa.runtime.precision import PRECISIONS, autocast, compile_in_place, set_precision
 from taxa.runtime.progress import print_line, progress
 from taxa.runtime.signals import Signals
-from taxa.strategies import (STRATEGY_FLAGS, inject, published_fraction, settings_from_flags, train_only,
+from taxa.strategies import (STRATEGY_FLAGS, inject_adapters, published_fraction, settings_from_flags, train_only,
                              trainable_names)
 from taxa.training import checkpoint, peft_format, resume
 from taxa.training.flags import add_classes, add_model, add_strategy, check_strategy, classes_of
-from taxa.training.optim import adamw, cosine_rate
+from taxa.training.optim import adamw, cosine_lr
 
 DEMO = "data/demo"
 RUN_FILES = ("args.json", "environment.json", "log.jsonl", "bad_steps.jsonl", "ckpt.pt", "last.pt", "last.prev.pt", "metrics*.json",
@@ -126,7 +126,7 @@ def dry_run(args, row, settings):
     with torch.device("meta"):
         model = FAMILIES[row.family].model(backbone_config(row, args.weights))
         classifier = TaxonClassifier(model, num_classes)
-        inject(classifier, settings)
+        inject_adapters(classifier, settings)
     names = trainable_names(classifier, settings)
     sizes = {name: p.numel() for name, p in classifier.named_parameters()}
     trainable, total = sum(sizes[name] for name in names), sum(sizes.values())
@@ -224,7 +224,7 @@ def train(w, args, row, settings, signals, start=None):
     model = TaxonClassifier(backbone, data.num_classes)
     if args.strategy == "random":
         reinitialize(model, backbone.config.initializer_range)
-    inject(model, settings)
+    inject_adapters(model, settings)
     started = peft_format.start_from(model, args.adapters, start, base, data.classes) if start else None
     names = trainable_names(model, settings)
     train_only(model, names)
@@ -320,7 +320,7 @@ def train(w, args, row, settings, signals, start=None):
         for micros, count in progress(plan, f"epoch {epoch + 1}/{args.epochs}", unit="seq", unit_scale=per_step):
             # ---------------------------------------------------------------- a single training step
             torch.manual_seed(resume.dropout_seed(args.seed, step, w.rank))
-            rate = cosine_rate(step, total_steps, args.lr, args.warmup_steps)
+            rate = cosine_lr(step, total_steps, args.lr, args.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             step_loss = torch.zeros((), dtype=torch.float64, device=w.device)

@@ -65,7 +65,7 @@ def settings_from_flags(model, strategy, protocol="corrected", heads=None, **fla
     return settings
 
 
-def inject(classifier, settings):
+def inject_adapters(classifier, settings):
     """Put the strategy's adapters into the classifier's backbone, in place. Nothing to do for full, random and freeze75."""
     if settings["strategy"] == "lora":
         inject_lora(classifier.backbone, settings["targets"], settings["r"], settings["lora_alpha"], settings["lora_dropout"])
@@ -124,7 +124,7 @@ def published_fraction(model, strategy, num_classes, r=None):
     settings = settings_from_flags(model, strategy, protocol="published", r=r)
     with torch.device("meta"):
         classifier = TaxonClassifier(FAMILIES[get_model(model).family].model(backbone_config(model)), num_classes)
-        inject(classifier, settings)
+        inject_adapters(classifier, settings)
     sizes = published_sizes(classifier)
     adapters = sum(p.numel() for name, p in classifier.named_parameters() if name in _adapter_names(classifier))
     total = sum(sizes.values()) + adapters

@@ -15,7 +15,7 @@ from taxa.backbones import MODELS, load_backbone
 from taxa.errors import InputError
 from taxa.model import TaxonClassifier, sequence_losses
 from taxa.random_init import reinitialize
-from taxa.strategies import STRATEGIES, inject, settings_from_flags, train_only, trainable_names
+from taxa.strategies import STRATEGIES, inject_adapters, settings_from_flags, train_only, trainable_names
 from taxa.training import checkpoint
 from taxa.training.checkpoint import base_source, changed_state, load_base, load_state, read, rebuild, save, seal, weights_digest
 from taxa.training.optim import adamw
@@ -41,7 +41,7 @@ def trained(name, strategy, folder=None, protocol="corrected", heads=None, **fla
     settings = settings_from_flags(name, strategy, protocol, heads, **flags)
     if strategy == "random":
         reinitialize(classifier, backbone.config.initializer_range)
-    inject(classifier, settings)
+    inject_adapters(classifier, settings)
     names = trainable_names(classifier, settings)
     train_only(classifier, names)
     with torch.no_grad():

@@ -18,7 +18,7 @@ from taxa.errors import InputError
 from taxa.measure.flops import parts
 from taxa.measure.tree.__main__ import main
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.strategies import inject, settings_from_flags, train_only, trainable_names
+from taxa.strategies import inject_adapters, settings_from_flags, train_only, trainable_names
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = {"superkingdom": 4, "phylum": 5, "genus": 6}
@@ -29,7 +29,7 @@ def built(name, strategy, protocol, device="cpu", **flags):
     settings = settings_from_flags(name, strategy, protocol, **flags)
     with torch.device(device):
         classifier = TaxonClassifier(FAMILIES[get_model(name).family].model(backbone_config(name)), CLASSES)
-        inject(classifier, settings)
+        inject_adapters(classifier, settings)
     return classifier, settings, trainable_names(classifier, settings)
 
 

@@ -21,7 +21,7 @@ from taxa.ia3 import IA3Linear
 from taxa.inject import merge_adapters
 from taxa.lora import LoRALinear
 from taxa.model import TaxonClassifier, masked_mean, sequence_losses
-from taxa.strategies import inject, settings_from_flags, train_only, trainable_names
+from taxa.strategies import inject_adapters, settings_from_flags, train_only, trainable_names
 from taxa.training import checkpoint, peft_format
 from taxa.training.optim import adamw
 
@@ -46,7 +46,7 @@ def pair(name, strategy, protocol, r, dropout=0.0):
     flags = {"r": r, "lora_dropout": dropout} if strategy == "lora" else {}
     settings = settings_from_flags(name, strategy, protocol, None, **flags)
     ours, theirs = copy.deepcopy(classifier), copy.deepcopy(classifier)
-    inject(ours, settings)
+    inject_adapters(ours, settings)
     names = trainable_names(ours, settings)
     train_only(ours, names)
     torch.manual_seed(3)
@@ -249,7 +249,7 @@ def test_we_load_what_the_library_saves(name, strategy, protocol, r, prefix, tmp
     if strategy == "lora":
         assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 16.0, 0.2)
     ours = TaxonClassifier(backbone, (4, 5, 6))
-    inject(ours, settings)
+    inject_adapters(ours, settings)
     ours.eval()
     assert set(state) == {key for key, _ in ours.named_parameters() if "lora_" in key or "ia3_l" in key}
     line = peft_format.start_from(ours, tmp_path, state, {}, {})

@@ -23,7 +23,7 @@ from taxa.data.reads import records, tokenized_windows
 from taxa.data.tokens import get_tokenizer
 from taxa.errors import InputError
 from taxa.training import checkpoint
-from taxa.training.optim import adamw, cosine_rate
+from taxa.training.optim import adamw, cosine_lr
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["tiny-nt", "tiny-dnabert"]
@@ -54,17 +54,17 @@ def command(name, data, weights, out, *more):
 
 
 def interrupted_at(call, monkeypatch, arguments):
-    """Run pretrain.main(arguments) with Ctrl-C at the given call of cosine_rate. Returns the steps that asked for a rate."""
+    """Run pretrain.main(arguments) with Ctrl-C at the given call of cosine_lr. Returns the steps that asked for a rate."""
     calls = []
 
     def interrupting(step, *more):
         calls.append(step)
         if len(calls) == call:
             raise KeyboardInterrupt
-        return cosine_rate(step, *more)
+        return cosine_lr(step, *more)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(pretrain, "cosine_rate", interrupting)
+        patched.setattr(pretrain, "cosine_lr", interrupting)
         pretrain.main(arguments)
     return calls
 
@@ -203,7 +203,7 @@ def replica(name, data, weights, steps, processes, lr=0.01):
             logits = model(ids, batch["attention_mask"], chosen)
             losses.append(torch.nn.functional.cross_entropy(logits, batch["input_ids"][chosen], reduction="none"))
         for group in optimizer.param_groups:
-            group["lr"] = cosine_rate(step, steps, lr, 1)
+            group["lr"] = cosine_lr(step, steps, lr, 1)
         optimizer.zero_grad()
         torch.cat(losses).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

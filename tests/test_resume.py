@@ -218,7 +218,7 @@ def test_more_epochs_follow_the_cosine_of_all_of_them(short, weights, tmp_path, 
     train.main([*arguments, "--epochs", "3", "--resume"])
     assert "the cosine is now that of 3 epochs" in capsys.readouterr().out
     rates = [entry["lr"] for entry in log_of(tmp_path / "run") if "lr" in entry]
-    assert rates == [train.cosine_rate(step, 6, 0.01) for step in range(6)] + [train.cosine_rate(step, 9, 0.01) for step in range(6, 9)]
+    assert rates == [train.cosine_lr(step, 6, 0.01) for step in range(6)] + [train.cosine_lr(step, 9, 0.01) for step in range(6, 9)]
 
 
 # ------------------------------------------------------------------ damaged files, locked folders

@@ -10,7 +10,7 @@ from test_backbones import batch, scrambled
 
 from taxa.errors import InputError
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.strategies import (PROTOCOLS, STRATEGIES, STRATEGY_FLAGS, inject, published_fraction, published_sizes,
+from taxa.strategies import (PROTOCOLS, STRATEGIES, STRATEGY_FLAGS, inject_adapters, published_fraction, published_sizes,
                              settings_from_flags, train_only, trainable_names)
 from taxa.training.optim import adamw
 
@@ -100,7 +100,7 @@ def prepared(name, strategy, protocol, heads, **flags):
     classifier = TaxonClassifier(scrambled(name, layers=1, **sizes), (2, 3, 4))
     settings = settings_from_flags(name, strategy, protocol, heads, **flags)
     torch.manual_seed(1)
-    inject(classifier, settings)
+    inject_adapters(classifier, settings)
     names = trainable_names(classifier, settings)
     train_only(classifier, names)
     return classifier, settings, names

@@ -19,7 +19,7 @@ from taxa.backbones import load_backbone
 from taxa.data.dataset import PreparedDataset
 from taxa.model import TaxonClassifier, sequence_losses
 from taxa.training import checkpoint
-from taxa.training.optim import cosine_rate
+from taxa.training.optim import cosine_lr
 
 ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = {"full": [], "random": [], "lora": ["--r", "4", "--lora-dropout", "0"], "ia3": [], "freeze75": []}
@@ -116,7 +116,7 @@ def test_first_steps_equal_a_naive_loop(demo, weights, tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     order = np.random.RandomState([42, 0]).permutation(len(split))
     for step in range(3):
-        optimizer.param_groups[0]["lr"] = cosine_rate(step, 3, 0.01)
+        optimizer.param_groups[0]["lr"] = cosine_lr(step, 3, 0.01)
         batch = split[order[16 * step:16 * (step + 1)]]
         loss = sequence_losses(model(batch["input_ids"], batch["attention_mask"]), batch["labels"]).mean()
         optimizer.zero_grad()

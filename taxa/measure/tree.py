@@ -20,7 +20,7 @@ from taxa.lora import LoRALinear
 from taxa.measure.flops import parts
 from taxa.model import TaxonClassifier
 from taxa.runtime.cli import Parser, positive_int, run
-from taxa.strategies import inject, trainable_names
+from taxa.strategies import inject_adapters, trainable_names
 from taxa.training.flags import add_classes, add_model, add_strategy, check_strategy, classes_of, strategy_settings
 
 TOKENS = {"nt": 251, "dnabert": 312}  # of 1500 bp: exact without N; about, for bacterial DNA
@@ -44,7 +44,7 @@ def main(argv=None):
     settings, num_classes = strategy_settings(args, row), classes_of(args)
     with torch.device("meta"):
         classifier = TaxonClassifier(FAMILIES[row.family].model(backbone_config(row, args.weights)), num_classes)
-        inject(classifier, settings)
+        inject_adapters(classifier, settings)
     T = args.tokens or TOKENS[row.family]
     print(tree(args.model, parts(classifier, row.family, trainable_names(classifier, settings), T), settings, T))
 

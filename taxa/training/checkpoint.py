@@ -19,7 +19,7 @@ from taxa.errors import InputError
 from taxa.model import TaxonClassifier
 from taxa.random_init import reinitialize
 from taxa.runtime.files import UNREADABLE, replacing
-from taxa.strategies import inject, trainable_names
+from taxa.strategies import inject_adapters, trainable_names
 from taxa.training import peft_format
 
 CHECKPOINT, RESUME_STATE, VERSION = "taxa checkpoint", "taxa resume state", 1
@@ -181,7 +181,7 @@ def skeleton(content):
         num_classes = {rank: len(table) for rank, table in content["classes"].items()}
         config = checked_config(family, content["config"], f"the checkpoint's {content['model']} config.json")
         classifier = TaxonClassifier(family.model(config), num_classes)
-        inject(classifier, content["settings"])
+        inject_adapters(classifier, content["settings"])
     check_state(classifier, content["state"], trainable_names(classifier, content["settings"]))
     classifier.load_state_dict(content["state"], strict=False, assign=True)
     return classifier
@@ -210,6 +210,6 @@ def rebuild(content, weights=None):
             raise InputError(f"the base weights from {base.get('folder') or base.get('hub') or 'the seed'} are not those of the run: "
                              f"digest {found[:12]}, the checkpoint says {content['base']['digest'][:12]}")
     classifier = TaxonClassifier(backbone, num_classes)
-    inject(classifier, content["settings"])
+    inject_adapters(classifier, content["settings"])
     load_state(classifier, content["state"], trainable_names(classifier, content["settings"]))
     return classifier.eval()
