@@ -29,6 +29,7 @@ import train  # noqa: E402
 from taxa.data.dataset import PreparedDataset  # noqa: E402
 from taxa.errors import InputError
 from taxa.runtime.cli import Parser, positive_int, run  # noqa: E402
+from taxa.training.flags import MAY_CHANGE  # noqa: E402
 
 # data set -> (genera, sequences, seed) of benchmarks/genomes.py; the pretraining genomes have seed 1, so no genus is the same
 GENOMES = {"few": (40, 4000, 11), "many": (320, 4800, 12), "few-quick": (20, 640, 11), "many-quick": (106, 1600, 12)}
@@ -43,9 +44,7 @@ PROBE = ["--memory-limit", "200MiB", "--steps", "1"]  # of tiny-nt: ceilings of 
 PRETRAINING = {"full": (400, 6000, 1), "quick": (40, 1500, 1)}  # as GENOMES, for tiny-dnabert; a genus needs three sequences to validate
 
 
-# Arguments that may differ in a finished run: paths, what changes no number, and one that pretrain.py fills in.
-IGNORED = ("out", "data", "weights", "workers", "device", "save_every", "log_every", "max_bad_steps", "overwrite", "resume", "dry_run",
-           "tied")
+IGNORED = (*MAY_CHANGE, "dry_run", "tied")  # may differ in a finished run; pretrain.py fills in --tied
 
 
 def parse_args(argv=None):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from taxa.training.optim import adamw, cosine_rate
+from taxa.training.optim import adamw, cosine_lr
 
 
 @pytest.mark.parametrize("total, warmup", [(1, 0), (2, 0), (7, 0), (100, 0), (100, 10), (50, 50), (13, 1), (20, 19)])
@@ -16,15 +16,15 @@ def test_cosine_equals_transformers(total, warmup, lr):
     scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, total)
     for step in range(total + 1):
         expected = scheduler.get_last_lr()[0]
-        assert cosine_rate(step, total, lr, warmup) == pytest.approx(expected, rel=1e-9, abs=1e-18), step
+        assert cosine_lr(step, total, lr, warmup) == pytest.approx(expected, rel=1e-9, abs=1e-18), step
         optimizer.step()
         scheduler.step()
 
 
 def test_cosine_by_hand():
-    assert [cosine_rate(step, 4, 8.0) for step in range(5)] == pytest.approx(
+    assert [cosine_lr(step, 4, 8.0) for step in range(5)] == pytest.approx(
         [8.0, 4 * (1 + math.sqrt(0.5)), 4.0, 4 * (1 - math.sqrt(0.5)), 0.0], abs=1e-12)
-    assert [cosine_rate(step, 10, 8.0, 4) for step in range(5)] == [0.0, 2.0, 4.0, 6.0, 8.0]
+    assert [cosine_lr(step, 10, 8.0, 4) for step in range(5)] == [0.0, 2.0, 4.0, 6.0, 8.0]
 
 
 def test_adamw_defaults_are_the_published_ones():

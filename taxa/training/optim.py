@@ -1,4 +1,4 @@
-"""AdamW, and the cosine rate (Berman et al. 2025 as its code has them: the HF Trainer's defaults)."""
+"""AdamW, and the cosine schedule of the learning rate (Berman et al. 2025 as its code has them: the HF Trainer's defaults)."""
 
 import math
 
@@ -10,7 +10,7 @@ def adamw(parameters, lr, weight_decay=0.0):
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True)
 
 
-def cosine_rate(step, total_steps, lr, warmup_steps=0):
+def cosine_lr(step, total_steps, lr, warmup_steps=0):
     """Learning rate of optimizer step `step` (from 0): linear warm-up from 0, then half a cosine from lr to 0 at total_steps."""
     if step < warmup_steps:
         return lr * step / warmup_steps

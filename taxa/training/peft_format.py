@@ -54,7 +54,7 @@ def write_adapters(folder, backbone, settings, base):
 
 
 def read_adapters(folder):
-    """A PEFT folder of ours or of the library -> (settings, state): what inject() takes, {our parameter name: tensor}.
+    """A PEFT folder of ours or of the library -> (settings, state): what inject_adapters() takes, {our parameter name: tensor}.
 
     The state has the heads too where the folder has them. Targets are full module names, told from the tensors. Raises InputError for
     a folder that is none, and for what LoRA and (IA)3 here do not compute (DoRA, ranks per layer, adapters outside the encoder).
