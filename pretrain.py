@@ -39,7 +39,7 @@ from taxa.runtime.files import sha256, write_json
 from taxa.runtime.precision import PRECISIONS, autocast, set_precision
 from taxa.runtime.progress import print_line, progress
 from taxa.training import checkpoint, resume
-from taxa.training.optim import adamw, cosine_rate
+from taxa.training.optim import adamw, cosine_rate, load_adamw
 from train import environment, open_data
 
 RUN_FILES = ("args.json", "environment.json", "log.jsonl", "last.pt", "config.json", "model.safetensors", "metrics.json")
@@ -178,7 +178,7 @@ def pretrain(w, args):
     head = "from its folder" if args.weights and load_head(model, args.weights) else "random"
     model.to(w.device)
     parameters = list(model.parameters())
-    optimizer = adamw(parameters, args.lr, args.weight_decay)
+    optimizer = adamw(model, args.lr, args.weight_decay)
     ddp = DistributedDataParallel(model, device_ids=[w.device.index] if w.device.type == "cuda" else None) if w.size > 1 else model
 
     per_step = args.batch_size * args.accumulate * w.size
@@ -195,7 +195,7 @@ def pretrain(w, args):
         if differ:
             raise InputError(f"{out / 'last.pt'} is of a run with other {', '.join(differ)}: give the same to resume it")
         model.load_state_dict(last["state"])
-        optimizer.load_state_dict(last["optimizer"])
+        load_adamw(optimizer, last["optimizer"], model)
         step = last["step"]
 
     unigram = unigram_losses(splits["train"], model.masking, model.config.vocab_size)

@@ -35,6 +35,7 @@ from pathlib import Path
 
 import torch
 
+from taxa import STUDY_CLASSES, STUDY_TRAINING_SEQUENCES
 from taxa.backbones import MODELS, get_model, load_backbone, table_name
 from taxa.data.dataset import PreparedDataset
 from taxa.errors import InputError, choose
@@ -49,8 +50,6 @@ from taxa.training.optim import adamw
 FIRST_BATCH = 4  # the paper's
 TOLERANCE = 0.02  # of the ceiling
 WARM_UP = 2  # steps: the first allocates the optimizer's state, the second is the first whole one with it
-TRAINING_SEQUENCES = 4_560_000  # of the study
-NUM_CLASSES = (4, 57, 1884)
 LENGTH = {"nt": 251, "dnabert": 300}  # tokens of 1500 bp: 250 6-mers and CLS; about 300 byte pairs
 GiB = 2**30
 PROFILER = 2**29  # bytes that torch's profiler may take on the CPU, where it counts what the allocator hands out
@@ -78,7 +77,8 @@ def parse_args(argv=None):
     add = parser.group("what a batch is")
     add("--length", type=positive_int, metavar="TOKENS", help="of each random sequence (default 251 for nt, 300 for DNABERT)")
     add("--data", metavar="DIR", help="prepared dataset: its training sequences instead of random tokens, its classes and its number")
-    add("--sequences", type=positive_int, metavar="N", help=f"in an epoch (default {TRAINING_SEQUENCES:,}, the study's, or --data's)")
+    add("--sequences", type=positive_int, metavar="N",
+        help=f"in an epoch (default {STUDY_TRAINING_SEQUENCES:,}, the study's, or --data's)")
     add = parser.group("the search")
     add("--memory-limit", type=byte_size, metavar="SIZE", help="such as 80GiB, 500MB (default: the card; on the CPU 80%% of what is free)")
     add("--batch-sizes", type=positive_int, nargs="+", metavar="B", help="measure these and search nothing")
@@ -110,7 +110,7 @@ def parse_args(argv=None):
     args.length = args.length or LENGTH[row.family]
     args.data = args.data and PreparedDataset(args.data)
     train = args.data and args.data.split("train", row.tokenizer)
-    args.sequences = args.sequences or (len(train) if train else TRAINING_SEQUENCES)
+    args.sequences = args.sequences or (len(train) if train else STUDY_TRAINING_SEQUENCES)
     return args
 
 
@@ -128,11 +128,11 @@ def build(args, settings, device, lr):
     torch.manual_seed(0)
     backbone = load_backbone(args.model, args.weights, pretrained=False)
     backbone.recompute = args.recompute
-    model = TaxonClassifier(backbone, args.data.num_classes if args.data else NUM_CLASSES)
+    model = TaxonClassifier(backbone, args.data.num_classes if args.data else STUDY_CLASSES)
     inject(model, settings)
     train_only(model, trainable_names(model, settings))
     model.to(device).train()
-    return model, adamw([p for p in model.parameters() if p.requires_grad], lr)
+    return model, adamw(model, lr)
 
 
 def make_batch(args, model, batch_size, device, number=0):

@@ -34,17 +34,18 @@ from taxa.errors import InputError, Saved
 from taxa.model import TaxonClassifier, sequence_losses
 from taxa.random_init import reinitialize
 from taxa.results.evaluation import run_split, summarize, table, write_tables
-from taxa.runtime.cli import Parser, interval, interval_of, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
+from taxa.runtime.cli import (Parser, fraction, interval, interval_of, non_negative_float, non_negative_int, positive_float, positive_int, run,
+                              seed)
 from taxa.runtime.distributed import any_process, barrier, copy_from_main, from_main, leave, main_first, same_on_all, sum_over_ranks, world
 from taxa.runtime.files import write_json
-from taxa.runtime.precision import PRECISIONS, autocast, compile_in_place, set_precision
+from taxa.runtime.precision import PRECISIONS, autocast, compile_in_place, precision_note, set_precision
 from taxa.runtime.progress import print_line, progress
 from taxa.runtime.signals import Signals
 from taxa.strategies import (STRATEGY_FLAGS, inject, published_fraction, settings_from_flags, train_only,
                              trainable_names)
 from taxa.training import checkpoint, peft_format, resume
 from taxa.training.flags import add_classes, add_model, add_strategy, check_strategy, classes_of
-from taxa.training.optim import adamw, cosine_rate
+from taxa.training.optim import adamw, cosine_rate, load_adamw, warmup_steps_of
 
 DEMO = "data/demo"
 RUN_FILES = ("args.json", "environment.json", "log.jsonl", "bad_steps.jsonl", "ckpt.pt", "last.pt", "last.prev.pt", "metrics*.json",
@@ -69,6 +70,7 @@ def parse_args(argv=None):
     add("--lr", type=positive_float, metavar="LR", help="initial learning rate (default: the published one of the model)")
     add("--weight-decay", type=non_negative_float, default=0.0, metavar="W", help="AdamW's (default 0)")
     add("--warmup-steps", type=non_negative_int, default=0, metavar="N", help="linear warm-up before the cosine (default 0)")
+    add("--warmup-ratio", type=fraction, default=0.0, metavar="F", help="the same as a share of all steps, rounded up (default 0)")
     add("--max-grad-norm", type=positive_float, default=1.0, metavar="G", help="clip the gradient's norm to this (default 1.0)")
     add("--patience", type=positive_int, default=3, metavar="EPOCHS",
         help="stop after this many without a better validation loss (default 3)")
@@ -101,6 +103,8 @@ def parse_args(argv=None):
         parser.error("--overwrite starts anew and --resume goes on: give one of them")
     if args.max_steps and args.warmup_steps >= args.max_steps:
         parser.error(f"--warmup-steps {args.warmup_steps} leaves nothing of --max-steps {args.max_steps}")
+    if args.warmup_ratio and args.warmup_steps:
+        parser.error("--warmup-ratio and --warmup-steps say the same thing: give one of them")
     row = find_model(args.model, args.weights, args.revision)
     if args.model not in MODELS:
         args.revision = row.revision  # the commit that "main" is now
@@ -233,14 +237,15 @@ def train(w, args, row, settings, signals, start=None):
     if args.compile:
         compile_in_place(model, w.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(parameters, args.lr, args.weight_decay)
+    optimizer = adamw(model, args.lr, args.weight_decay)
     ddp = DistributedDataParallel(model, device_ids=[w.device.index] if w.device.type == "cuda" else None) if w.size > 1 else model
 
     per_step = args.batch_size * args.accumulate * w.size
     steps_per_epoch = math.ceil(len(splits["train"]) / per_step)
     total_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    if args.warmup_steps >= total_steps:
-        raise InputError(f"--warmup-steps {args.warmup_steps} leaves nothing of the {total_steps} steps of this run")
+    warmup = args.warmup_steps or warmup_steps_of(args.warmup_ratio, total_steps)
+    if warmup >= total_steps:
+        raise InputError(f"a warm-up of {warmup} steps leaves nothing of the {total_steps} steps of this run")
     facts = {"args": vars(args), "sequences per step": per_step, "dataset": data.digest, "base weights": base.get("digest")}
     last = None
     if w.is_main:
@@ -255,7 +260,7 @@ def train(w, args, row, settings, signals, start=None):
     loss_sum, seen, seconds = 0.0, 0, 0.0  # since the last log line: loss and number of sequences, time
     if last:
         checkpoint.load_state(model, last["state"], names)
-        optimizer.load_state_dict(last["optimizer"])
+        load_adamw(optimizer, last["optimizer"], model)
         step, first_epoch, best, bad_epochs, bad_steps = (last[name] for name in ("step", "epoch", "best", "bad_epochs", "bad_steps"))
         loss_sum, seen, seconds = last["loss_sum"], last["seen"], last["seconds"]
 
@@ -276,6 +281,8 @@ def train(w, args, row, settings, signals, start=None):
         if base["source"] == "seed":
             print(f"{args.model} has no published weights: the backbone starts from random weights of seed {base['seed']}; "
                   "--weights DIR loads others")
+        if note := precision_note(args.protocol, args.precision, w.device):
+            print(note)
         if started:
             print(started)
         print(f"{args.model} {args.strategy}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%}), heads "
@@ -320,7 +327,7 @@ def train(w, args, row, settings, signals, start=None):
         for micros, count in progress(plan, f"epoch {epoch + 1}/{args.epochs}", unit="seq", unit_scale=per_step):
             # ---------------------------------------------------------------- a single training step
             torch.manual_seed(resume.dropout_seed(args.seed, step, w.rank))
-            rate = cosine_rate(step, total_steps, args.lr, args.warmup_steps)
+            rate = cosine_rate(step, total_steps, args.lr, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             step_loss = torch.zeros((), dtype=torch.float64, device=w.device)

@@ -93,7 +93,7 @@ def build(args, cell, settings, device, lr):
 
         plain, _ = probe_batch.build(args, settings_from_flags(cell["model"], "full"), torch.device("cpu"), lr)
         model = make_peer(plain, settings).to(device)
-        optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr)
+        optimizer = adamw(model, lr)
     if cell["compile"]:
         model.compile(backend="eager") if args.tiny else compile_in_place(model, device)
     return model, optimizer

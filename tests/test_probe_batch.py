@@ -123,6 +123,6 @@ def test_all_strategies_as_a_user_runs_them(tmp_path):
         assert found["memory"]["peak"] == pytest.approx(found["memory"]["allocator_peak"], rel=0.1)
         for entry in found["sizes"]:
             assert len(entry["step_s"]) == 1
-            assert entry["epoch_s"] == pytest.approx(entry["median_step_s"] * math.ceil(4_560_000 / entry["batch"]))
+            assert entry["epoch_s"] == pytest.approx(entry["median_step_s"] * math.ceil(4_570_417 / entry["batch"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.png", "probe.json"]
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
