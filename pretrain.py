@@ -40,7 +40,7 @@ from taxa.runtime.progress import progress
 from taxa.training import checkpoint
 from taxa.training.activation_checkpointing import checkpoint_layers
 from taxa.training.flags import add_data, add_machine, add_optimisation, add_output, check_run
-from taxa.training.optim import adamw, cosine_lr
+from taxa.training.optim import adamw, cosine_lr, load_adamw
 from taxa.training.run import Run, planned_steps
 
 WINDOW, HELD_OUT = 1500, 50  # of --fasta: bases, and every which window validates
@@ -133,7 +133,7 @@ def pretrain(w, run, args, row):
         splits = {name: data.split(name, row.tokenizer) for name in ("train", "validation")}
         vocabulary, digest = data.manifest["tokenizers"][row.tokenizer]["vocab_size"], data.digest
         sources = data.manifest["sources"]
-    per_step, steps_per_epoch, total_steps = planned_steps(args, len(splits["train"]), w.size)
+    per_step, steps_per_epoch, total_steps, warmup_steps = planned_steps(args, len(splits["train"]), w.size)
 
     # load or draw -> add the head -> optimizer -> DDP
     torch.manual_seed(args.seed)
@@ -149,13 +149,13 @@ def pretrain(w, run, args, row):
     checkpoint_layers(backbone, args.activation_checkpointing)
     model.to(w.device)
     parameters = list(model.parameters())
-    optimizer = adamw(parameters, args.lr, args.weight_decay)
+    optimizer = adamw(model, args.lr, args.weight_decay)
 
     last = run.begin({"sequences per step": per_step, "dataset": digest, "base weights": base})  # last.pt of a resumed run, else None
     step, first_epoch, metrics = 0, 0, None
     if last:
         model.load_state_dict(last["state"])
-        optimizer.load_state_dict(last["optimizer"])
+        load_adamw(optimizer, last["optimizer"], model)
         step, metrics = last["step"], last.get("metrics")
         first_epoch = last.get("epoch", step // steps_per_epoch)  # older files have no "epoch" and no "metrics"
     ddp = DistributedDataParallel(model, device_ids=[w.device.index] if w.device.type == "cuda" else None) if w.size > 1 else model
@@ -189,7 +189,7 @@ def pretrain(w, run, args, row):
         for micros, count in progress(plan, f"epoch {epoch + 1}/{args.epochs}", unit="seq", unit_scale=per_step):
             # ---------------------------------------------------------------- a single training step
             torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + w.rank)  # dropout: another stream per step and process
-            lr = cosine_lr(step, total_steps, args.lr, args.warmup_steps)
+            lr = cosine_lr(step, total_steps, args.lr, warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             masks, batches = generator_for(args.seed, TRAIN, step, w.rank), []

@@ -29,14 +29,14 @@ from taxa.results.evaluation import run_split, summarize, table, write_tables
 from taxa.runtime import cli
 from taxa.runtime.cli import positive_int
 from taxa.runtime.distributed import barrier, copy_from_main, main_first, sum_over_ranks, world
-from taxa.runtime.precision import COMPILE, autocast, compile_in_place, set_precision
+from taxa.runtime.precision import COMPILE, autocast, compile_in_place, precision_note, set_precision
 from taxa.runtime.progress import progress
 from taxa.strategies import STRATEGY_FLAGS, classifier_on_meta, inject_adapters, settings_from_flags, train_only, trainable_names
 from taxa.training import checkpoint, peft_format
 from taxa.training.activation_checkpointing import checkpoint_layers
 from taxa.training.flags import (add_classes, add_data, add_machine, add_model, add_optimisation, add_output, add_strategy, check_run,
                                  check_strategy, classes_of)
-from taxa.training.optim import adamw, cosine_lr
+from taxa.training.optim import adamw, cosine_lr, load_adamw
 from taxa.training.run import Run, dropout_seed, planned_steps
 
 
@@ -110,7 +110,7 @@ def announce(run, args, settings, base, model, data, steps, started):
                          "(taxa/assets/tiny_nt/README.md); --weights DIR loads others"],
              "seed": [f"{args.model} has no published weights: the backbone starts from random weights of seed {base.get('seed')}; "
                       "--weights DIR loads others"]}.get(base["source"], [])
-    lines += [started] if started else []
+    lines += [line for line in (precision_note(args.protocol, args.precision, run.w.device), started) if line]
     lines.append(f"{args.model} {args.strategy}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%}), heads "
                  f"{settings['heads']}; {sequences:,} sequences, {steps[0]:,} steps of {steps[1]}; run folder {run.out}")
     run.announce(lines, {"settings": settings, "base": base},
@@ -154,7 +154,7 @@ def train(w, run, args, row, settings, start=None):
     set_precision(args.precision, w.device)
     data = open_data(w, args, row)
     splits = {name: data.split(name, row.tokenizer) for name in SPLITS}
-    per_step, steps_per_epoch, total_steps = planned_steps(args, len(splits["train"]), w.size)
+    per_step, steps_per_epoch, total_steps, warmup_steps = planned_steps(args, len(splits["train"]), w.size)
 
     # load -> re-initialise if asked -> inject -> decide what trains -> optimizer -> DDP
     base = checkpoint.base_source(row, args.strategy, args.weights, args.revision)
@@ -175,14 +175,14 @@ def train(w, run, args, row, settings, start=None):
     if args.compile:
         compile_in_place(model, backbone.encoder.layer, args.compile, w.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(parameters, args.lr, args.weight_decay)
+    optimizer = adamw(model, args.lr, args.weight_decay)
 
     last = run.begin({"sequences per step": per_step, "dataset": data.digest, "base weights": base.get("digest"),
                       "tokenizer": data.manifest["tokenizers"][row.tokenizer]["digest"]})  # last.pt of a resumed run, else None
     step, first_epoch, best, bad_epochs = (last[name] for name in ("step", "epoch", "best", "bad_epochs")) if last else (0, 0, math.inf, 0)
     if last:
         checkpoint.load_state(model, last["state"], names)
-        optimizer.load_state_dict(last["optimizer"])
+        load_adamw(optimizer, last["optimizer"], model)
     ddp = DistributedDataParallel(model, device_ids=[w.device.index] if w.device.type == "cuda" else None) if w.size > 1 else model
     lineages = np.unique(splits["train"].labels, axis=0).tolist()  # class numbers, one per taxonomic level, that occur together
     announce(run, args, settings, base, model, data, (total_steps, per_step), started)
@@ -206,7 +206,7 @@ def train(w, run, args, row, settings, start=None):
         for micros, count in progress(plan, f"epoch {epoch + 1}/{args.epochs}", unit="seq", unit_scale=per_step):
             # ---------------------------------------------------------------- a single training step
             torch.manual_seed(dropout_seed(args.seed, step, w.rank))
-            lr = cosine_lr(step, total_steps, args.lr, args.warmup_steps)
+            lr = cosine_lr(step, total_steps, args.lr, warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             step_loss = torch.zeros((), dtype=torch.float64, device=w.device)

@@ -102,7 +102,7 @@ def made(cell, device):
 
         plain, _ = build(cell["model"], settings_from_flags(cell["model"], "full"), STUDY_CLASSES, torch.device("cpu"), lr)
         model = make_peer(plain, settings, "sdpa" if cell["impl"] == "peer-sdpa" else "eager").to(device)
-        optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr)
+        optimizer = adamw(model, lr)
     if cell["compile"]:
         compile_in_place(model, model.backbone.encoder.layer, cell["compile"], device)
     return model, optimizer

@@ -49,7 +49,7 @@ def fit(data, features, labels, epochs, lr, batch_size=32, seed=42):
     """Train one linear layer per rank; returns it as a ModuleDict."""
     torch.manual_seed(seed)
     heads = torch.nn.ModuleDict({rank: torch.nn.Linear(4**6, C) for rank, C in data.num_classes.items()})
-    optimizer, step = adamw(heads.parameters(), lr), 0
+    optimizer, step = adamw(heads, lr), 0
     total = epochs * -(-len(features) // batch_size)
     for _ in range(epochs):
         for rows in torch.randperm(len(features)).split(batch_size):

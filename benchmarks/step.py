@@ -54,7 +54,7 @@ class Variant:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         rate = get_model(model_name).learning_rate
         # the peer's is what the HF Trainer calls adamw_torch, its default when the study ran
-        self.optimizer = adamw(self.parameters, rate) if impl == "ours" else torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
+        self.optimizer = adamw(self.model, rate) if impl == "ours" else torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
 
     def loss(self, input_ids, attention_mask, labels):
         return sequence_losses(self.model(input_ids, attention_mask), labels).sum() / len(labels)

@@ -48,7 +48,7 @@ def trained(name, strategy, folder=None, protocol="corrected", heads=None, **fla
         for key, p in classifier.named_parameters():
             if key.endswith("lora_B"):
                 p.normal_(std=0.1)
-    optimizer = adamw([p for p in classifier.parameters() if p.requires_grad], 1e-2)
+    optimizer = adamw(classifier, 1e-2)
     sequence_losses(classifier.train()(*batch()), torch.tensor([[0, 1, 2], [3, 4, 5], [1, 0, 3]])).sum().backward()
     optimizer.step()
     content = {"model": name, "config": backbone.config.to_dict(), "base": base, "settings": settings,

@@ -22,7 +22,7 @@ class Run:
         inject_adapters(self.model, settings)
         train_only(self.model, trainable_names(self.model, settings))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = adamw(self.parameters, 1e-4)
+        self.optimizer = adamw(self.model, 1e-4)
         ids = torch.randint(5, 1000, (B, T))
         self.batch = ids, torch.ones_like(ids), torch.randint(0, 4, (B, 3))
         self.step()

@@ -125,7 +125,7 @@ def test_three_adamw_steps(name, strategy, protocol, r, dropout):
     start = [mine.detach().clone() for mine, _ in pairs(ours, theirs)]
     for model in (ours, theirs):
         model.train()
-        optimizer = adamw([p for p in model.parameters() if p.requires_grad], 1e-3, weight_decay=0.0)
+        optimizer = adamw(model, 1e-3)
         for step in range(3):
             torch.manual_seed(step)
             sequence_losses(model(*batch(step)), LABELS).mean().backward()

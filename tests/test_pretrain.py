@@ -203,7 +203,7 @@ def replica(name, data, weights, steps, processes, lr=0.01):
     torch.manual_seed(42)
     family = MODELS[name].family
     model = MaskedLM(family, load_backbone(name, weights[name]), MASKING[family].tied).train()
-    optimizer = adamw(model.parameters(), lr, 0.01)
+    optimizer = adamw(model, lr, 0.01)
     split = PreparedDataset(data).split("train", MODELS[name].tokenizer)
     plans = [micro_batches(len(split), 42, 0, 8, 1, rank, processes) for rank in range(processes)]
     for step in range(steps):

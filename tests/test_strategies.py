@@ -140,7 +140,7 @@ def test_one_step_changes_what_trains_and_nothing_else(name, strategy, protocol,
             if key.endswith("lora_B"):
                 p.normal_()  # at its zero, lora_A has no gradient yet
     before = {key: p.detach().clone() for key, p in classifier.named_parameters()}
-    optimizer = adamw([p for p in classifier.parameters() if p.requires_grad], 1e-2, weight_decay=0.1)
+    optimizer = adamw(classifier, 1e-2, weight_decay=0.1)
     ids, mask = batch(vocabulary=20)
     sequence_losses(classifier.train()(ids, mask), torch.tensor([[0, 1, 2], [1, 2, 3], [1, 0, 0]])).mean().backward()
     optimizer.step()

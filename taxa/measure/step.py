@@ -22,7 +22,7 @@ def build(model, settings, num_classes, device, lr, mode="none", weights=None):
     train_only(classifier, trainable_names(classifier, settings))
     checkpoint_layers(classifier.backbone, mode)
     classifier.to(device).train()
-    return classifier, adamw([p for p in classifier.parameters() if p.requires_grad], lr)
+    return classifier, adamw(classifier, lr)
 
 
 def random_batch(vocab_size, num_classes, batch_size, tokens, device):

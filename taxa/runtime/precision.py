@@ -11,10 +11,21 @@ COMPILE = ("layers", "model", "cudagraphs")
 
 
 def set_precision(precision, device):
-    """fp32: products in full float32, as published. tf32: CUDA's 19-bit products. Raises InputError for tf32 without CUDA."""
+    """fp32: products in full float32. tf32: CUDA's 19-bit products. Raises InputError for tf32 without CUDA.
+
+    Set either way, since TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the environment, as in NVIDIA's images, makes torch start with tf32.
+    """
     if precision == "tf32" and device.type != "cuda":
         raise InputError("--precision tf32 needs a CUDA device; on the CPU use fp32 or bf16")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def precision_note(protocol, precision, device):
+    """The line to print for a run in float32 on CUDA under the published protocol, whose times were not plain float32; else None."""
+    if protocol != "published" or precision != "fp32" or device.type != "cuda":
+        return None
+    return ("--protocol published computes in float32, but the published times were not plain float32 (docs/PROTOCOL.md, Precision): "
+            "compare seconds with --precision tf32")
 
 
 def autocast(device, precision):

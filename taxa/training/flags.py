@@ -1,6 +1,6 @@
 """The flags that several scripts share: model, strategy, data, optimisation, machine, output, and class counts that stand in for data."""
 
-from taxa import RANKS
+from taxa import RANKS, STUDY_CLASSES
 from taxa.backbones import MODELS, table_name
 from taxa.data.taxonomy import check_ranks
 from taxa.errors import InputError, choose
@@ -63,8 +63,9 @@ def add_optimisation(parser, weight_decay, warmup_steps, least_epochs=1):
     add("--accumulate", type=positive_int, default=1, metavar="N", help="micro-batches per optimizer step (default 1)")
     add("--lr", type=positive_float, metavar="LR", help="highest learning rate (default: the published one of the model)")
     add("--weight-decay", type=non_negative_float, default=weight_decay, metavar="W", help=f"AdamW's (default {weight_decay:g})")
-    add("--warmup-steps", type=non_negative_int, default=warmup_steps, metavar="N",
-        help=f"linear warm-up before the cosine (default {warmup_steps})")
+    add("--warmup-steps", type=non_negative_int, metavar="N", help=f"linear warm-up before the cosine (default {warmup_steps})")
+    add("--warmup-ratio", type=fraction, metavar="F", help="the same as a share of all steps, rounded up")
+    parser.set_defaults(default_warmup_steps=warmup_steps)
     add("--max-grad-norm", type=positive_float, default=1.0, metavar="G", help="clip the gradient's norm to this (default 1.0)")
     add("--max-bad-steps", type=positive_int, default=3, metavar="N",
         help="stop at the N-th step whose loss or gradient is not finite; such a step is not applied (default 3)")
@@ -100,6 +101,11 @@ def check_run(args, row):
     """Fill in the model's published learning rate and batch size. Raises InputError for flags that say nothing together."""
     if args.overwrite and args.resume:
         raise InputError("--overwrite starts anew and --resume goes on: give one of them")
+    if args.warmup_ratio and args.warmup_steps:
+        raise InputError("--warmup-ratio and --warmup-steps say the same thing: give one of them")
+    default = args.__dict__.pop("default_warmup_steps")
+    if args.warmup_steps is None:
+        args.warmup_steps = 0 if args.warmup_ratio else default
     if args.max_steps and args.warmup_steps >= args.max_steps:
         raise InputError(f"--warmup-steps {args.warmup_steps} leaves nothing of --max-steps {args.max_steps}")
     args.lr = args.lr or row.learning_rate
@@ -127,7 +133,7 @@ def classes_of(args):
     ranks = check_ranks(args.ranks or RANKS, known=None)
     if args.ranks and not args.num_classes:
         raise InputError("--ranks names what --num-classes counts: give both (a prepared folder has its own)")
-    numbers = args.num_classes or (4, 57, 1884)
+    numbers = args.num_classes or tuple(STUDY_CLASSES.values())
     if len(numbers) != len(ranks):
         raise InputError(f"--num-classes has {len(numbers)} numbers for {len(ranks)} ranks ({' '.join(ranks)}): --ranks names others")
     return dict(zip(ranks, numbers))

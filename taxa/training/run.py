@@ -40,6 +40,7 @@ from taxa.runtime.progress import print_line
 from taxa.runtime.signals import Signals
 from taxa.training import checkpoint
 from taxa.training.flags import MAY_CHANGE, PATHS
+from taxa.training.optim import warmup_steps_of
 
 LAST, PREVIOUS, LOCK = "last.pt", "last.prev.pt", ".lock"
 LOGS = ("log.jsonl", "bad_steps.jsonl")  # appended to, so cut back on resuming to what they were when last.pt was written
@@ -308,13 +309,14 @@ def cut_logs(out, then):
 
 
 def planned_steps(args, sequences, processes):
-    """(sequences per optimizer step, steps per epoch, steps of the whole run). Raises InputError when the warm-up takes them all."""
+    """(sequences per optimizer step, steps per epoch, steps of the run, steps of warm-up). Raises InputError when the warm-up takes all."""
     per_step = args.batch_size * args.accumulate * processes
     steps_per_epoch = math.ceil(sequences / per_step)
     total_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    if args.warmup_steps >= total_steps > 0:
-        raise InputError(f"--warmup-steps {args.warmup_steps} leaves nothing of the {total_steps} steps of this run")
-    return per_step, steps_per_epoch, total_steps
+    warmup_steps = warmup_steps_of(args.warmup_ratio, total_steps) if args.warmup_ratio else args.warmup_steps
+    if warmup_steps >= total_steps > 0:
+        raise InputError(f"a warm-up of {warmup_steps} steps leaves nothing of the {total_steps} steps of this run")
+    return per_step, steps_per_epoch, total_steps, warmup_steps
 
 
 def dropout_seed(seed, step, rank):
