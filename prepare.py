@@ -26,7 +26,7 @@ from taxa.data.describe import describe, picture
 from taxa.data.fasta import batches, index_fasta, is_gzip, normalize, read_sequences
 from taxa.data.splits import SPLITS, copies, find_ids, read_ids, split_by_genus, write_ids
 from taxa.data.table import check_columns, read_table
-from taxa.data.taxonomy import SUPERKINGDOMS, check_ranks, label_taxids
+from taxa.data.taxonomy import SUPERKINGDOMS, check_ranks, keep_classes, label_taxids, renumber
 from taxa.data.tokens import TOKENIZERS, get_tokenizer, nt_tokenizer
 from taxa.errors import InputError
 from taxa.runtime.cli import Parser, fraction, positive_int, run, seed
@@ -43,7 +43,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.group("input")
     add("--fasta", nargs="+", metavar="FILE", help="FASTA files, plain or gzip; headers '>TAXID INDEX' or '>TAXID'")
-    add("--taxdump", metavar="FILE", help="NCBI taxonomy dump: taxdmp_YYYY-MM-DD.zip or taxdump.tar.gz")
+    add("--taxdump", metavar="FILE", help="NCBI taxonomy dump: taxdmp_YYYY-MM-DD.zip, taxdump.tar.gz, or a folder of its files")
     add("--table", metavar="FILE", help="instead of the two: a .csv or .tsv file (or .gz of it) with a header, a column of sequences and "
         "one of labels per rank")
     add("--sequence-column", metavar="NAME", help="--table: the column of sequences (default sequence)")
@@ -54,6 +54,9 @@ def parse_args(argv=None):
     add("--ranks", nargs="+", metavar="RANK",
         help="ranks to label, one to eight of NCBI's, from coarse to fine, or columns of --table; one head each "
              f"(default {' '.join(RANKS)})")
+    add("--classes-of", metavar="CKPT",
+        help="an external test set: label by the classes of a ckpt.pt (or of a folder of export.py), drop and count what is of none of "
+             "them, and put all the rest into the test split, for evaluate.py --data")
     add("--any-length", action="store_true", help="keep sequences of every length but 0")
     add("--test", type=fraction, metavar="F",
         help="share of each genus (class of the last rank) for the test split, above 0 (default 0.02)")
@@ -86,12 +89,13 @@ def parse_args(argv=None):
     if (args.fasta is None) != (args.taxdump is None):
         parser.error("--fasta and --taxdump go together")
     useless = ["fasta", "taxdump", "length", "any_length", "test", "validation", "test_ids", "group", "seed",
-               "tokenizers", "ranks"] if args.add_tokens or args.describe else []
+               "tokenizers", "ranks", "classes_of"] if args.add_tokens or args.describe else []
     useless += ["tokenizer_file", "overwrite"] if args.describe else ["picture"]
     useless += [] if args.demo else ["demo_sequences"]
     useless += ["group"] if args.table else ["sequence_column"]
     useless += ["length"] if args.any_length else []
     useless += ["test", "group"] if args.test_ids else []
+    useless += ["ranks", "test", "validation", "test_ids", "group"] if args.classes_of else []
     for flag in useless:
         if getattr(args, flag) not in (None, False):
             parser.error(f"--{flag.replace('_', '-')} does nothing here: leave it out")
@@ -103,12 +107,21 @@ def parse_args(argv=None):
             setattr(args, flag, default)
     if args.tokenizer_file and sum(name in ("dnabert", "bpe") for name in args.add_tokens or args.tokenizers) != 1:
         parser.error("--tokenizer-file is for one of the tokenizers dnabert and bpe: ask for it with --tokenizers or --add-tokens")
+    args.classes = read_classes(args.classes_of) if args.classes_of else None
+    args.ranks = tuple(args.classes or args.ranks)
     args.ranks = check_columns(args.ranks) if args.table else check_ranks(args.ranks)
     if args.test == 0 or args.validation == 0:
         parser.error("--test and --validation are above 0: every genus of three or more sequences is in all three splits")
     if args.test + args.validation >= 1:
         parser.error(f"--test {args.test} and --validation {args.validation} leave nothing to train on")
     return args
+
+
+def read_classes(path):
+    """{rank: [{"taxid", "name"}, ...]} of a checkpoint, or of a folder of export.py."""
+    from taxa.training import checkpoint, peft_format  # they import transformers, which takes seconds
+
+    return peft_format.read_labels(path) if Path(path).is_dir() else checkpoint.read(path)["classes"]
 
 
 def pattern(text):
@@ -196,7 +209,7 @@ def prepare(args, out, scratch, mapped):
 
     # index: where each record is, its taxid and length
     pinned_ids = read_ids(args.test_ids) if args.test_ids else None
-    table = read_table(args.table, args.sequence_column, args.ranks, scratch) if args.table else None
+    table = read_table(args.table, args.sequence_column, args.ranks, scratch, args.classes) if args.table else None
     fastas = [table.fasta] if table else sources
     indexes = [index_fasta(fasta, scratch, mapped, args.group) for fasta in progress(fastas, "index", unit="file")]
     source = np.repeat(np.arange(len(indexes)), [len(index.taxid) for index in indexes])  # (N,)
@@ -207,10 +220,14 @@ def prepare(args, out, scratch, mapped):
     # label: each distinct taxid once
     distinct, which = np.unique(taxid, return_inverse=True)
     if table:
-        labels, names = table.labels, table.names
+        labels, names, notes = table.labels, table.names, table.notes
     else:
-        labels, class_names, dump_date = label_taxids(args.taxdump, distinct.tolist(), scratch, args.ranks)
+        labels, class_names, dump_date, dump_digest, notes = label_taxids(args.taxdump, distinct.tolist(), scratch, args.ranks)
         names = {rank: SUPERKINGDOMS if rank == "superkingdom" else class_names for rank in args.ranks}
+    for note in notes:
+        print(note)
+    if args.classes:
+        labels = keep_classes(labels, args.classes, table and table.names)
     wrong_length = (length == 0) if args.any_length else (length != args.length)
     length_reason = "no letters" if args.any_length else f"length is not {args.length}"
     reasons = ["", length_reason, *sorted({label.reason for label in labels.values() if label.reason})]
@@ -229,6 +246,8 @@ def prepare(args, out, scratch, mapped):
         classes[rank] = [{"taxid": None if table else t, "name": names[rank][t]} for t in present.tolist()]
         if len(present) > np.iinfo(y.dtype).max:
             raise InputError(f"{len(present)} classes of rank {rank}: labels are 16-bit, at most {np.iinfo(y.dtype).max}")
+    if args.classes:
+        y, classes = renumber(y, classes, args.classes), args.classes
 
     # split
     taxid = np.zeros_like(taxid) if table else taxid  # the numbers of a table's labels mean nothing outside
@@ -240,6 +259,8 @@ def prepare(args, out, scratch, mapped):
         pinned = find_ids(pinned_ids, taxid[kept], digest, copies(taxid[kept], digest))
         if not pinned.any():
             raise InputError(f"--test-ids {args.test_ids}: none of its {len(pinned_ids)} sequences is among the {len(kept)} kept")
+    if args.classes:
+        pinned = np.ones(len(kept), dtype=bool)
     split = split_by_genus(y[:, -1], args.seed, args.test, args.validation, group, pinned)
     for number, name in enumerate(SPLITS):
         (out / name).mkdir()
@@ -262,8 +283,7 @@ def prepare(args, out, scratch, mapped):
             bar.update(len(counts))
     in_test = split == SPLITS.index("test")
     write_ids(out / "test_ids.txt", taxid[kept][in_test], digest[in_test], copies(taxid[kept], digest)[in_test])
-    files = sources if table else [*sources, args.taxdump]
-    digests = dict(zip(files, mapped(sha256, files)))
+    digests = dict(zip(sources, mapped(sha256, sources)))
 
     manifest = {
         "sequences": len(kept),
@@ -272,10 +292,11 @@ def prepare(args, out, scratch, mapped):
                           for i, row in enumerate(classes.get("superkingdom", []))},
         "settings": {"length": None if args.any_length else args.length, "test": args.test, "validation": args.validation,
                      "seed": args.seed, **({"group": args.group.pattern} if args.group else {}),
-                     **({"sequence_column": args.sequence_column} if table else {})},
+                     **({"sequence_column": args.sequence_column} if table else {}),
+                     **({"classes_of": Path(args.classes_of).name} if args.classes else {})},
         "sources": [{"file": path.name, "bytes": path.stat().st_size, "sha256": digests[path], "sequences": len(index.taxid),
                      "letters_changed_to_N": int(changed)} for path, index, changed in zip(sources, indexes, other_letters)],
-        "taxdump": None if table else {"file": Path(args.taxdump).name, "date": dump_date, "sha256": digests[args.taxdump]},
+        "taxdump": None if table else {"file": Path(args.taxdump).name, "date": dump_date, "sha256": dump_digest},
         "dropped": dropped,
         "repeated": {"sequences": len(kept) - len(np.unique(digest)),
                      "test_in_train": int(np.isin(digest[in_test], digest[split == SPLITS.index("train")]).sum())},
@@ -351,7 +372,7 @@ def report(manifest, out):
               .format_map(manifest["repeated"]))
     if "test_ids" in manifest:
         print("test split: {found:,} of the {sequences:,} sequences of {file}".format_map(manifest["test_ids"]))
-    origin = f"taxonomy of {manifest['taxdump']['date']}" if manifest["taxdump"] else f"labels of {manifest['sources'][0]['file']}"
+    origin = f"taxonomy of {manifest['taxdump']['date'] or 'unknown date'}" if manifest["taxdump"] else f"labels of {manifest['sources'][0]['file']}"
     print(f"digest {manifest['digest'][:16]}, {origin}")
 
 

@@ -119,9 +119,9 @@ def labelled_with_notes(folder, texts, taxids=ASKED, kind="zip", name=None, pref
 
 def label(*args, **more):
     """(labels, names, date) of a dump of which there is nothing to note."""
-    *found, notes = labelled_with_notes(*args, **more)
-    assert notes == []
-    return tuple(found)
+    found = labelled_with_notes(*args, **more)
+    assert found.notes == []
+    return found[:3]
 
 
 def naive_label(taxid, nodes=NODES, merged=MERGED, deleted=DELETED, asked=("superkingdom", "phylum", "genus")):

@@ -22,6 +22,8 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+import numpy as np
+
 from taxa import RANKS
 from taxa.errors import InputError, choose
 from taxa.runtime.files import sha256
@@ -53,6 +55,7 @@ class Labelled(NamedTuple):
     labels: dict  # {taxid: Label}
     names: dict  # {taxid of a class: scientific name}
     date: Optional[str]  # of the dump
+    digest: str  # SHA-256 of the dump
     notes: list  # lines for the user: what was read otherwise than it stands in the dump
 
 
@@ -64,6 +67,33 @@ def one_line(name):
 def class_id(row):
     """What tells a class {"taxid", "name"} from others: its taxid, or, where labels are a table's own, its name."""
     return row["name"] if row["taxid"] is None else row["taxid"]
+
+
+def keep_classes(labels, classes, names=None):
+    """{taxid: Label} with a reason to be dropped wherever a taxon is no class of the tables `classes` {rank: [{"taxid", "name"}, ...]}.
+
+    names: {rank: {number: name}} where the labels are a table's own. Raises InputError when one is of taxids and the other of names.
+    """
+    if any((row["taxid"] is None) != (names is not None) for table in classes.values() for row in table):
+        raise InputError("--classes-of: " + ("its classes are NCBI's taxa, which the labels of --table are not: give --fasta and --taxdump"
+                                             if names else "its classes are labels of a table, without taxids: give --table"))
+    known = [{class_id(row) for row in table} for table in classes.values()]
+    outside = {}
+    for taxid, label in labels.items():
+        if label.reason is None:
+            ids = label.taxids if names is None else [names[rank][number] for rank, number in zip(classes, label.taxids)]
+            rank = next((rank for rank, some, of_rank in zip(classes, ids, known) if some not in of_rank), None)
+            outside[taxid] = label._replace(reason=rank and f"{rank} not of --classes-of")
+    return labels | outside
+
+
+def renumber(y, found, classes):
+    """Class numbers y (N, R) of the tables `found` -> (N, R) of the tables `classes`, which hold the same classes and may hold more."""
+    columns = []
+    for column, (rank, table) in enumerate(classes.items()):
+        place = {class_id(row): i for i, row in enumerate(table)}
+        columns.append(np.array([place[class_id(row)] for row in found[rank]], dtype=y.dtype)[y[:, column]])
+    return np.stack(columns, axis=1)
 
 
 def check_ranks(ranks, known=NCBI_RANKS):
@@ -270,7 +300,7 @@ def label_taxids(dump_path, taxids, scratch, ranks=RANKS):
     current, unknown, names, respelled = dump.excerpt(sorted(set(taxids)), excerpt, "superkingdom" in ranks)
     labels = {taxid: Label((None,) * len(ranks), reason) for taxid, reason in unknown.items()}
     if not current:
-        return Labelled(labels, {}, dump.date, [])
+        return Labelled(labels, {}, dump.date, dump.digest(), [])
     with _ete3(excerpt) as ncbi:
         lineages = {taxid: ncbi.get_lineage(taxid) for taxid in current}
         nodes = sorted({node for lineage in lineages.values() for node in lineage})
@@ -287,7 +317,7 @@ def label_taxids(dump_path, taxids, scratch, ranks=RANKS):
     notes = [f"{dump.path}: rank {rank!r} is read as {rank.lower()!r}" for rank in sorted(respelled)]
     notes += [f"{dump.path}: the name of taxid {node} holds a tab or a line break, which becomes a blank: {one_line(names[node])!r}"
               for node in classes if one_line(names[node]) != names[node]]
-    return Labelled(labels, {node: one_line(names[node]) for node in classes}, dump.date, notes)
+    return Labelled(labels, {node: one_line(names[node]) for node in classes}, dump.date, dump.digest(), notes)
 
 
 @contextlib.contextmanager

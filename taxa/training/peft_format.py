@@ -144,6 +144,18 @@ def write_rest(folder, content):
     write_json(folder / REST, {key: value for key, value in content.items() if key not in ("state", "classes")})
 
 
+def read_labels(folder):
+    """{rank: [{"taxid", "name"}, ...]} of a folder of export.py. Raises InputError for a folder without, or with another labels.json."""
+    classes = _json(Path(folder) / LABELS)
+    try:
+        rows = [(row["taxid"], row["name"]) for table in classes.values() for row in table]
+    except (AttributeError, KeyError, TypeError):
+        rows = None
+    if not rows or any(type(name) is not str or not (taxid is None or type(taxid) is int) for taxid, name in rows):
+        raise InputError(f"{Path(folder) / LABELS}: not the class tables that export.py writes")
+    return classes
+
+
 def read_checkpoint(folder):
     """The content of the checkpoint that export.py --adapters wrote into `folder`, as checkpoint.read() gives it."""
     folder = Path(folder)
