@@ -1,6 +1,6 @@
 """LoRA: a frozen weight W plus a trained product of two thin matrices (Hu et al. 2022, equation 3).
 
-    y = W x + b + scaling * B A dropout(x),    scaling = lora_alpha / r
+    y = W x + b + scaling * B A dropout(x),    scaling = lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)
 
 A is (r, in), B is (out, r) and starts at zero, so training starts from exactly the pretrained network. Example, nt50m, r = 4: a query
 projection holds W of 512 x 512 = 262,144 frozen weights; A (4, 512) and B (512, 4) add 4,096 that train. Two projections in each
@@ -20,10 +20,10 @@ from taxa.recompute import dropout, recomputed
 class LoRALinear(nn.Linear):
     """An nn.Linear that keeps its weight and bias (the same tensors, under the same names) and adds lora_A and lora_B."""
 
-    def __init__(self, linear, r, lora_alpha, lora_dropout=0.0):
+    def __init__(self, linear, r, lora_alpha, lora_dropout=0.0, rslora=False):
         share_linear(self, linear)
         self.r, self.lora_alpha = r, lora_alpha
-        self.scaling = lora_alpha / r
+        self.scaling = lora_alpha / (math.sqrt(r) if rslora else r)
         self.lora_dropout = lora_dropout
         self.lora_A = nn.Parameter(linear.weight.new_empty(r, linear.in_features))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, r))
@@ -49,7 +49,7 @@ class LoRALinear(nn.Linear):
         return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}"
 
 
-def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0):
+def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, rslora=False):
     """Put LoRA on every Linear that a target names. Raises InputError for a target that matches nothing."""
     for target in targets:
-        replace_linears(model, target, lambda linear: LoRALinear(linear, r, lora_alpha, lora_dropout))
+        replace_linears(model, target, lambda linear: LoRALinear(linear, r, lora_alpha, lora_dropout, rslora))

@@ -22,6 +22,7 @@ STRATEGY_FLAGS = {
     "r": (4, ("lora",)),
     "lora_alpha": (32.0, ("lora",)),
     "lora_dropout": (0.1, ("lora",)),
+    "rslora": (False, ("lora",)),
     "targets": (None, ("lora", "ia3")),
     "feedforward_targets": (None, ("ia3",)),
     "freeze_fraction": (0.75, ("freeze75",)),
@@ -68,7 +69,8 @@ def settings_from_flags(model, strategy, protocol="corrected", heads=None, **fla
 def inject(classifier, settings):
     """Put the strategy's adapters into the classifier's backbone, in place. Nothing to do for full, random and freeze75."""
     if settings["strategy"] == "lora":
-        inject_lora(classifier.backbone, settings["targets"], settings["r"], settings["lora_alpha"], settings["lora_dropout"])
+        inject_lora(classifier.backbone, settings["targets"], settings["r"], settings["lora_alpha"], settings["lora_dropout"],
+                    settings.get("rslora", False))  # older checkpoints lack it
     elif settings["strategy"] == "ia3":
         inject_ia3(classifier.backbone, settings["targets"], settings["feedforward_targets"])
 

@@ -14,6 +14,7 @@ import hashlib
 import io
 import os
 import re
+import sqlite3
 import tarfile
 import time
 import warnings
@@ -331,6 +332,8 @@ def _ete3(excerpt):
         try:
             os.chdir(excerpt.parent)
             ncbi = NCBITaxa(dbfile=str(excerpt.with_suffix(".sqlite")), taxdump_file=str(excerpt))
+        except sqlite3.OperationalError as error:  # SQLite's words for a full disk
+            raise InputError(f"{excerpt.with_suffix('.sqlite')}: cannot be written ({error}): is the disk full?") from None
         finally:
             os.chdir(before)
         try:
