@@ -175,7 +175,7 @@ def main(argv=None):
     temperature = read_temperature(args.temperature, args.checkpoint, content) if args.temperature else None
     name = content["tokenizer"]["name"]
     tokenizer = get_tokenizer(name if name in TOKENIZERS else "bpe", args.tokenizer_file)
-    if tokenizer.digest != content["tokenizer"]["digest"]:
+    if content["tokenizer"]["digest"] not in (tokenizer.digest, *tokenizer.old_digests):
         raise InputError(f"the vocabulary of the tokenizer {name} is not the one that {args.checkpoint} was trained with; "
                          "--tokenizer-file PATH gives another")
     with world(args.device) as w:

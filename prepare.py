@@ -39,7 +39,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.group("input")
     add("--fasta", nargs="+", metavar="FILE", help="FASTA files, plain or gzip; headers '>TAXID INDEX' or '>TAXID'")
-    add("--taxdump", metavar="FILE", help="NCBI taxonomy dump: taxdmp_YYYY-MM-DD.zip or taxdump.tar.gz")
+    add("--taxdump", metavar="FILE", help="NCBI taxonomy dump: taxdmp_YYYY-MM-DD.zip, taxdump.tar.gz, or a folder of its files")
     add("--table", metavar="FILE", help="instead of the two: a .csv or .tsv file (or .gz of it) with a header, a column of sequences and "
         "one of labels per rank")
     add("--sequence-column", metavar="NAME", help="--table: the column of sequences (default sequence)")
@@ -83,12 +83,13 @@ def parse_args(argv=None):
     if (args.fasta is None) != (args.taxdump is None):
         parser.error("--fasta and --taxdump go together")
     useless = ["fasta", "taxdump", "length", "any_length", "test", "validation", "test_ids", "group", "seed",
-               "tokenizers", "ranks"] if args.add_tokens or args.describe else []
+               "tokenizers", "ranks", "classes_of"] if args.add_tokens or args.describe else []
     useless += ["tokenizer_file", "overwrite"] if args.describe else ["picture"]
     useless += [] if args.demo else ["demo_sequences"]
     useless += ["group"] if args.table else ["sequence_column"]
     useless += ["length"] if args.any_length else []
     useless += ["test", "group"] if args.test_ids else []
+    useless += ["ranks", "test", "validation", "test_ids", "group"] if args.classes_of else []
     for flag in useless:
         if getattr(args, flag) not in (None, False):
             parser.error(f"--{flag.replace('_', '-')} does nothing here: leave it out")
@@ -100,12 +101,21 @@ def parse_args(argv=None):
             setattr(args, flag, default)
     if args.tokenizer_file and sum(name in ("dnabert", "bpe") for name in args.add_tokens or args.tokenizers) != 1:
         parser.error("--tokenizer-file is for one of the tokenizers dnabert and bpe: ask for it with --tokenizers or --add-tokens")
+    args.classes = read_classes(args.classes_of) if args.classes_of else None
+    args.ranks = tuple(args.classes or args.ranks)
     args.ranks = check_columns(args.ranks) if args.table else check_ranks(args.ranks)
     if args.test == 0 or args.validation == 0:
         parser.error("--test and --validation are above 0: every genus of three or more sequences is in all three splits")
     if args.test + args.validation >= 1:
         parser.error(f"--test {args.test} and --validation {args.validation} leave nothing to train on")
     return args
+
+
+def read_classes(path):
+    """{rank: [{"taxid", "name"}, ...]} of a checkpoint, or of a folder of export.py."""
+    from taxa.training import checkpoint, peft_format  # they import transformers, which takes seconds
+
+    return peft_format.read_labels(path) if Path(path).is_dir() else checkpoint.read(path)["classes"]
 
 
 def pattern(text):
@@ -141,9 +151,11 @@ def new_dataset(args, tokenizers):
         if args.demo:
             source = simulated_source(out, args.demo_sequences, args.seed, args.length, args.ranks)
         elif args.table:
-            source = TableSource(args.table, args.sequence_column, args.ranks)
+            source = TableSource(args.table, args.sequence_column, args.ranks, args.classes)
         else:
-            source = FastaSource(args.fasta, args.taxdump, args.ranks)
+            source = FastaSource(args.fasta, args.taxdump, args.ranks, args.classes)
+        if args.classes:
+            source.settings = source.settings | {"classes_of": Path(args.classes_of).name}
         if not args.demo:
             check_disk(out, disk_need(source.files, len(tokenizers), bool(args.table)))
         manifest = prepare(source, out, mapped, None if args.any_length else args.length, args.test, args.validation, args.seed, args.group,
@@ -216,7 +228,7 @@ def report(manifest, out):
               .format_map(manifest["repeated"]))
     if "test_ids" in manifest:
         print("test split: {found:,} of the {sequences:,} sequences of {file}".format_map(manifest["test_ids"]))
-    origin = f"taxonomy of {manifest['taxdump']['date']}" if manifest["taxdump"] else f"labels of {manifest['sources'][0]['file']}"
+    origin = f"taxonomy of {manifest['taxdump']['date'] or 'unknown date'}" if manifest["taxdump"] else f"labels of {manifest['sources'][0]['file']}"
     print(f"digest {manifest['digest'][:16]}, {origin}")
 
 

@@ -21,9 +21,9 @@ class LoRALinear(nn.Linear):
 
     adapter_parameters = ("lora_A", "lora_B")
 
-    def __init__(self, linear, r, lora_alpha, lora_dropout=0.0):
+    def __init__(self, linear, r, lora_alpha, lora_dropout=0.0, rslora=False):
         share_linear(self, linear)
-        self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
+        self.r, self.scaling = r, lora_alpha / (math.sqrt(r) if rslora else r)  # rsLoRA: Kalajdzievski 2023
         self.lora_dropout = nn.Dropout(lora_dropout)
         self.lora_A = nn.Parameter(linear.weight.new_empty(r, linear.in_features))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, r))
@@ -41,7 +41,7 @@ class LoRALinear(nn.Linear):
         return plain_linear(self)
 
 
-def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0):
+def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, rslora=False):
     """Put LoRA on every Linear that a target names. Raises InputError for a target that matches nothing."""
     for target in targets:
-        replace_linears(model, target, lambda linear: LoRALinear(linear, r, lora_alpha, lora_dropout))
+        replace_linears(model, target, lambda linear: LoRALinear(linear, r, lora_alpha, lora_dropout, rslora))

@@ -38,7 +38,8 @@ def adapters_and_heads(classifier, settings):
 
 
 def lora(backbone, settings):
-    inject_lora(backbone, settings["targets"], settings["r"], settings["lora_alpha"], settings["lora_dropout"])
+    inject_lora(backbone, settings["targets"], settings["r"], settings["lora_alpha"], settings["lora_dropout"],
+                settings.get("rslora", False))  # older checkpoints lack it
 
 
 def ia3(backbone, settings):
@@ -55,10 +56,11 @@ class Strategy(NamedTuple):
     inject: Optional[Callable] = None  # (backbone, settings) -> None: puts the adapters in
 
 
+LORA_FLAGS = {"r": 4, "lora_alpha": 32.0, "lora_dropout": 0.1, "rslora": False, "targets": None}
 STRATEGIES = {
     "full": Strategy("full", "#0072B2", everything),
     "random": Strategy("random", "#777777", everything),  # train.py re-initialises the classifier first
-    "lora": Strategy("LoRA", "#D55E00", adapters_and_heads, {"r": 4, "lora_alpha": 32.0, "lora_dropout": 0.1, "targets": None}, lora),
+    "lora": Strategy("LoRA", "#D55E00", adapters_and_heads, LORA_FLAGS, lora),
     "ia3": Strategy("(IA)³", "#CC79A7", adapters_and_heads, {"targets": None, "feedforward_targets": None}, ia3),
     "freeze75": Strategy("75% frozen", "#009E73", all_but_the_frozen, {"freeze_fraction": 0.75}),
 }

@@ -500,7 +500,7 @@ WRONG = {
     "unequal lines": (GOOD + " --fasta {path}/unequal.fa", "unequal.fa: not a FASTA file"),
     "two files of one name": (GOOD + " --fasta {path}/good.fa {path}/same/good.fa", "two files have the same name"),
     "a missing dump": (GOOD + " --taxdump {path}/missing.zip", "missing.zip: no such file"),
-    "a folder as dump": (GOOD + " --taxdump {path}/old", "old: no such file"),
+    "a folder as dump": (GOOD + " --taxdump {path}/old", "old: no nodes.dmp in it"),
     "text named .zip": (GOOD + " --taxdump {path}/text.zip", "text.zip: the archive is damaged"),
     "a zip cut short": (GOOD + " --taxdump {path}/cut.zip", "cut.zip: the archive is damaged"),
     "a dump without nodes": (GOOD + " --taxdump {path}/nonodes.zip", "nonodes.zip: no nodes.dmp"),

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from taxa.data.splits import SPLITS
-from taxa.data.tokens import nt_tokenizer
+from taxa.data.tokens import digests, nt_tokenizer
 from taxa.errors import InputError
 from taxa.runtime.files import read_text, replacing, save_array, sha256, write_json
 
@@ -103,14 +103,15 @@ def _own_digest(manifest):
 
 
 def _describe(tokenizer):
-    return {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_token_id}
+    return {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_token_id,
+            **({"old_digests": list(tokenizer.old_digests)} if tokenizer.old_digests else {})}
 
 
 def _check_kinds(manifest):
     """Raise ValueError unless what is read of a manifest is of the kind that is expected of it."""
     files, tokenizers = manifest["files"].values(), manifest["tokenizers"].values()
     rows = [row for table in manifest["classes"].values() for row in table]
-    texts = [manifest["digest"], *(file["sha256"] for file in files), *(t["digest"] for t in tokenizers), *(row["name"] for row in rows)]
+    texts = [manifest["digest"], *(file["sha256"] for file in files), *(d for t in tokenizers for d in digests(t)), *(row["name"] for row in rows)]
     numbers = [*manifest.get("splits", {}).values(), *(file["bytes"] for file in files),
                *(row["taxid"] for row in rows if row["taxid"] is not None),
                *(t[key] for t in tokenizers for key in ("vocab_size", "pad_token_id"))]

@@ -18,6 +18,7 @@ from taxa.data.fasta import batches, normalize, read_sequences
 from taxa.data.simulate import simulate
 from taxa.data.sources import FastaSource
 from taxa.data.splits import SPLITS, copies, find_ids, read_ids, split_by_genus, write_ids
+from taxa.data.taxonomy import renumber
 from taxa.data.tokens import nt_tokenizer
 from taxa.errors import InputError
 from taxa.runtime.files import new_folder, save_array, sha256
@@ -66,6 +67,8 @@ def prepare(source, out, mapped=map, length=LENGTH, test=TEST, validation=VALIDA
         records = index(source, Path(scratch), mapped, group)
         labels = label(source, records, length, Path(scratch))
         pinned = find_pinned(source, labels.records, mapped, test_ids, ids) if test_ids else None
+        if source.classes:  # an external test set: all of it
+            pinned = np.ones(len(labels.y), dtype=bool)
         part = split(labels, test, validation, seed, group, pinned)
         digest, changed = tokenize(source, labels.records, part, out, mapped)
     settings = {"length": length, "test": test, "validation": validation, "seed": seed,
@@ -122,6 +125,8 @@ def label(source, records, length, scratch):
         classes[rank] = [rows[rank][t] for t in present.tolist()]
         if len(present) > np.iinfo(y.dtype).max:
             raise InputError(f"{len(present)} classes of rank {rank}: labels are 16-bit, at most {np.iinfo(y.dtype).max}")
+    if source.classes:
+        y, classes = renumber(y, classes, source.classes), source.classes
     return Labels(Records(records.indexes, records.source[kept], records.record[kept]), y, classes, dropped, taxdump)
 
 

@@ -1,7 +1,8 @@
 """The two kinds of input of taxa.data.prepare: FASTA files with an NCBI taxonomy dump, and a table of sequences and labels.
 
 They differ in how a file is indexed, what a label is, and how an error names a record; what they give is the same. A label is a number: of
-a taxid in FASTA headers, of a row's labels in a table.
+a taxid in FASTA headers, of a row's labels in a table. classes: the class tables {rank: [{"taxid", "name"}, ...]} of a checkpoint, to which
+labels are then held (prepare.py --classes-of).
 """
 
 import functools
@@ -12,9 +13,8 @@ import numpy as np
 from taxa import RANKS
 from taxa.data.fasta import index_fasta
 from taxa.data.table import read_table
-from taxa.data.taxonomy import SUPERKINGDOMS, label_taxids
+from taxa.data.taxonomy import SUPERKINGDOMS, keep_classes, label_taxids
 from taxa.errors import InputError
-from taxa.runtime.files import sha256
 from taxa.runtime.progress import progress
 
 
@@ -23,9 +23,9 @@ class FastaSource:
 
     settings = {}
 
-    def __init__(self, fastas, taxdump, ranks=RANKS):
+    def __init__(self, fastas, taxdump, ranks=RANKS, classes=None):
         """Raises InputError for two files of one name."""
-        self.files, self.ranks, self._dump = [Path(path) for path in fastas], ranks, Path(taxdump)
+        self.files, self.ranks, self.classes, self._dump = [Path(path) for path in fastas], ranks, classes, Path(taxdump)
         if len({path.name for path in self.files}) < len(self.files):
             raise InputError("--fasta: two files have the same name; the manifest tells them apart by it")
 
@@ -34,11 +34,13 @@ class FastaSource:
         return [index_fasta(path, scratch, mapped, group) for path in progress(self.files, "index", unit="file")]
 
     def labels(self, distinct, scratch):
-        """({label: Label}, {rank: {taxid in a Label: row of the class table}}, what the manifest says of the dump)."""
-        labels, names, date = label_taxids(self._dump, distinct, scratch, self.ranks)
+        """({label: Label}, {rank: {taxid in a Label: row of the class table}}, what the manifest says of the dump). Prints what is odd."""
+        labels, names, date, digest, notes = label_taxids(self._dump, distinct, scratch, self.ranks)
+        print(*notes, sep="\n", end="\n" * bool(notes))
+        labels = keep_classes(labels, self.classes) if self.classes else labels
         of_rank = {rank: SUPERKINGDOMS if rank == "superkingdom" else names for rank in self.ranks}
         rows = {rank: {taxid: {"taxid": taxid, "name": name} for taxid, name in of_rank[rank].items()} for rank in self.ranks}
-        return labels, rows, {"file": self._dump.name, "date": date, "sha256": sha256(self._dump)}
+        return labels, rows, {"file": self._dump.name, "date": date, "sha256": digest}
 
     def taxids(self, labels):
         """(n,) labels -> NCBI taxids."""
@@ -52,18 +54,20 @@ class FastaSource:
 class TableSource:
     """A .csv or .tsv file with a column of sequences and one of labels per rank; classes are known by their names."""
 
-    def __init__(self, path, sequence_column="sequence", ranks=RANKS):
-        self.files, self.ranks, self.settings = [Path(path)], ranks, {"sequence_column": sequence_column}
+    def __init__(self, path, sequence_column="sequence", ranks=RANKS, classes=None):
+        self.files, self.ranks, self.classes, self.settings = [Path(path)], ranks, classes, {"sequence_column": sequence_column}
 
     def index(self, scratch, mapped, group):
         """[Index] of the table's sequences, written into `scratch` as FASTA; rows with the same labels share a number there."""
-        self._table = read_table(self.files[0], self.settings["sequence_column"], self.ranks, scratch)
+        self._table = read_table(self.files[0], self.settings["sequence_column"], self.ranks, scratch, self.classes)
         return [index_fasta(self._table.fasta, scratch, mapped, group)]
 
     def labels(self, distinct, scratch):
         """As FastaSource.labels; there is no dump."""
-        names = self._table.names
-        return self._table.labels, {rank: {i: {"taxid": None, "name": name} for i, name in names[rank].items()} for rank in names}, None
+        labels, names, notes = self._table.labels, self._table.names, self._table.notes
+        print(*notes, sep="\n", end="\n" * bool(notes))
+        labels = keep_classes(labels, self.classes, names) if self.classes else labels
+        return labels, {rank: {i: {"taxid": None, "name": name} for i, name in names[rank].items()} for rank in names}, None
 
     def taxids(self, labels):
         return np.zeros_like(labels)

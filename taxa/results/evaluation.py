@@ -119,7 +119,8 @@ def _of_probabilities(outcome, probabilities, num_classes):
 def summarize(split_name, outcome, num_classes, lineages=None, dataset_digest=None, temperature=None):
     """The document that metrics.json holds. lineages and the digest go with an outcome that has probabilities, temperature with .scaled."""
     ranks = {rank: rank_metrics(matrix) for rank, matrix in confusions(outcome.truth, outcome.predicted, num_classes).items()}
-    metrics = {"split": split_name, "sequences": len(outcome.truth), "loss": outcome.loss, "ranks": ranks}
+    averaged = {rank: {"present": len(np.unique(outcome.truth[:, i])), "classes": C} for i, (rank, C) in enumerate(num_classes.items())}
+    metrics = {"split": split_name, "sequences": len(outcome.truth), "loss": outcome.loss, "ranks": ranks, "averaged_over": averaged}
     if outcome.plain:
         metrics |= {"dataset_digest": dataset_digest, "inconsistent_lineages": inconsistent_share(outcome.predicted, lineages),
                     **_of_probabilities(outcome, outcome.plain, num_classes)}
@@ -146,9 +147,10 @@ def table(metrics):
 
 
 def details(metrics):
-    """What metrics.json says beyond table(): joint decoding and calibration, with temperatures where they were fitted."""
+    """What metrics.json says beyond table(): classes averaged over, joint decoding and calibration, with temperatures where fitted."""
     temperature, width = metrics.get("scaled", {}).get("temperature"), _width(metrics["ranks"])
-    lines = [f"{metrics['inconsistent_lineages']:.1%} of the predictions put together ranks of different lineages; decoded jointly:",
+    averaged = ", ".join(f"{n['present']:,} of {n['classes']:,} {rank}" for rank, n in metrics["averaged_over"].items())
+    lines = [f"balanced accuracy: mean over the classes that are in the split, {averaged}", f"{metrics['inconsistent_lineages']:.1%} of the predictions put together ranks of different lineages; decoded jointly:",
              *_lines("rank", metrics["joint"]["ranks"])]
     if temperature:
         lines += ["decoded jointly, with the temperatures:", *_lines("rank", metrics["scaled"]["joint"]["ranks"])]

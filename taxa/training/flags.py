@@ -37,6 +37,7 @@ def add_strategy(parser):
     add("--r", "--lora-r", type=positive_int, metavar="R", help="lora: rank (default 4)")
     add("--lora-alpha", type=positive_float, metavar="A", help="lora: scaling is alpha / r (default 32)")
     add("--lora-dropout", type=fraction, metavar="P", help="lora: dropout on the adapter's input (default 0.1)")
+    add("--rslora", action="store_true", default=None, help="lora: scaling is alpha / sqrt(r) (rsLoRA)")
     add("--targets", nargs="+", metavar="NAME", help="lora: Linears to adapt; ia3: Linears whose output is scaled (default: the family's)")
     add("--feedforward-targets", nargs="+", metavar="NAME", help="ia3: Linears whose input is scaled (default: the family's)")
     add("--freeze-fraction", type=fraction, metavar="F", help="freeze75: freeze at least this share of the parameters (default 0.75)")
