@@ -23,7 +23,8 @@ from taxa import RANKS
 from taxa.data import simulate
 from taxa.data.dataset import RECORD, PreparedDataset, TokenWriter, write_manifest
 from taxa.data.describe import describe, picture
-from taxa.data.fasta import batches, index_fasta, is_gzip, normalize, read_sequences
+from taxa.data.fasta import batches, index_fasta, read_sequences
+from taxa.data.grammar import is_packed, normalize
 from taxa.data.splits import SPLITS, copies, find_ids, read_ids, split_by_genus, write_ids
 from taxa.data.table import check_columns, read_table
 from taxa.data.taxonomy import SUPERKINGDOMS, check_ranks, label_taxids
@@ -163,7 +164,7 @@ def disk_need(paths, bpe, copied=False):
 
     copied: the letters of the files are written beside the output first, as gzip's always are.
     """
-    packed = {path: is_gzip(path) for path in paths if os.path.isfile(path)}
+    packed = {path: is_packed(path) for path in paths if os.path.isfile(path)}
     letters = {path: os.path.getsize(path) * (GZIP_RATIO if packed[path] else 1) for path in packed}
     return sum(letters[path] for path in packed if packed[path] or copied) + sum(letters.values()) * (NT_BYTES + bpe * BPE_BYTES)
 

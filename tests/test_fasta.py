@@ -7,7 +7,8 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from taxa.data.fasta import batches, index_fasta, normalize, read_sequences
+from taxa.data.fasta import batches, index_fasta, read_sequences
+from taxa.data.grammar import normalize
 from taxa.errors import InputError
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from taxa.data import simulate
-from taxa.data.fasta import normalize
+from taxa.data.grammar import normalize
 from taxa.data.tokens import TINY_BPE, TOKENIZERS, BPETokenizer, NTTokenizer, get_tokenizer, nt_vocabulary, train_bpe
 from taxa.errors import InputError
 

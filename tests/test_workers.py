@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from taxa.data import fasta
-from taxa.data.fasta import batches, index_fasta, normalize, read_sequences
+from taxa.data.fasta import batches, index_fasta, read_sequences
+from taxa.data.grammar import normalize
 from taxa.errors import InputError
 from taxa.runtime.workers import in_order
 
