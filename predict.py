@@ -30,8 +30,8 @@ from taxa.training import checkpoint
 BATCHES_PER_SLICE = 8  # windows are sorted by length within so many batches; so much is also read ahead, twice
 
 MANUAL = """
-Input. FASTA (sequences over any number of lines) or FASTQ (four lines a record), told by the first character; plain, gzip, bgzip, bzip2 or
-  xz, told by the first bytes. docs/DATA.md says what is read as what, here as in prepare.py: U is T, white space and gaps are nothing,
+Input. FASTA (sequences over any number of lines) or FASTQ (four lines a record), told by the first character; plain, gzip, bgzip, bzip2
+  or xz, told by the first bytes. docs/DATA.md says what is read as what, here as in prepare.py: U is T, white space and gaps are nothing,
   anything else outside ACGTN becomes N and is counted. A read of up to --window letters is one sequence for the network. A longer one is cut into
   windows every --window letters, the last moved back to end with the read, and the logits of its windows are averaged. The network sees a
   read as it is written, never its reverse complement. A window without a single A, C, G or T is left out, and a read that has no other is

@@ -189,7 +189,7 @@ def _is_taxid(name):
 
 
 def _write_regular(source, plain, regular, pattern):
-    """Write the records of a file of any layout as a FASTA file of one line of letters a record. Raises InputError as index_fasta() does."""
+    """Write the records of a file as a FASTA file of one line of letters a record. Raises InputError as index_fasta() does."""
     with open(regular, "wb") as file:
         for record in records(plain, source):
             if not _is_taxid(record.header.split(None, 1)[0]):
