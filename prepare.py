@@ -17,7 +17,7 @@ from pathlib import Path
 from taxa import RANKS
 from taxa.data.dataset import PreparedDataset
 from taxa.data.describe import describe, picture
-from taxa.data.fasta import is_gzip
+from taxa.data.grammar import is_packed
 from taxa.data.prepare import DEMO_SEQUENCES, LENGTH, SEED, TEST, VALIDATION, prepare, simulated_source
 from taxa.data.sources import FastaSource, TableSource
 from taxa.data.splits import SPLITS
@@ -186,7 +186,7 @@ def disk_need(paths, bpe, copied=False):
 
     copied: the bases of the files are written beside the output first, as gzip's always are.
     """
-    packed = {path: is_gzip(path) for path in paths if os.path.isfile(path)}
+    packed = {path: is_packed(path) for path in paths if os.path.isfile(path)}
     bases = {path: os.path.getsize(path) * (GZIP_RATIO if packed[path] else 1) for path in packed}
     return sum(bases[path] for path in packed if packed[path] or copied) + sum(bases.values()) * (NT_BYTES + bpe * BPE_BYTES)
 

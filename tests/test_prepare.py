@@ -37,6 +37,7 @@ SIMULATED_NAMES = {taxid: name for lineage in simulate.species() for taxid, name
 NT = NTTokenizer()
 NAIVE_IDS = {entry: i for i, entry in enumerate(NT.vocabulary)}
 TO_ACGTN = bytes(x if chr(x) in "ACGT" else ord("N") for x in range(256))
+U_TO_T = str.maketrans("U", "T")
 
 
 # what is expected, naively
@@ -64,7 +65,7 @@ def naive_tokens(sequence):
 
 def naive_rows(fastas, lineages, length=1500):
     """[(file number, record number, taxid, lineage, letters)] of what is kept; length None: any but 0."""
-    return [(number, i, taxid, lineages[taxid], "".join(x if x in "ACGT" else "N" for x in letters.upper()))
+    return [(number, i, taxid, lineages[taxid], "".join(x if x in "ACGT" else "N" for x in letters.upper().translate(U_TO_T)))
             for number, path in enumerate(fastas) for i, (taxid, letters) in enumerate(naive_records(path))
             if taxid in lineages and (len(letters) == length or (length is None and letters))]
 
@@ -309,7 +310,7 @@ def test_what_is_dropped_is_counted_by_file_and_reason(small, tmp_path, capsys, 
 def test_other_letters_are_counted_by_file(small, tmp_path, capsys):
     run_main(*small_arguments(small, "--out", tmp_path / "out"))
     counted = [source["letters_changed_to_N"] for source in PreparedDataset(tmp_path / "out").manifest["sources"]]
-    wrong = [x for _, letters in naive_records(small[0][1]) for x in letters if x.upper() not in "ACGTN"]
+    wrong = [x for _, letters in naive_records(small[0][1]) for x in letters if x.upper() not in "ACGTUN"]
     assert counted == [0, len(wrong)] and set("RYku") <= set(wrong)
     assert f"two.fa: {len(wrong)} bases outside ACGTN became N" in capsys.readouterr().out
 
@@ -491,13 +492,13 @@ WRONG = {
     "a missing FASTA": (GOOD + " --fasta {path}/good.fa {path}/missing.fa", "missing.fa: no such file"),
     "a folder as FASTA": (GOOD + " --fasta {path}/old", "old: no such file"),
     "an empty FASTA": (GOOD + " --fasta {path}/good.fa {path}/empty.fa", "empty.fa: the file is empty"),
-    "prose as FASTA": (GOOD + " --fasta {path}/prose.fa", "prose.fa: not a FASTA file"),
+    "prose as FASTA": (GOOD + " --fasta {path}/prose.fa", "prose.fa: neither FASTA nor FASTQ"),
     "bzip2 by its name": (GOOD + " --fasta {path}/x.fa.bz2", "x.fa.bz2"),
     "truncated gzip": (GOOD + " --fasta {path}/cut.fa.gz", "cut.fa.gz: the gzip file is damaged"),
     "an accession for a taxid": (GOOD + " --fasta {path}/accession.fa", "accession.fa: record 2 '>NC_1'.*taxid"),
     "a zero taxid": (GOOD + " --fasta {path}/zero.fa", "zero.fa: record 2 '>0'"),
     "protein": (GOOD + " --fasta {path}/good.fa {path}/protein.fa", "protein.fa: record 3 '>31'.*protein"),
-    "unequal lines": (GOOD + " --fasta {path}/unequal.fa", "unequal.fa: not a FASTA file"),
+    "a record without a name": (GOOD + " --fasta {path}/nameless.fa", "nameless.fa: record 2 has no name"),
     "two files of one name": (GOOD + " --fasta {path}/good.fa {path}/same/good.fa", "two files have the same name"),
     "a missing dump": (GOOD + " --taxdump {path}/missing.zip", "missing.zip: no such file"),
     "a folder as dump": (GOOD + " --taxdump {path}/old", "old: no nodes.dmp in it"),
@@ -557,7 +558,7 @@ def write_wrong_input(folder):
     dump = write_dump(folder / "dump.zip")
     letters = good.read_text()
     texts = {"empty.fa": "", "prose.fa": "Dear all,\n", "zero.fa": ">22 0\nACGT\n>0 1\nACGT\n", "text.zip": "text\n",
-             "accession.fa": ">22 0\nACGT\n>NC_1 1\nACGT\n", "unequal.fa": ">22 0\nACGT\nAC\nACGT\n",
+             "accession.fa": ">22 0\nACGT\n>NC_1 1\nACGT\n", "nameless.fa": ">22 0\nACGT\n>\nACGT\n",
              "protein.fa": ">22 0\nACGT\n>22 1\nACGT\n>31 2\nMKTAYIAKQRQISFVK\n",
              "unknown.fa": ">97 0\nACGT\n", "ids.txt": "22 0123456789abcdef 0\n", "x.fa.bz2": letters,
              "same/good.fa": letters, "old/note": "keep me", "old/manifest.json": "{}", "other/note": "keep me"}

@@ -98,7 +98,7 @@ WRONG = [
     ("probe_batch", "--model tiny-nt --strategy full --memory-limit 1XB", "--memory-limit"),
     # preparation
     ("prepare", PREPARE + "{missing}", "no such file"),
-    ("prepare", PREPARE + "{text}", "not a FASTA file"),
+    ("prepare", PREPARE + "{text}", "neither FASTA nor FASTQ"),
     ("prepare", PREPARE + "{empty}", "empty"),
     ("prepare", PREPARE + "{cut_gzip}", "gzip"),
     ("prepare", PREPARE + "{protein}", "protein"),

@@ -14,7 +14,8 @@ import numpy as np
 
 from taxa import RANKS
 from taxa.data.dataset import RECORD, TokenWriter, write_manifest
-from taxa.data.fasta import batches, normalize, read_sequences
+from taxa.data.fasta import batches, read_sequences
+from taxa.data.grammar import normalize
 from taxa.data.simulate import simulate
 from taxa.data.sources import FastaSource
 from taxa.data.splits import SPLITS, copies, find_ids, read_ids, split_by_genus, write_ids

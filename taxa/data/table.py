@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
+from taxa.data.grammar import bases
 from taxa.data.taxonomy import Label, check_ranks, one_line
 from taxa.errors import InputError, choose
 
@@ -87,9 +88,7 @@ def read_table(path, sequence_column, ranks, scratch, classes=None):
                 if len(row) != len(header):
                     raise InputError(f"{path}: line {rows.line_num}: {len(row)} fields, but the header has {len(header)}")
                 sequence, *label = (row[column] for column in columns)
-                sequence = "".join(sequence.split())
-                if not sequence.isascii() or not sequence.replace("-", "").replace("*", "").isalpha() and sequence:
-                    raise InputError(f"{path}: line {rows.line_num}: column {sequence_column} holds no sequence of letters")
+                sequence = bases(sequence.encode(), f"{path}: line {rows.line_num}: column {sequence_column}").decode()
                 identity = ids.setdefault(tuple(one_line(name).strip() for name in label), len(ids) + 1)
                 out.write(f">{identity}\n{sequence}\n")
                 lines.append(rows.line_num)
