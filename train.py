@@ -34,7 +34,8 @@ from taxa.errors import InputError, Saved
 from taxa.model import TaxonClassifier, sequence_losses
 from taxa.random_init import reinitialize
 from taxa.results.evaluation import run_split, summarize, table, write_tables
-from taxa.runtime.cli import Parser, interval, interval_of, non_negative_float, non_negative_int, positive_float, positive_int, run, seed
+from taxa.runtime.cli import (Parser, interval, interval_of, non_negative_float, non_negative_int, positive_float, positive_int, run, seed,
+                              share)
 from taxa.runtime.distributed import any_process, barrier, copy_from_main, from_main, leave, main_first, same_on_all, sum_over_ranks, world
 from taxa.runtime.files import write_json
 from taxa.runtime.precision import PRECISIONS, autocast, compile_in_place, set_precision
@@ -60,6 +61,8 @@ def parse_args(argv=None):
     add("--data", metavar="DIR", help=f"prepared dataset, or 'demo': simulated, made in {DEMO} when it is not there")
     add("--augment", action="store_true",
         help="read every training sequence from a random strand and in a random frame, anew in every epoch (default: as it is)")
+    add("--data-fraction", type=share, metavar="F",
+        help="train on this share of the training split, stratified by its last rank, the same for all runs of a seed (default: all of it)")
     add("--workers", type=non_negative_int, default=0, metavar="N", help="processes that load batches, per rank (default 0: in the loop)")
     add = parser.group("optimisation")
     add("--epochs", type=positive_int, default=5, metavar="N", help="at most this many (default 5)")
@@ -115,6 +118,7 @@ def run_name(args, settings):
     parts += [f"r{settings['r']}"] if args.strategy == "lora" else []
     parts += ["published"] if args.protocol == "published" else []
     parts += ["frozen-heads"] if args.heads == "frozen" else []
+    parts += [f"data{args.data_fraction:g}"] if args.data_fraction else []
     parts += ["augment"] if args.augment else []
     parts += [f"seed{args.seed}"] if args.seed != 42 else []
     return Path("runs") / "-".join(parts)
@@ -204,6 +208,8 @@ def train(w, args, row, settings, signals, start=None):
     if w.is_main:  # only rank 0 looks into the run folder and writes there
         resume.begin(out, args.resume, args.overwrite, w.again)
     data = open_data(w, args, row)
+    if args.data_fraction:
+        data.keep_part(args.data_fraction, args.seed)
     tokenizer = row.tokenizer
     splits = {name: data.split(name, tokenizer) for name in SPLITS}
     retokenize = row_tokenizer(row) if args.augment else None

@@ -42,7 +42,7 @@ def begin(out, resume, overwrite, again=False):
     is_run, again = (out / "args.json").is_file() or empty and (out / LOCK).exists(), again or restarted()
     if (resume or again) and ((out / LAST).exists() or (out / PREVIOUS).exists()):
         return True
-    if resume and not is_run and not (again and empty):
+    if resume and not is_run and not empty:
         raise InputError(f"{out / LAST}: no such file; nothing to resume: leave out --resume")
     if empty or is_run and (resume or again):  # a run that was stopped before its first save begins anew
         return False
@@ -142,7 +142,7 @@ def note_bad_step(out, data, split, seed, epoch, step, position, per_step, loss,
     epoch: from 0; step: from 1; position: of the step in its epoch, from 0; per_step: sequences in a step.
     """
     rows = micro_batches(len(split), seed, epoch, per_step, 1, 0, 1)[position][0][0][0]
-    records = np.load(split.folder / "records.npy", mmap_mode="r")[rows]
+    records = split.records(rows)
     files = [source["file"] for source in data.manifest["sources"]]
     entry = {"epoch": epoch + 1, "step": step, "loss": str(loss), "grad_norm": str(norm),
              "records": [{"row": int(row), "file": files[record["source"]], "record": int(record["record"]) + 1,  # from 1, as in messages
