@@ -37,7 +37,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.group("which runs")
     add("--grid", metavar="FILE.csv", help="your own runs: columns are flags of train.py (default: the 33 published runs)")
-    add("--rows", type=positive_int, nargs="+", metavar="N", help="only these rows of the published table, or runs of --grid by order")
+    add("--rows", nargs="+", metavar="N", help="only these rows of the published table, or runs of --grid by order")
     add("--models", nargs="+", metavar="NAME", help="only these models")
     add("--strategies", nargs="+", metavar="NAME", help="only these strategies")
     add("--protocol", choices=(*grid.PROTOCOLS, "both"), help="of the published runs (default both: each row once in each)")
@@ -85,17 +85,15 @@ def make_plan(args):
             choose(kind, name, list(dict.fromkeys(each.flags[kind] for each in runs)))
         runs = [each for each in runs if not wanted or each.flags[kind] in wanted]
     if args.rows:
-        numbers = [int(each.published["row"]) if each.published else i for i, each in enumerate(runs, start=1)]
+        numbers = [each.published["row"] if each.published else str(i) for i, each in enumerate(runs, start=1)]
         for row in args.rows:
-            choose("row", row, numbers)
+            choose("row", row, list(dict.fromkeys(numbers)))
         runs = [each for each, number in zip(runs, numbers) if number in args.rows]
     out = Path(args.out)
     plan = []
     for each in runs:
         data = each.flags.get("data") or args.data or "data/bertax"
         plan.append(each._replace(flags={**each.flags, **common, "data": data, "resume": "yes", "out": str(out / each.name)}))
-    if not plan:
-        raise InputError("no run is both of these --models and of these --strategies")
     return plan
 
 

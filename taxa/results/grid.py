@@ -209,7 +209,7 @@ def check_same(run, folder, processes, digest):
 def _same(text, value):
     """Is the text of a flag what args.json holds of it?"""
     if value is None or isinstance(value, bool):
-        return (text == "yes") is bool(value)
+        return text == "yes" and bool(value)
     if isinstance(value, list):
         return text.split() == [str(each) for each in value]
     if isinstance(value, (int, float)):
