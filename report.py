@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from taxa.errors import InputError
-from taxa.results.run_folders import Group, find_runs, group_runs, data_names, published_groups, read_run, strategy_row
+from taxa.results.run_folders import Group, find_runs, group_runs, data_names, published_groups, published_rows, read_run, strategy_row
 from taxa.runtime.cli import Parser, positive_float, run
 from taxa.runtime.files import new_folder
 
@@ -124,7 +124,8 @@ def table_rows(runs):
         rows.append({
             "run": each.folder.name, "data": names[each.args["data"]], "model": each.args["model"], "strategy": each.settings["strategy"],
             "r": each.settings.get("r"), "heads": each.settings["heads"], "seed": each.args["seed"],
-            "data_fraction": round(min(1, each.last_step * each.batch / sequences), 4) if sequences else None,
+            "data_fraction": round(min(1, each.last_step * each.batch / sequences) * (each.args.get("data_fraction") or 1), 4)
+            if sequences else None,
             "learning_rate": each.args["lr"], "epochs": round(each.epochs, 2), **{rank: each.balanced_accuracy(rank) for rank in ranks},
             "trainable_fraction": each.trainable_fraction, "epoch_seconds": each.epoch_seconds})
     return rows
@@ -139,16 +140,35 @@ def shown(column, value):
 
 
 def summary_rows(groups):
-    """One dict for each group: the number of seeds and, per rank, mean, lowest and highest balanced accuracy on the test split."""
+    """One dict for each group: the number of seeds n; per rank, mean, standard deviation, lowest and highest balanced accuracy on the test
+    split, and the published one of the same model, strategy, r, data fraction and learning rate; mean and deviation of the loss.
+    """
     ranks, rows = ranks_of([each for group in groups for each in group.runs]), []
     for group in groups:
-        row = {"data": group.data, "model": group.model, "strategy": group.label, "seeds": len(group.values(group_rank(group)))}
+        row = {"data": group.data, "model": group.model, "strategy": group.label, "n": len(group.values(group_rank(group)))}
+        published = published_row(group)
         for rank in ranks:
             values = group.values(rank)
-            row |= {f"{rank} mean": statistics.mean(values) if values else None, f"{rank} lowest": min(values, default=None),
-                    f"{rank} highest": max(values, default=None)}
-        rows.append(row)
+            row |= spread(rank, values) | {f"{rank} lowest": min(values, default=None), f"{rank} highest": max(values, default=None),
+                                           f"{rank} published": float(published[rank]) if rank in published else None}
+        rows.append(row | spread("loss", [each.metrics["loss"] for each in group.runs if each.metrics and "loss" in each.metrics]))
     return rows
+
+
+def spread(name, values):
+    """Mean and standard deviation (n - 1; None of fewer than two), under the name."""
+    return {f"{name} mean": statistics.mean(values) if values else None,
+            f"{name} sd": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def published_row(group):
+    """The row of the published table that a group of runs repeats, {} where there is none. LoRA and (IA)3 had frozen heads there."""
+    args = group.runs[0].args
+    for row in published_rows():
+        same = (row["model"], row["strategy"], row["r"]) == (group.model, group.strategy, str(group.r or ""))
+        if same and float(row["learning_rate"]) == args["lr"] and float(row["data_fraction"]) == (args.get("data_fraction") or 1):
+            return row
+    return {}
 
 
 def group_rank(group):

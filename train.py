@@ -27,7 +27,7 @@ from taxa.model import TaxonClassifier, sequence_losses
 from taxa.random_init import reinitialize
 from taxa.results.evaluation import run_split, summarize, table, write_tables
 from taxa.runtime import cli
-from taxa.runtime.cli import positive_int
+from taxa.runtime.cli import positive_int, share
 from taxa.runtime.distributed import barrier, copy_from_main, main_first, sum_over_ranks, world
 from taxa.runtime.precision import COMPILE, autocast, compile_in_place, precision_note, set_precision
 from taxa.runtime.progress import progress
@@ -49,6 +49,8 @@ def parse_args(argv=None):
     add("--augment", action="store_true",
         help="read every training sequence from a random strand, starting at a random base 0-5 (6-mer phase), anew in every epoch "
              "(default: as it is)")
+    add("--data-fraction", type=share, metavar="F",
+        help="train on this share of the training split, stratified by its last rank, the same for all runs of a seed (default: all of it)")
     add = add_optimisation(parser, weight_decay=0.0, warmup_steps=0)
     add("--patience", type=positive_int, default=3, metavar="EPOCHS",
         help="stop after this many without a better validation loss (default 3)")
@@ -78,6 +80,7 @@ def run_name(args, settings):
     parts += [f"r{settings['r']}"] if args.strategy == "lora" else []
     parts += ["published"] if args.protocol == "published" else []
     parts += ["frozen-heads"] if args.heads == "frozen" else []
+    parts += [f"data{args.data_fraction:g}"] if args.data_fraction else []
     parts += ["augment"] if args.augment else []
     parts += [f"seed{args.seed}"] if args.seed != 42 else []
     return Path("runs") / "-".join(parts)
@@ -101,11 +104,11 @@ def dry_run(args, row, settings):
     }))
 
 
-def announce(run, args, settings, base, model, data, steps, started):
-    """Write what describes the run into its folder, and say what is about to happen. steps: (steps, sequences per step); started: the
-    line of --adapters."""
+def announce(run, args, settings, base, model, digest, sequences, steps, started):
+    """Write what describes the run into its folder, and say what is about to happen. digest: of the data; sequences: to
+    train on; steps: (steps, sequences per step); started: the line of --adapters."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    total, trainable, sequences = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains), data.manifest["splits"]["train"]
+    total, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
     lines = {"package": [f"{args.model} starts from the weights that come with this package, pretrained on simulated genomes "
                          "(taxa/assets/tiny_nt/README.md); --weights DIR loads others"],
              "seed": [f"{args.model} has no published weights: the backbone starts from random weights of seed {base.get('seed')}; "
@@ -114,7 +117,7 @@ def announce(run, args, settings, base, model, data, steps, started):
     lines.append(f"{args.model} {args.strategy}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%}), heads "
                  f"{settings['heads']}; {sequences:,} sequences, {steps[0]:,} steps of {steps[1]}; run folder {run.out}")
     run.announce(lines, {"settings": settings, "base": base},
-                 {"parameters": total, "trainable": trainable, "training_sequences": sequences, "dataset": data.digest})
+                 {"parameters": total, "trainable": trainable, "training_sequences": sequences, "dataset": digest})
 
 
 def checkpoint_of(model, names, args, row, settings, base, data, lineages, epoch, metrics):
@@ -153,6 +156,8 @@ def train(w, run, args, row, settings, start=None):
     """Train, validate after every epoch, stop, test; returns the test metrics. start: {name: tensor} of --adapters."""
     set_precision(args.precision, w.device)
     data = open_data(w, args, row)
+    if args.data_fraction:
+        data.keep_part(args.data_fraction, args.seed)
     splits = {name: data.split(name, row.tokenizer) for name in SPLITS}
     per_step, steps_per_epoch, total_steps, warmup_steps = planned_steps(args, len(splits["train"]), w.size)
 
@@ -185,7 +190,7 @@ def train(w, run, args, row, settings, start=None):
         load_adamw(optimizer, last["optimizer"], model)
     ddp = DistributedDataParallel(model, device_ids=[w.device.index] if w.device.type == "cuda" else None) if w.size > 1 else model
     lineages = np.unique(splits["train"].labels, axis=0).tolist()  # class numbers, one per taxonomic level, that occur together
-    announce(run, args, settings, base, model, data, (total_steps, per_step), started)
+    announce(run, args, settings, base, model, data.digest, len(splits["train"]), (total_steps, per_step), started)
 
     def save(epochs):  # last.pt, after so many whole epochs: with it --resume goes on from here, bit for bit
         if w.is_main:

@@ -12,7 +12,7 @@ import torch
 
 from taxa import RANKS
 from taxa.data.dataset import PreparedDataset, TokenWriter, micro_batches, write_manifest
-from taxa.data.splits import SPLITS
+from taxa.data.splits import SPLITS, stratified_subset
 from taxa.data.tokens import NTTokenizer, get_tokenizer
 from taxa.errors import InputError
 from taxa.runtime.files import new_folder, replacing, sha256, write_json
@@ -493,3 +493,18 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert len({tuple(flat(seed=seed, epoch=epoch)) for seed in (3, 4, 2 ** 31) for epoch in (1, 2)}) == 6
     assert flat(seed=7, epoch=0) == np.random.RandomState([7, 0]).permutation(50).tolist()
     assert micro_batches(0, 0, 0, 4, 1, 0, 1) == []
+
+
+def test_a_part_of_the_training_split_is_its_sequences(dataset):
+    """Tokens, batches and records of the part are those of the whole at the same sequences, and the other splits are whole."""
+    folder, contents = dataset
+    data, whole = PreparedDataset(folder), PreparedDataset(folder).split("train", "nt")
+    data.keep_part(0.5, seed=3)
+    part = data.split("train", "nt")
+    rows = stratified_subset(whole.labels[:, -1], 0.5, 3)
+    assert 0 < len(part) == len(rows) < len(whole) and np.array_equal(part.labels, whole.labels[rows])
+    assert all(np.array_equal(part.tokens(i), whole.tokens(row)) for i, row in enumerate(rows))
+    for name, tensor in part[[2, 0, 1]].items():
+        assert torch.equal(tensor, whole[rows[[2, 0, 1]]][name])
+    assert np.array_equal(part.records([1, 4]), np.load(folder / "train" / "records.npy")[rows[[1, 4]]])
+    assert len(data.split("test", "nt")) == len(contents["test"][0]) and len(data.split("validation", "nt")) == len(contents["validation"][0])

@@ -134,9 +134,22 @@ def test_summary_is_over_seeds(runs, written):
         row = next(row for row in csv.DictReader(file) if row["strategy"] == "LoRA r=4, heads frozen")
     values = [json.loads((runs / f"few-tiny-nt-lora-r4-frozen-seed{seed}" / "metrics.json").read_text())["ranks"]["genus"]
               ["balanced_accuracy"] for seed in (1, 2)]
-    said = [float(row[f"genus {what}"]) for what in ("mean", "lowest", "highest")]
-    assert said == pytest.approx([np.mean(values), min(values), max(values)])
-    assert row["seeds"] == "2"
+    said = [float(row[f"genus {what}"]) for what in ("mean", "sd", "lowest", "highest")]
+    assert said == pytest.approx([np.mean(values), np.std(values, ddof=1), min(values), max(values)])
+    assert row["n"] == "2" and row["genus published"] == ""
+
+
+def test_summary_has_the_published_row_of_the_same_settings_beside_it(tmp_path):
+    """Rows 26 and 27 differ in the learning rate alone, row 23 in the share of the data."""
+    def row(**args):
+        found = group_runs([SimpleNamespace(args=given, settings=given["settings"], environment={}, metrics=None, batch=128)
+                            for given in [{"data": "d", "model": "nt50m", "base": {"source": "hub"}, "seed": 42,
+                                           "settings": {"strategy": "lora", "r": 4, "heads": "train"}, "lr": 0.0005} | args]])
+        return report.published_row(found[0]).get("row")
+
+    assert (row(), row(lr=0.0002), row(lr=0.001)) == ("27", "26", None)
+    part = {"settings": {"strategy": "lora", "r": 1, "heads": "frozen"}, "lr": 0.0002}
+    assert (row(**part), row(**part, data_fraction=0.03)) == ("24", "23")
 
 
 def test_confused_pairs_against_a_plain_count(runs, written):

@@ -2,12 +2,13 @@
 
 import hashlib
 import itertools
+import math
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from taxa.data.splits import SPLITS, copies, find_ids, read_ids, shares, split_by_genus, write_ids
+from taxa.data.splits import SPLITS, copies, find_ids, read_ids, shares, split_by_genus, stratified_subset, write_ids
 from taxa.errors import InputError
 
 TRAIN, VALIDATION, TEST = range(3)
@@ -256,3 +257,22 @@ def test_files_that_are_not_of_ids_are_refused(tmp_path, text, words):
     (tmp_path / "ids").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=f"ids: .*{words}"):
         read_ids(tmp_path / "ids")
+
+
+@pytest.mark.parametrize("fraction", [0.03, 0.5, 1.0])
+def test_a_stratified_subset_holds_its_share_of_every_class(fraction):
+    """Against a loop: of each class floor or ceiling of its share, at least one, the first of one shuffle."""
+    for seed in range(5):
+        labels = random_genera(seed)
+        rows = stratified_subset(labels, fraction, seed)
+        assert np.array_equal(rows, stratified_subset(labels, fraction, seed)) and (np.diff(rows) > 0).all()
+        shuffled = np.random.RandomState(seed).permutation(len(labels))
+        for label in np.unique(labels):
+            members = np.flatnonzero(labels == label)
+            taken = rows[labels[rows] == label]
+            assert max(1, math.floor(fraction * len(members))) <= len(taken) <= max(1, math.ceil(fraction * len(members)))
+            assert set(taken) == set(sorted(members, key=lambda row: shuffled[row])[:len(taken)])
+        least = np.unique(labels, return_counts=True)[1]
+        assert len(rows) >= math.floor(fraction * len(labels) + 0.5) or (least <= 2).any()
+    assert len(stratified_subset(np.repeat([4, 7], [1000, 500]), 0.03, 1)) == 45
+    assert not np.array_equal(stratified_subset(labels, 0.5, 1), stratified_subset(labels, 0.5, 2))

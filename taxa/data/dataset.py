@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from taxa.data.splits import SPLITS
+from taxa.data.splits import SPLITS, stratified_subset
 from taxa.data.tokens import digests, nt_tokenizer
 from taxa.errors import InputError
 from taxa.runtime.files import read_text, replacing, save_array, sha256, write_json
@@ -128,7 +128,7 @@ class PreparedDataset:
 
     def __init__(self, folder):
         """Raises InputError for a folder that is missing, empty, of another version, or whose files are not the manifest's size."""
-        self.folder = Path(folder)
+        self.folder, self._part = Path(folder), None
         path = self.folder / "manifest.json"
         if not self.folder.is_dir():
             raise InputError(f"{folder}: no such folder; make it with prepare.py --out {folder}")
@@ -175,6 +175,11 @@ class PreparedDataset:
                 raise InputError(f"{self.folder}/{split}/{tokenizer}.bin: id {int(ids.max())}, but the vocabulary has "
                                  f"{described['vocab_size']} entries: prepare the folder again")
 
+    def keep_part(self, fraction, seed):
+        """From now on split("train", ...) is the same seeded part of the training split, stratified by its last rank."""
+        labels = _mapped(self.folder / "train" / "labels.npy", ndim=2)[:, -1]
+        self._part = stratified_subset(labels, fraction, seed)
+
     def has_tokens(self, tokenizer):
         return tokenizer in self.manifest["tokenizers"]
 
@@ -188,7 +193,7 @@ class PreparedDataset:
         if len(split) != expected:
             raise InputError(f"{self.folder / name / 'labels.npy'}: {len(split)} sequences, but the manifest says {expected}: prepare the "
                              "folder again")
-        return split
+        return split if name != "train" or self._part is None else SubsetSplit(split, self._part)
 
     def add_tokens(self, tokenizer, progress, in_order=map):
         """Write the tokens of another tokenizer, made from the letters that the nt tokens spell.
@@ -268,6 +273,10 @@ class TokenSplit(torch.utils.data.Dataset):
             self._open()
         return self._ids[self._offsets[i]:self._offsets[i + 1]]
 
+    def records(self, indices):
+        """Where sequences came from: (B,) of source file, record number in it, taxid."""
+        return np.load(self.folder / "records.npy", mmap_mode="r")[indices]
+
     def __getitem__(self, indices):
         """A list of B numbers -> {"input_ids" (B, T) int64, "attention_mask" (B, T) int64, "labels" (B, R) int64}, padded right."""
         if self._offsets is None:
@@ -281,6 +290,25 @@ class TokenSplit(torch.utils.data.Dataset):
         return {"input_ids": torch.from_numpy(np.where(here, ids, np.int64(self.pad_token_id))),
                 "attention_mask": torch.from_numpy(here.astype(np.int64)),
                 "labels": torch.from_numpy(self.labels[indices].astype(np.int64))}
+
+
+class SubsetSplit(torch.utils.data.Dataset):
+    """Some sequences of a TokenSplit, which are asked for by their place among these. rows: (M,) their numbers in the split."""
+
+    def __init__(self, split, rows):
+        self.split, self.rows, self.labels = split, rows, split.labels[rows]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def tokens(self, i):
+        return self.split.tokens(self.rows[i])
+
+    def records(self, indices):
+        return self.split.records(self.rows[indices])
+
+    def __getitem__(self, indices):
+        return self.split[self.rows[indices]]
 
 
 def _mapped(path, ndim):

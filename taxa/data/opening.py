@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import numpy as np
 from torch.utils.data import DataLoader
 
 from taxa.data.dataset import PreparedDataset, micro_batches
@@ -74,6 +73,6 @@ def step_records(split, seed, epoch, position, per_step, sources=None):
     rows = micro_batches(len(split), seed, epoch, per_step, 1, 0, 1)[position][0][0][0]
     if sources is None:
         return [{"row": int(row)} for row in rows]
-    records = np.load(split.folder / "records.npy", mmap_mode="r")[rows]
+    records = split.records(rows)
     return [{"row": int(row), "file": sources[record["source"]]["file"], "record": int(record["record"]) + 1,  # from 1, as in messages
              "taxid": int(record["taxid"])} for row, record in zip(rows, records)]

@@ -78,6 +78,19 @@ def split_groups(genus, group, targets, seed):
     return of_unit[unit.reshape(-1)]
 
 
+def stratified_subset(labels, fraction, seed):
+    """The places, in ascending order, of a seeded subset that holds `fraction` of every class, and of a class at least one.
+
+    labels: (N,) class ids; 0 < fraction <= 1. Parts of a sequence go to the classes with the largest remainders (shares). The subset
+    follows from labels, fraction and seed alone, on every machine.
+    """
+    classes, which, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    taken = np.minimum(shares(counts, fraction, minimum=np.ones_like(counts)), counts)
+    order = np.lexsort((np.random.RandomState(seed).permutation(len(which)), which))  # class by class, shuffled within
+    place = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its class
+    return np.sort(order[place < taken[which[order]]])
+
+
 def copies(taxid, digest):
     """(N,) int64: how many earlier sequences have this taxid and these letters. taxid: (N,); digest: (N,) of the letters."""
     order = np.lexsort((digest, taxid))  # stable: equal ones stay in input order

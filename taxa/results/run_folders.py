@@ -270,10 +270,15 @@ def group_runs(runs):
     return sorted(groups, key=lambda g: (g.data, g.model, order.index(g.strategy), g.r or 0, g.heads == "frozen", g.row))
 
 
+def published_rows():
+    """The 33 rows of the published table, {column: text}."""
+    with open(PUBLISHED, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def published_groups():
     """Groups of the published runs on all data. Their LoRA and (IA)3 heads were frozen (docs/PROTOCOL.md)."""
-    with open(PUBLISHED, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["data_fraction"] == "1"]
+    rows = [row for row in published_rows() if row["data_fraction"] == "1"]
     cells = {}
     for row in rows:
         cells.setdefault((row["model"], row["strategy"], int(row["r"]) if row["r"] else None), []).append(row)

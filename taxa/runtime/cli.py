@@ -114,6 +114,14 @@ def fraction(text):
     return value
 
 
+def share(text):
+    """argparse type: a number above 0, up to 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
+
+
 def byte_size(text):
     """argparse type: "80GiB", "500 MB", "1e9" -> bytes; KB, MB, GB, TB are powers of 1000, KiB, MiB, GiB, TiB of 1024."""
     found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE)

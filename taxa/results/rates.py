@@ -1,0 +1,70 @@
+"""Measured training rates of cards -> the hours of a run.
+
+  python -m taxa.results.rates gpu.json --date 2026-11-25     # a document of benchmarks/gpu.py becomes taxa/assets/measured_rates.json
+
+A rate is of one model, strategy and precision at the published batch, without activation checkpointing, on one GPU; LoRA's is of r = 4 and
+serves any r. Nothing else is carried over to what was not measured, but where the step is the same: random initialisation trains as full
+does, and DNABERT-S has DNABERT-2's network.
+"""
+
+import json
+from pathlib import Path
+
+from taxa import ASSETS
+from taxa.errors import InputError
+from taxa.runtime.cli import Parser, run
+
+RATES = ASSETS / "measured_rates.json"
+SAME_STEP = {"random": "full", "dnaberts": "dnabert2"}
+COLUMNS = ("model", "strategy", "precision", "compile", "sequences_per_s")
+STUDY_SEQUENCES = 4_560_000  # training sequences of the study, by its own numbers
+
+
+def read_rates():
+    """The rows of the package's table: dicts of device, date, model, strategy, precision, compile, sequences_per_s."""
+    return json.loads(RATES.read_text(encoding="utf-8"))
+
+
+def hours(flags, sequences, card, rates, processes=1):
+    """Hours that the training steps of a run take on a card, or None where nothing was measured.
+
+    flags: of train.py, {flag: text}; sequences: in the training split; card: a word of the device's name, any case. The validations and the
+    test, some 5% more, are not in it.
+    """
+    if not card or processes > 1 or "max-steps" in flags or flags.get("activation-checkpointing", "none") != "none":
+        return None
+    wanted = {"precision": flags.get("precision", "fp32"), "compile": "compile" in flags,
+              **{name: SAME_STEP.get(flags[name], flags[name]) for name in ("model", "strategy")}}
+    found = [row for row in rates if card.lower() in row["device"].lower() and wanted.items() <= row.items()]
+    if not found:
+        return None
+    return int(flags.get("epochs", 5)) * sequences * float(flags.get("data-fraction", 1)) / found[0]["sequences_per_s"] / 3600
+
+
+def table_of(document, date):
+    """The rows that read_rates() gives, of a document of benchmarks/gpu.py."""
+    rows = []
+    for cell in document.get("cells") or document["rows"]:
+        plain = cell.get("impl") in ("plain", "taxa") and cell.get("activation_checkpointing") in (None, "none")
+        if cell["kind"] == "speed" and plain and cell.get("status") == "done":
+            cell = {**cell, "sequences_per_s": round(cell["sequences_per_s"], 1)}
+            rows.append({"device": document["device"], "date": date} | {name: cell[name] for name in COLUMNS})
+    return rows
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("document", metavar="FILE", help="what benchmarks/gpu.py --out wrote")
+    add("--date", required=True, metavar="YYYY-MM-DD", help="when it was measured")
+    args = parser.parse_args(argv)
+    try:
+        rows = table_of(json.loads(Path(args.document).read_text(encoding="utf-8")), args.date)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{args.document} is not a document of benchmarks/gpu.py --out") from None
+    RATES.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+    print(f"{RATES}: {len(rows)} rates of {rows[0]['device'] if rows else 'nothing'}")
+
+
+if __name__ == "__main__":
+    run(main)
