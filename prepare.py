@@ -50,6 +50,9 @@ def parse_args(argv=None):
     add("--ranks", nargs="+", metavar="RANK",
         help="ranks to label, one to eight of NCBI's, from coarse to fine, or columns of --table; one head each "
              f"(default {' '.join(RANKS)})")
+    add("--classes-of", metavar="CKPT",
+        help="an external test set: label by the classes of a ckpt.pt (or of a folder of export.py), drop and count what is of none of "
+             "them, and put all the rest into the test split, for evaluate.py --data")
     add("--any-length", action="store_true", help="keep sequences of every length but 0")
     add("--test", type=fraction, metavar="F",
         help=f"share of each genus (class of the last rank) for the test split, above 0 (default {TEST:.2f})")
