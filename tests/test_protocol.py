@@ -103,7 +103,7 @@ def test_numbers_of_the_data():
         assert f"{number:,}" in PAGE
     for model, batch, seconds in (("nt50m", 128, 7527.8), ("nt100m", 64, 13292.0), ("nt250m", 64, 20258.2)):
         assert f"| {model}, batch {batch} | {len(train_rows) / seconds:.0f} |" in PAGE
-    part = re.findall(r"([\d.]+) s × (\d+)/s = ([\d,]+) \((?:row )?(\d+)\)", PAGE)
+    part = re.findall(r"([\d.]+) s × (\d+)/s = ([\d,]+) \((?:row )?(\d+)\)", " ".join(PAGE.split()))
     seconds = {"5": 7527.8, "11": 5084.4, "18": 6800.0, "23": 6991.4, "32": 7528.8}  # of the run on all data with the same strategy
     assert sorted(row for *_, row in part) == sorted(seconds)
     for own, speed, product, row in part:
