@@ -48,7 +48,7 @@ def parse_args(argv=None):
     add("--batch-size", type=positive_int, metavar="B", help="sequences per step (default: the published one)")
     add("--lr", type=positive_float, metavar="LR", help="initial learning rate (default: the published one of the model)")
     add("--workers", type=positive_int, metavar="N", help="data-loader workers of each run (default train.py's)")
-    add("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between log lines; speed is taken over them (default 20)")
+    add("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between log lines (default 20)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default CUDA where there is one")
     add = parser.group("comparison")
     add("--precisions", nargs="+", choices=PRECISIONS, metavar="NAME", help=f"of {' '.join(PRECISIONS)} (default all; on a CPU fp32 bf16)")

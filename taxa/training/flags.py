@@ -65,7 +65,7 @@ def add_optimisation(parser, weight_decay, warmup_steps, least_epochs=1):
     add("--lr", type=positive_float, metavar="LR", help="highest learning rate (default: the published one of the model)")
     add("--weight-decay", type=non_negative_float, default=weight_decay, metavar="W", help=f"AdamW's (default {weight_decay:g})")
     add("--warmup-steps", type=non_negative_int, metavar="N", help=f"linear warm-up before the cosine (default {warmup_steps})")
-    add("--warmup-ratio", type=fraction, metavar="F", help="the same as a share of all steps, rounded up")
+    add("--warmup-ratio", type=fraction, default=0.0, metavar="F", help="the same as a share of all steps, rounded up (default 0)")
     parser.set_defaults(default_warmup_steps=warmup_steps)
     add("--max-grad-norm", type=positive_float, default=1.0, metavar="G", help="clip the gradient's norm to this (default 1.0)")
     add("--max-bad-steps", type=positive_int, default=3, metavar="N",
