@@ -29,7 +29,7 @@ SCRIPTS = {"prepare": prepare, "train": train, "evaluate": evaluate, "predict": 
 TRAIN = "--model tiny-nt --strategy full --data {data} --weights {weights} --out {out} --max-steps 1 "
 LORA = TRAIN.replace("full", "lora")
 PREPARE = "--taxdump {dump} --any-length --out {out} --fasta "
-PRETRAIN = "--model tiny-nt --data {data} --out {out} --max-steps 1 "
+PRETRAIN = "--model tiny-nt --data {data} --out {out} --max-steps 1 --warmup-steps 0 "
 
 WRONG = [
     # flags
