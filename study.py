@@ -85,7 +85,7 @@ def make_plan(args):
             choose(kind, name, list(dict.fromkeys(each.flags[kind] for each in runs)))
         runs = [each for each in runs if not wanted or each.flags[kind] in wanted]
     if args.rows:
-        numbers = [each.published["row"] if each.published else str(i) for i, each in enumerate(runs, start=1)]
+        numbers = [str(each.published.row) if each.published else str(i) for i, each in enumerate(runs, start=1)]
         for row in args.rows:
             choose("row", row, list(dict.fromkeys(numbers)))
         runs = [each for each, number in zip(runs, numbers) if number in args.rows]
@@ -126,9 +126,9 @@ def print_plan(args, plan, data):
         took = hours(each.flags, sequences, card, rates, args.gpus_per_run)
         told = [grid.state(Path(each.flags["out"]))[0]]
         if each.published:
-            theirs = float(each.published["epoch_seconds"]) * int(each.published["epochs"]) / 3600
+            theirs = each.published.epoch_seconds * each.published.epochs / 3600
             published += theirs
-            told.append(f"published {' '.join(f'{rank} {each.published[rank]}' for rank in RANKS)} in {theirs:.2f} h")
+            told.append(f"published {' '.join(f'{rank} {getattr(each.published, rank)}' for rank in RANKS)} in {theirs:.2f} h")
         told.append("no estimate" if took is None else f"estimate {took:.2f} h")
         total, known = total + (took or 0), known + (took is not None)
         print(shlex.join(command(typed, 1 if args.num_classes else args.gpus_per_run, here=False)), " # " + "; ".join(told))
@@ -233,7 +233,7 @@ def run_plan(args, plan):
         signals.defer()
         slots = slots_of(args, todo) if todo else []
         jobs = [Job(each.name, command(each, args.gpus_per_run), grid.output(Path(each.flags["out"]))) for each in todo]
-        weights = {each.name: float((each.published or {}).get("epoch_seconds", 1)) for each in todo}
+        weights = {each.name: each.published.epoch_seconds if each.published else 1.0 for each in todo}
         line = ProgressLine(plan, len(plan) - len(todo), weights)
         statuses = run_jobs(jobs, slots, signals, held, line)
         print("\n" * sys.stdout.isatty(), end="")

@@ -18,9 +18,14 @@ import numpy as np
 import pytest
 
 import report
+from taxa import RANKS
 from taxa.errors import InputError
 from taxa.results.evaluation import Outcome, summarize, write_tables
-from taxa.results.run_folders import find_runs, group_runs, published_groups, read_run
+from taxa.results.groups import group_runs, published_groups
+from taxa.results.published import published_rows, published_seconds
+from taxa.results.run_folders import find_runs, read_run
+from taxa.results.tables import COLUMNS, published_row, ranks_of
+from taxa.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = {"superkingdom": [{"taxid": i, "name": n} for i, n in (
@@ -107,7 +112,7 @@ def written(runs, tmp_path_factory):
 def test_table_says_what_the_runs_say(runs, written):
     with open(written / "table.csv", newline="") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
-    assert len(rows) == 2 * len(GRID) + 1 and tuple(next(iter(rows.values()))) == report.COLUMNS
+    assert len(rows) == 2 * len(GRID) + 1 and tuple(next(iter(rows.values()))) == COLUMNS
     for name, row in rows.items():
         args = json.loads((runs / name / "args.json").read_text())
         assert (row["model"], row["strategy"], row["heads"], int(row["seed"])) == (
@@ -124,7 +129,7 @@ def test_table_says_what_the_runs_say(runs, written):
     unfinished = rows["unfinished"]
     assert (unfinished["genus"], unfinished["epochs"], unfinished["data_fraction"]) == ("", "0.5", "0.5")
     lines = (written / "table.md").read_text().splitlines()
-    assert len(lines) == len(rows) + 2 and all(line.count("|") == len(report.COLUMNS) + 1 for line in lines)
+    assert len(lines) == len(rows) + 2 and all(line.count("|") == len(COLUMNS) + 1 for line in lines)
     genus = float(rows["few-tiny-nt-full-train-seed1"]["genus"])
     assert f" {genus:.4f} " in next(line for line in lines if "few-tiny-nt-full-train-seed1" in line)
 
@@ -145,11 +150,11 @@ def test_summary_has_the_published_row_of_the_same_settings_beside_it(tmp_path):
         found = group_runs([SimpleNamespace(args=given, settings=given["settings"], environment={}, metrics=None, batch=128)
                             for given in [{"data": "d", "model": "nt50m", "base": {"source": "hub"}, "seed": 42,
                                            "settings": {"strategy": "lora", "r": 4, "heads": "train"}, "lr": 0.0005} | args]])
-        return report.published_row(found[0]).get("row")
+        return getattr(published_row(found[0]), "row", None)
 
-    assert (row(), row(lr=0.0002), row(lr=0.001)) == ("27", "26", None)
+    assert (row(), row(lr=0.0002), row(lr=0.001)) == (27, 26, None)
     part = {"settings": {"strategy": "lora", "r": 1, "heads": "frozen"}, "lr": 0.0002}
-    assert (row(**part), row(**part, data_fraction=0.03)) == ("24", "23")
+    assert (row(**part), row(**part, data_fraction=0.03)) == (24, 23)
 
 
 def test_confused_pairs_against_a_plain_count(runs, written):
@@ -256,8 +261,8 @@ def test_another_fraction_frozen_and_another_dataset_of_the_same_folder(tmp_path
 def test_ranks_of_runs_that_differ_in_them():
     ranks = [("phylum", "genus"), ("superkingdom", "phylum", "genus"), ("order", "genus", "species"), ()]
     runs = [SimpleNamespace(metrics={"ranks": dict.fromkeys(each)} if each else None) for each in ranks]
-    assert report.ranks_of(runs) == ("superkingdom", "phylum", "order", "genus", "species")
-    assert report.ranks_of(runs[3:]) == report.RANKS
+    assert ranks_of(runs) == ("superkingdom", "phylum", "order", "genus", "species")
+    assert ranks_of(runs[3:]) == RANKS
 
 
 def test_the_published_protocol_beside_ours(tmp_path):
@@ -316,7 +321,7 @@ def test_every_mark_is_inside_its_axes(tmp_path):
     make_grid(tmp_path, models=("tiny-dnabert",), grid=[(s, r, heads, skill / 4) for s, r, heads, skill in GRID])
     make_grid(tmp_path, data=("data/few", "data/many"))
     groups = group_runs([read_run(folder) for folder in find_runs([tmp_path])])
-    for made in (figures.heads(groups, report.RANKS), figures.superkingdom(groups), figures.pretraining_gain(groups),
+    for made in (figures.heads(groups, RANKS), figures.superkingdom(groups), figures.pretraining_gain(groups),
                  figures.genus_by_r(groups), figures.epoch_time(groups)):
         for axes in made.axes:
             marks = [line for line in axes.lines if line.get_marker() not in ("None", "")]
@@ -331,6 +336,25 @@ def test_published_numbers():
     nt50m = {group.label: group.values("genus") for group in groups if group.model == "nt50m"}
     assert nt50m["full"] == [0.7164] and nt50m["LoRA r=4, heads frozen"] == [0.0329, 0.0386]
     assert nt50m["LoRA r=20, heads frozen"] == [0.0881]
+    rows = published_rows()
+    assert [row.row for row in rows] == list(range(1, 34)) and {row.strategy for row in rows} == set(STRATEGIES)
+    assert rows[4][1:] == ("nt50m", "full", None, 0.03, 2e-05, 5, 0.7622, 0.147, 0.0066, 1.0, 21.49)
+    assert published_seconds("nt50m") == {
+        "full": (7527.8,), "random": (7528.8,), "freeze75": (5084.4,), "ia3": (6800.0,), "lora r=1": (6991.4,),
+        "lora r=4": (7980.8, 9140.0), "lora r=20": (9211.6,)}
+    assert published_seconds("tiny-nt") == {}
+
+
+def test_a_strategy_looks_in_pictures_as_its_row_says(tmp_path):
+    pytest.importorskip("matplotlib")
+    from taxa.results import figures
+    make_grid(tmp_path, seeds=(1,), grid=[(strategy, 4 if strategy == "lora" else None, "train", 0.5) for strategy in STRATEGIES])
+    (axes, *_) = figures.superkingdom(group_runs([read_run(folder) for folder in find_runs([tmp_path])])).axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["full", "random", "75% frozen", "LoRA r=4", "(IA)³"]  # whole models, then adapters
+    marks = {round(line.get_ydata()[0]): line.get_color() for line in axes.lines if line.get_marker() == "o"}
+    assert [marks[i] for i in range(5)] == [next(row.colour for row in STRATEGIES.values() if row.label == label.split(" r=")[0])
+                                            for label in labels]
 
 
 def test_one_unfinished_run_gives_a_report_that_says_so(tmp_path):
@@ -362,9 +386,9 @@ def damaged(folder, name, text):
 @pytest.mark.parametrize("spoil, message", [
     (lambda run: shutil.rmtree(run), "is not a folder"),
     (lambda run: (run / "args.json").unlink(), "no run in"),
-    (lambda run: damaged(run, "args.json", "{"), r"args.json is not JSON"),
+    (lambda run: damaged(run, "args.json", "{"), r"args.json: not readable as JSON"),
     (lambda run: damaged(run, "args.json", "{}"), r"args.json is not of a run"),
-    (lambda run: damaged(run, "metrics.json", "nonsense"), r"metrics.json is not JSON"),
+    (lambda run: damaged(run, "metrics.json", "nonsense"), r"metrics.json: not readable as JSON"),
     (lambda run: damaged(run, "log.jsonl", '{"epoch": 1, "step": 1}\n?\n'), r"log.jsonl, line 2: not JSON"),
     (lambda run: damaged(run, "confusion_phylum.csv", "truth,1,2\n1,3,4\n"), r"confusion_phylum.csv is not a square table"),
     (lambda run: damaged(run, "confusion_phylum.csv", "truth,1\n1,3\n\n"), r"confusion_phylum.csv is not a square table"),

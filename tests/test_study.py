@@ -18,7 +18,8 @@ import train
 from taxa.backbones import MODELS
 from taxa.errors import InputError, Saved, Stop
 from taxa.results import grid, rates
-from taxa.results.run_folders import published_rows, read_run
+from taxa.results.published import published_rows
+from taxa.results.run_folders import read_run
 from taxa.runtime import queue
 from taxa.strategies import PROTOCOLS
 
@@ -133,10 +134,10 @@ def test_the_published_grid_is_the_table_in_two_protocols_and_seeds():
     table = published_rows()
     for each in plan:
         args = train.parse_args(grid.words_of(each.flags))  # a command that train.py takes
-        row = table[int(each.published["row"]) - 1]
-        assert (args.model, args.strategy, args.r) == (row["model"], row["strategy"], int(row["r"]) if row["r"] else None)
-        assert (args.lr, args.epochs) == (float(row["learning_rate"]), int(row["epochs"])) and args.resume
-        assert (args.data_fraction or 1) == float(row["data_fraction"])
+        row = table[each.published.row - 1]
+        assert (args.model, args.strategy, args.r) == (row.model, row.strategy, row.r)
+        assert (args.lr, args.epochs) == (row.learning_rate, row.epochs) and args.resume
+        assert (args.data_fraction or 1) == row.data_fraction
         assert args.batch_size == MODELS[args.model].batch_size and args.accumulate == (4 if "dnabert" in args.model else 1)
     assert [(each.flags["protocol"], each.flags["seed"]) for each in plan[::33]] == [
         (protocol, seed) for seed in ("42", "43", "44") for protocol in ("corrected", "published")]
@@ -152,9 +153,9 @@ def test_a_step_holds_as_many_sequences_on_any_number_of_gpus(gpus):
 def test_filters_and_flags_for_all():
     common = "--precision bf16 --compile --epochs 1"
     plan = plan_of("--protocol", "corrected", "--models", "nt50m", "--strategies", "lora", "ia3", "--set", common)
-    assert [each.published["row"] for each in plan] == ["17", "18", "23", "24", "25", "26", "27"]
+    assert [each.published.row for each in plan] == [17, 18, 23, 24, 25, 26, 27]
     assert all(each.flags["precision"] == "bf16" and each.flags["compile"] == "yes" and each.flags["epochs"] == "1" for each in plan)
-    assert [each.published["row"] for each in plan_of("--rows", "5", "32", "--protocol", "published")] == ["5", "32"]
+    assert [each.published.row for each in plan_of("--rows", "5", "32", "--protocol", "published")] == [5, 32]
     own = plan_of("--models", "nt50m", "--set", "--batch-size 32")[0].flags
     assert own["batch-size"] == "32" and "accumulate" not in own
     words = study.command(plan[0], 4, here=False)

@@ -1,4 +1,4 @@
-"""The pictures of report.py. The only module that imports matplotlib; each function draws on a Figure of its own and returns it.
+"""The pictures of report.py; each function draws on a Figure of its own and returns it.
 
 A colour is a strategy, in every picture (Okabe and Ito's palette, told apart with any colour vision); a marker is a model; hollow and
 dashed is an adapter whose heads were frozen. Small marks are runs (seeds), large ones their mean.
@@ -12,9 +12,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from taxa.results.metrics import perplexity
+from taxa.results.groups import strategy_place
+from taxa.strategies import STRATEGIES
 
-COLORS = {"full": "#0072B2", "random": "#777777", "freeze75": "#009E73", "lora": "#D55E00", "ia3": "#CC79A7"}
-PRETRAINING_COLORS = ("#000000", "#E69F00", "#56B4E9")  # of the same palette, and no strategy's
+COLOURS = {name: row.colour for name, row in STRATEGIES.items()}
+PRETRAINING_COLOURS = ("#000000", "#E69F00", "#56B4E9")  # of the same palette, and no strategy's
 MARKERS = {"tiny-nt": "o", "tiny-dnabert": "s", "nt50m": "^", "nt100m": "v", "nt250m": "D", "dnabert2": "P", "dnaberts": "X"}
 OTHER_MARKERS = "<>phd*"
 FONT = 10
@@ -59,7 +61,7 @@ def short(text, letters=44):
 
 def mark(axes, values, y, group, shape, vertical=False, large=8):
     """Runs as small marks, their mean as a large one: at height y, or, when vertical, at the place y of the x axis."""
-    color, hollow = COLORS.get(group.strategy, "#000000"), group.heads == "frozen"
+    color, hollow = COLOURS.get(group.strategy, "#000000"), group.heads == "frozen"
     for size, points, alpha in ((large / 2, values, 0.55), (large, [statistics.mean(values)], 1))[len(values) == 1:]:
         places = [y] * len(points)
         axes.plot(*((places, points) if vertical else (points, places)), linestyle="none", marker=shape, markersize=size, color=color,
@@ -72,7 +74,7 @@ def legend(made, models, hollow, several, strategies=()):
     def handle(label, shape="o", color="#444444", **more):
         return Line2D([], [], linestyle="none", marker=shape, color=color, markersize=8, label=label, **more)
 
-    handles = [handle(label, color=COLORS[name]) for name, label in strategies]
+    handles = [handle(label, color=COLOURS[name]) for name, label in strategies]
     handles += [handle(model, marker(model, models)) for model in models]
     handles += [handle("adapter with frozen heads", markerfacecolor="white", markeredgewidth=1.4)] if hollow else []
     small = Line2D([], [], linestyle="none", marker="o", color="#444444", alpha=0.55, markersize=4, label="one seed (large: mean)")
@@ -107,8 +109,7 @@ def dot_rows(axes, groups, rows, models, values_of):
 def by_strategy(groups, values_of, label, right):
     """Figure 1b and its like: a row for each strategy, a panel for each data set and one for the published numbers."""
     groups = [group for group in groups if values_of(group)]
-    order = list(COLORS)
-    place = {g.row: (order.index(g.strategy) if g.strategy in order else len(order), g.r or 0) for g in groups}
+    place = {g.row: (strategy_place(g.strategy), g.r or 0) for g in groups}
     rows = sorted(place, key=lambda row: (place[row], row))
     parts = panels(groups)
     columns = len(parts) if len(parts) < 4 else 2
@@ -180,7 +181,7 @@ def genus_by_r(groups):
             for heads in ("train", "frozen"):
                 lora = [g for g in members if g.model == model and g.strategy == "lora" and g.heads == heads]
                 line = sorted((ranks.index(g.r) + shift, statistics.mean(g.values("genus"))) for g in lora)
-                ax.plot(*zip(*line) if line else ((), ()), color=COLORS["lora"], linewidth=1.3, zorder=2,
+                ax.plot(*zip(*line) if line else ((), ()), color=COLOURS["lora"], linewidth=1.3, zorder=2,
                         linestyle="--" if heads == "frozen" else "-")
                 for group in lora:
                     mark(ax, group.values("genus"), ranks.index(group.r) + shift, group, marker(model, all_models), True, large)
@@ -223,7 +224,7 @@ def epoch_time(groups):
     top = max(max(values, default=0) for values in of.values())
     made = by_strategy(groups, lambda g: of[id(g)], "time per epoch\n(full fine-tuning = 1)", 1.08 * top)
     for ax in made.axes:
-        ax.axvline(1, color=COLORS["full"], linewidth=1, linestyle=":", zorder=1)
+        ax.axvline(1, color=COLOURS["full"], linewidth=1, linestyle=":", zorder=1)
     return made
 
 
@@ -251,7 +252,7 @@ def heads(groups, ranks):
                 if group.row in rows:
                     mark(ax, values, rows.index(group.row), group, marker(group.model, models))
                 elif group.strategy == "full":
-                    ax.axvline(statistics.mean(values), color=COLORS["full"], linewidth=1.3, linestyle=":", zorder=1)
+                    ax.axvline(statistics.mean(values), color=COLOURS["full"], linewidth=1.3, linestyle=":", zorder=1)
             for y, row in enumerate(rows):
                 means = [statistics.mean(g.values(rank)) for g in groups if (g.data, g.model, g.row) == (*place, row) and g.values(rank)]
                 ax.plot(means, [y] * len(means), color="#bbbbbb", linewidth=3, zorder=1)
@@ -268,7 +269,7 @@ def heads(groups, ranks):
     handles = [Line2D([], [], linestyle="none", marker="o", markersize=8, color=color, label="heads trained"),
                Line2D([], [], linestyle="none", marker="o", markersize=8, color=color, markerfacecolor="white", markeredgewidth=1.4,
                       label="heads frozen"),
-               Line2D([], [], linestyle=":", color=COLORS["full"], label="full fine-tuning, mean")]
+               Line2D([], [], linestyle=":", color=COLOURS["full"], label="full fine-tuning, mean")]
     made.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=FONT)
     return made
 
@@ -280,7 +281,7 @@ def curves(groups):
     handles = {}
     for line, place in zip(axes, places):
         for group in (g for g in groups if (g.data, g.model) == place):
-            look = dict(color=COLORS.get(group.strategy, "#000000"), linestyle=STYLES.get(group.r, "-"), linewidth=1.3,
+            look = dict(color=COLOURS.get(group.strategy, "#000000"), linestyle=STYLES.get(group.r, "-"), linewidth=1.3,
                         alpha=0.9 if group.heads == "train" else 0.4)
             for run in group.runs:
                 steps = [entry for entry in run.steps if entry["loss"] is not None]
@@ -306,7 +307,7 @@ def pretraining(runs):
     """Perplexity of masked tokens against steps of pretrain.py: lines in training, dots in validation, dotted the unigram's."""
     made, axes = figure(3.2)
     ax = axes[0, 0]
-    for color, run in zip(PRETRAINING_COLORS * len(runs), runs):
+    for color, run in zip(PRETRAINING_COLOURS * len(runs), runs):
         checks = [line for line in run.validations if "perplexity" in line]
         ax.plot([e["step"] for e in run.steps], [perplexity(e["loss"]) for e in run.steps], linewidth=1, color=color)
         ax.plot([e["step"] for e in checks], [e["perplexity"] for e in checks], "o", markersize=5, color=color, label=run.folder.name)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 from taxa.errors import InputError, Saved
-from taxa.results.run_folders import published_rows
+from taxa.results.published import PublishedRow, published_rows
 
 PROTOCOLS = ("corrected", "published")
 FIRST_SEED = 42  # the published one
@@ -36,7 +36,7 @@ class Planned(NamedTuple):
     name: str
     flags: dict
     where: str
-    published: Optional[dict] = None
+    published: Optional[PublishedRow] = None
 
 
 def flags_of(words):
@@ -83,12 +83,12 @@ def published_grid(protocols, seeds, processes):
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):  # a table of part of the runs is then of all rows
         for protocol in protocols:
             for row in rows:
-                flags = {"model": row["model"], "strategy": row["strategy"]} | ({"r": row["r"]} if row["r"] else {})
-                flags |= {"protocol": protocol, "lr": row["learning_rate"], "epochs": row["epochs"]}
-                flags |= {"data-fraction": row["data_fraction"]} if row["data_fraction"] != "1" else {}
-                flags |= _batch(row["model"], processes) | {"seed": str(seed)}
-                parts = [f"row{int(row['row']):02d}", row["model"], row["strategy"], *([f"r{row['r']}"] if row["r"] else []), protocol]
-                runs.append(Planned("-".join([*parts, f"seed{seed}"]), flags, f"row {row['row']}", row))
+                flags = {"model": row.model, "strategy": row.strategy} | ({"r": str(row.r)} if row.r else {})
+                flags |= {"protocol": protocol, "lr": str(row.learning_rate), "epochs": str(row.epochs)}
+                flags |= {"data-fraction": str(row.data_fraction)} if row.data_fraction != 1 else {}
+                flags |= _batch(row.model, processes) | {"seed": str(seed)}
+                parts = [f"row{row.row:02d}", row.model, row.strategy, *([f"r{row.r}"] if row.r else []), protocol]
+                runs.append(Planned("-".join([*parts, f"seed{seed}"]), flags, f"row {row.row}", row))
     return runs
 
 
