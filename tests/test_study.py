@@ -1,5 +1,6 @@
 """study.py: the plan, the queue with all that can happen to it, SLURM's script. train.py is a stand-in but where its numbers matter."""
 
+import fcntl
 import json
 import os
 import re
@@ -50,6 +51,10 @@ if flags["model"] == "full-disk":
     sys.exit(2)
 if flags["model"] == "taken":
     sys.exit("torch.OutOfMemoryError: CUDA out of memory.")
+if flags["model"] == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open(out + "/log.jsonl", "w").close()
+    time.sleep(60)
 if flags["model"] == "crash":
     os.kill(os.getpid(), signal.SIGKILL)
 stopping = []
@@ -255,10 +260,10 @@ def test_it_goes_on_where_it_stopped_and_names_other_settings(here, capsys):
     before = metrics()
     assert len(before) == 4
     log = here / "runs" / "tiny-nt-ia3-lr0.2-seed43.txt"
-    assert log.read_text().splitlines() == ["exit status 0"]
+    assert re.fullmatch(r"\$ .*train.py --model .*\nexit status 0\n", log.read_text())
     (here / "runs" / "tiny-nt-ia3-lr0.2-seed43" / "metrics.json").unlink()
     main("--seeds", "2")
-    assert metrics() == before and log.read_text().splitlines() == ["exit status 0"] * 2  # that one alone ran again
+    assert metrics() == before and log.read_text().count("exit status 0\n") == 2  # that one alone ran again
 
     with pytest.raises(InputError, match="tiny-nt-full-lr0.1-seed42 was run with --epochs None, and now it is 3"):
         main("--set", "--epochs 3")
@@ -298,6 +303,12 @@ def test_a_run_that_fails_stops_no_other(here, capsys):
     assert "failed: taken-full-lr1-seed42: torch.OutOfMemoryError: CUDA out of memory." in printed
     assert "failed: crash-full-lr1-seed42: ended by SIGKILL (out of memory?)" in printed and "1/4 done, 0 running, 3 failed" in printed
     assert list(metrics()) == ["tiny-nt-full-lr1-seed42"]
+    with open("runs/taken-full-lr1-seed42.txt", "a") as log:
+        log.write("$ python train.py, started again\n")
+    assert grid.state(Path("runs/taken-full-lr1-seed42")) == ("running", "")
+    with open("runs/taken-full-lr1-seed42.txt", "a") as log:
+        log.write("exit status 1\n")
+    assert grid.state(Path("runs/taken-full-lr1-seed42")) == ("failed", "it printed nothing")
     main("--status")
     table = capsys.readouterr().out
     assert "1 done" in table and "3 failed" in table and "No space left on device" in table
@@ -323,6 +334,19 @@ def test_ctrl_c_saves_and_a_second_study_is_refused(here, capsys):
     assert len(steps) == 2 and all(0 < step < 400 for step in steps)
     main()
     assert len(metrics()) == 3
+
+
+def test_a_second_ctrl_c_does_not_wait(here):
+    write_grid("deaf,full,1")
+    queue_of_one = start()
+    wait_for(lambda: Path("runs/deaf-full-lr1-seed42/log.jsonl").exists())
+    queue_of_one.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        queue_of_one.wait(1)
+    queue_of_one.send_signal(signal.SIGINT)
+    assert queue_of_one.wait(10) == 130
+    with open("runs/deaf-full-lr1-seed42/.lock") as lock:
+        fcntl.lockf(lock.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)  # nobody holds it: the run is gone
 
 
 def test_killed_twice_it_ends_as_one_that_was_not(here):

@@ -4,6 +4,7 @@ import collections
 import ctypes
 import fcntl
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ STOPPED = Saved.status
 
 
 class Job(NamedTuple):
-    """A command. log: the file to which what it prints is appended, and when it has ended the line "exit status N"."""
+    """A command. log: the file to which a line "$ COMMAND" is appended, what it prints, and when it has ended the line "exit status N"."""
 
     name: str
     command: list
@@ -117,6 +118,7 @@ def start(job, slot, held):
             if os.getppid() != parent:
                 os._exit(1)
 
+    note(job.log, f"$ {shlex.join(job.command)}\n")
     with open(job.log, "ab") as log:
         return subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | slot,
                                 start_new_session=True, pass_fds=[held.fileno()], preexec_fn=end_with_the_queue)
