@@ -354,14 +354,14 @@ def test_killed_twice_it_ends_as_one_that_was_not(here):
     main("--seeds", "2", "--jobs", "4")
     Path("runs").rename("undisturbed")
     rng = np.random.RandomState(0)
-    for number in range(2):
-        killed = start("--seeds", "2", "--jobs", "2", STEPS="3", PAUSE="0.1")
-        wait_for(lambda: list(Path("runs").glob("*/log.jsonl")))
-        time.sleep(rng.uniform(0, 0.5))
+    for _ in range(2):
+        logs = len(list(Path("runs").glob("*/log.jsonl")))
+        killed = start("--seeds", "2", "--jobs", "2", PAUSE="0.7")  # a step that is longer than it takes to start again
+        wait_for(lambda: len(list(Path("runs").glob("*/log.jsonl"))) > logs)
+        time.sleep(rng.uniform(0, 0.3))
         killed.kill()
         killed.wait()
         assert len(metrics()) < 12
-    time.sleep(0.1)
     main("--seeds", "2", "--jobs", "2")
     assert len(metrics()) == 12 and metrics() == metrics("undisturbed")
     assert "in use" not in "".join(path.read_text() for path in Path("runs").glob("*.txt"))  # nothing was left behind

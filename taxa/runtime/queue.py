@@ -81,6 +81,11 @@ def run_jobs(jobs, slots, signals, held, watch):
     waiting, running, statuses, told = collections.deque(jobs), {}, {}, False
     try:
         while running or (waiting and signals.received is None):
+            for number, (job, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[number]
+                    statuses[job.name] = STOPPED if told and process.returncode else process.returncode
+                    note(job.log, f"exit status {statuses[job.name]}\n")
             for number, slot in enumerate(slots):
                 if number not in running and waiting and signals.received is None:
                     job = waiting.popleft()
@@ -89,11 +94,6 @@ def run_jobs(jobs, slots, signals, held, watch):
                     except OSError as error:  # a disk so full that not even the log can be opened
                         statuses[job.name] = 2
                         print(f"{job.name}: {error.filename or job.command[0]}: {error.strerror}", file=sys.stderr, flush=True)
-            for number, (job, process) in list(running.items()):
-                if process.poll() is not None:
-                    del running[number]
-                    statuses[job.name] = STOPPED if told and process.returncode else process.returncode
-                    note(job.log, f"exit status {statuses[job.name]}\n")
             if signals.received is not None and not told:
                 told = True
                 for _, process in running.values():
