@@ -11,6 +11,7 @@ from pathlib import Path
 from taxa.data.dataset import PreparedDataset
 from taxa.data.splits import SPLITS
 from taxa.data.taxonomy import class_id
+from taxa.data.tokens import digests
 from taxa.errors import InputError
 from taxa.results.evaluation import details, run_split, split_temperature, summarize, table, write_tables
 from taxa.runtime.cli import Parser, non_negative_int, positive_int, run
@@ -19,6 +20,8 @@ from taxa.runtime.files import write_json
 from taxa.runtime.precision import PRECISIONS, set_precision
 from taxa.runtime.progress import progress
 from taxa.training import checkpoint
+
+SHOWN = 5  # classes in a message
 
 
 def parse_args(argv=None):
@@ -52,10 +55,8 @@ def main(argv=None):
         raise InputError(f"{data.folder} is not the dataset that {args.checkpoint} was trained on (digest {data.digest[:12]}, then "
                          f"{trained_on['digest'][:12]}): to evaluate on it all the same, say with --out where the numbers go")
     check_classes(args.checkpoint, content, data)
-    tokenizer = content["tokenizer"]["name"]
+    tokenizer = tokens_of(content["tokenizer"], data)
     split = data.split(args.split, tokenizer)
-    if data.manifest["tokenizers"][tokenizer]["digest"] != content["tokenizer"]["digest"]:
-        raise InputError(f"{data.folder}: its {tokenizer} tokens are of another vocabulary than the checkpoint's")
     if len(split) == 0:
         raise InputError(f"{data.folder}: the {args.split} split is empty")
     validation = data.split("validation", tokenizer)
@@ -88,6 +89,19 @@ def main(argv=None):
     return metrics
 
 
+def tokens_of(trained, data):
+    """The name that the tokenizer of a checkpoint, {"name", "digest", ...}, has in the data; the checkpoint's where the data has none of it.
+
+    Raises InputError where the data's tokens of that name are of another vocabulary.
+    """
+    for name, record in data.manifest["tokenizers"].items():
+        if digests(record) & digests(trained):
+            return name
+    if data.has_tokens(trained["name"]):
+        raise InputError(f"{data.folder}: its {trained['name']} tokens are of another vocabulary than the checkpoint's")
+    return trained["name"]
+
+
 def check_classes(path, content, data):
     """Raise InputError when the data's classes, by taxid (or name) and in order, are not those that the heads were trained for."""
     if list(data.classes) != list(content["classes"]):
@@ -96,9 +110,15 @@ def check_classes(path, content, data):
     for rank, trained in content["classes"].items():
         then, now = [class_id(row) for row in trained], [class_id(row) for row in data.classes[rank]]
         if then != now:
-            differ = len(set(then) ^ set(now))
-            raise InputError(f"{path} and {data.folder} have different classes: {rank} has {len(then)} in the checkpoint and "
-                             f"{len(now)} in the data, {differ} of them in only one; evaluate on data with the same classes")
+            sides = {"the checkpoint": [i for i in then if i not in set(now)], "the data": [i for i in now if i not in set(then)]}
+            differ = "; ".join(f"{len(ids)} in {side} only ({some(ids)})" for side, ids in sides.items() if ids)
+            raise InputError(f"{path} and {data.folder} have different classes: {rank} has {len(then)} in the checkpoint and {len(now)} in "
+                             f"the data, {differ or 'in another order'}: prepare.py --classes-of {path} labels data by the checkpoint's")
+
+
+def some(ids):
+    """The first few of a list of taxids or names."""
+    return ", ".join(map(str, ids[:SHOWN])) + (" ..." if len(ids) > SHOWN else "")
 
 
 if __name__ == "__main__":

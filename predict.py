@@ -30,10 +30,12 @@ from taxa.training import checkpoint
 BATCHES_PER_SLICE = 8  # windows are sorted by length within so many batches; so much is also read ahead, twice
 
 MANUAL = """
-Input. FASTA (sequences over any number of lines) or FASTQ (four lines a record), told by the first letter; plain, gzip or bgzip. Letters
-  outside ACGTN become N, as in prepare.py. A read of up to --window letters is one sequence for the network. A longer one is cut into
+Input. FASTA (sequences over any number of lines) or FASTQ (four lines a record), told by the first character; plain, gzip, bgzip, bzip2
+  or xz, told by the first bytes. docs/DATA.md says what is read as what, here as in prepare.py: U is T, white space and gaps are nothing,
+  anything else outside ACGTN becomes N and is counted. A read of up to --window letters is one sequence for the network. A longer one is cut into
   windows every --window letters, the last moved back to end with the read, and the logits of its windows are averaged. The network sees a
-  read as it is written, never its reverse complement. A read without letters is unclassified.
+  read as it is written, never its reverse complement. A window without a single A, C, G or T is left out, and a read that has no other is
+  unclassified.
 
 Decoding. Each rank's head gives its own probabilities; its best classes are the columns RANK_taxid, RANK_name and RANK_probability. The
   lineage is decoded jointly: of the lineages seen in training, the one whose classes have the highest sum of log-probabilities; its
@@ -49,7 +51,8 @@ Decoding. Each rank's head gives its own probabilities; its best classes are the
                  probability}. Classes below --min-probability are left out.
 --format kraken  Kraken's per-read lines: C or U, id, taxid of the deepest rank of the lineage, length, and taxid:windows where Kraken
                  has taxid:k-mers.
-The id is the first word of the header, or all of it with --whole-header (tabs become spaces, but not in jsonl).
+The id is the first word of the header, or all of it with --whole-header (line breaks of every kind become spaces, and tabs, but not in
+jsonl). All that is written is UTF-8.
 
 Files appear when they are complete, and replace older ones; standard output is written as reads are done. Memory does not grow with the
 number of reads. The same reads give the same bytes with any number of processes. Exit status: 0, or 2 after wrong input (one line says
@@ -61,7 +64,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__, epilog=MANUAL)
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="ckpt.pt of a run folder, or a folder of export.py --adapters")
-    add("reads", metavar="READS", nargs="+", help="FASTA or FASTQ files, plain or gzip, or - for standard input")
+    add("reads", metavar="READS", nargs="+", help="FASTA or FASTQ files, plain, gzip, bzip2 or xz, or - for standard input")
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="FILE", default="-", help="where the predictions go (default -: standard output)")
     add("--format", choices=FORMATS, default="tsv", help="default tsv; see below")
@@ -69,13 +72,13 @@ def parse_args(argv=None):
     add("--min-probability", type=fraction, metavar="P", default=0.0, help="below it a rank is unclassified (0 to 1, default 0)")
     add("--whole-header", action="store_true", help="the id is the whole header line (default: its first word)")
     add("--embeddings", metavar="FILE.npy", help="write also the pooled vectors (reads, hidden size), in input order; a read of several "
-        "windows has their mean, one without letters NaN")
+        "windows has their mean, an unclassifiable one (see below) NaN")
     add("--dtype", choices=("float32", "float16"), default="float32", help="of --embeddings (default float32)")
     add = parser.add_argument_group("model").add_argument
     add("--weights", metavar="DIR", help="folder with the base weights (default: where the run took them from)")
     add("--tokenizer-file", metavar="PATH", help="tokenizer.json of the model (default for DNABERT: the hub's)")
     add("--temperature", metavar="FILE", help="temperature.json of this checkpoint (default: probabilities as the heads give them)")
-    add("--window", type=positive_int, metavar="BP", default=1500, help="letters that the network sees at a time (default 1500)")
+    add("--window", type=positive_int, metavar="BP", default=1500, help="bases that the network sees at a time (default 1500)")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=positive_int, metavar="B", help="windows per batch (default: the run's)")
     add("--precision", choices=PRECISIONS, help="of matrix products (default: the run's)")
@@ -175,7 +178,7 @@ def main(argv=None):
     temperature = read_temperature(args.temperature, args.checkpoint, content) if args.temperature else None
     name = content["tokenizer"]["name"]
     tokenizer = get_tokenizer(name if name in TOKENIZERS else "bpe", args.tokenizer_file)
-    if tokenizer.digest != content["tokenizer"]["digest"]:
+    if content["tokenizer"]["digest"] not in (tokenizer.digest, *tokenizer.old_digests):
         raise InputError(f"the vocabulary of the tokenizer {name} is not the one that {args.checkpoint} was trained with; "
                          "--tokenizer-file PATH gives another")
     with world(args.device) as w:
@@ -193,7 +196,7 @@ def main(argv=None):
 def predict(w, args, forward, writer, pieces):
     """Run the slices through the network and write what comes out; returns {"reads", "windows", "seconds", "cpu_seconds"}."""
     used = time.process_time()
-    started, reads_done, windows_done = time.perf_counter(), 0, 0
+    started, reads_done, windows_done, changed, without = time.perf_counter(), 0, 0, 0, 0
     with contextlib.ExitStack() as stack:
         out = vectors = None
         if w.is_main:
@@ -218,11 +221,16 @@ def predict(w, args, forward, writer, pieces):
                     if vectors:
                         vectors.append(found["pooled"])
                 reads_done, windows_done = reads_done + len(reads), windows_done + sum(read.windows for read in reads)
+                changed, without = changed + sum(read.changed for read in reads), without + sum(read.windows == 0 for read in reads)
                 bar.update(len(reads))
             pending = computed
     seconds = time.perf_counter() - started
     if w.is_main:
         print(f"{reads_done:,} reads, {windows_done:,} windows in {seconds:.1f} s: {reads_done / seconds:,.1f} reads/s", file=sys.stderr)
+        if changed:
+            print(f"{changed:,} bases outside ACGTN became N", file=sys.stderr)
+        if without:
+            print(f"{without:,} reads without a single A, C, G or T are unclassified", file=sys.stderr)
     return {"reads": reads_done, "windows": windows_done, "seconds": seconds, "cpu_seconds": time.process_time() - used}
 
 

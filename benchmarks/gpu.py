@@ -1,20 +1,24 @@
-"""Speed and memory on one GPU, in one command: no network, no data, under ten minutes, one JSON document.
+"""Speed and memory on one GPU, in one command: no network, no data, under seven minutes, one JSON document.
 
-  python benchmarks/gpu.py --out benchmarks/results/gpu.json            # one H100 or H200: eight or nine minutes
+  python benchmarks/gpu.py --out benchmarks/results/gpu.json       # one H100 or H200: six minutes
   python benchmarks/gpu.py --device cpu --tiny --out tiny.json     # every path at tiny sizes on a CPU: a few minutes
 
-Cells, most wanted first: sequences/s of a whole training step (forward, backward, clip, AdamW) for each model, strategy and precision; the
-largest batch under --memory-limit, to 2%; the same with benchmarks/peer.py, which does what the published code does; the same compiled.
-Weights and tokens are random, the batch is the published one. The document is written again after every cell; what --minutes did not
-allow (it limits when a cell begins: the last may end later), what ran out of memory and what failed is said in its place. Median of the
-steps that fit into --seconds, at least 5, after 3 that do not count.
+Cells, most wanted first, of random weights and tokens at the published batch, without padding:
 
-vs_published: our sequences/s by the published ones of full fine-tuning, per GPU (one H100, float32; DNABERT-2: 42 on four GPUs). mfu: model
-FLOP utilisation, the operations of our own step (no unused head, no gradient that nothing needs) per second by the card's dense peak; the
-same operations count for the peer. Its optimizer is ours too (fused AdamW), so that the two differ in the model alone;
-benchmarks/step.py gives the peer torch.optim.AdamW as the HF Trainer had it.
+  product    what a lone matrix multiplication, and a lone attention, of the model's own shapes reach, forward and backward
+  speed      sequences/s of a whole training step (forward, backward, clip, AdamW), eager or compiled, with or without activation
+             checkpointing; impl peer is benchmarks/peer.py, what the published code does, peer-sdpa the same with transformers' faster attention
+  forward    sequences/s of the forward alone, as evaluate.py and predict.py have it
+  ceiling    the largest batch under --memory-limit, predicted from the peaks of two sizes and tried on either side
+
+The document is written again after every cell; what --minutes did not allow, what ran out of memory and what failed is said in its place.
+Median of the steps that fit into --seconds, at least 5, after 3 that do not count (first_step_s: what compiling took).
+
+product_share: the time that the step's products and attention would need at the lone rates, by the time the step took. vs_published: our
+sequences/s by the published ones of full fine-tuning, per GPU (one H100, most likely in TF32: docs/PROTOCOL.md; DNABERT-2: 42 on four).
 """
 
+import functools
 import gc
 import itertools
 import statistics
@@ -25,178 +29,239 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
 
-import probe_batch  # noqa: E402
-from taxa.backbones import get_model  # noqa: E402
-from taxa.errors import InputError
+from taxa import STUDY_CLASSES  # noqa: E402
+from taxa.backbones import FAMILIES, get_model  # noqa: E402
+from taxa.errors import InputError  # noqa: E402
+from taxa.measure import flops  # noqa: E402
+from taxa.measure.isolation import is_out_of_memory, limit_memory, on_cuda  # noqa: E402
+from taxa.measure.step import build, random_batch, synchronize, training_step  # noqa: E402
 from taxa.runtime.cli import Parser, byte_size, positive_float, run  # noqa: E402
 from taxa.runtime.files import write_json  # noqa: E402
-from taxa.runtime.precision import compile_in_place, set_precision  # noqa: E402
-from taxa.strategies import settings_from_flags  # noqa: E402
+from taxa.runtime.precision import autocast, compile_in_place, set_precision  # noqa: E402
+from taxa.strategies import settings_from_flags, trainable_names  # noqa: E402
 from taxa.training.optim import adamw  # noqa: E402
 
 STRATEGIES = ("full", "lora", "ia3", "freeze75")  # lora with its default r = 4
-PUBLISHED = {"nt50m": 606.0, "nt100m": 343.0, "nt250m": 225.0, "dnabert2": 42.0 / 4}  # sequences/s per GPU, full (4.56 million / epoch_s)
-AIMS = {("nt50m", "fp32"): 1.15, ("nt50m", "tf32"): 3, ("nt50m", "bf16"): 6, ("dnabert2", "fp32"): 20, ("dnabert2", "bf16"): 100}
-# Dense peaks in FLOP/s of NVIDIA's data sheets (SXM): by a word of the card's name.
-PEAKS = {"H100": {"fp32": 67e12, "tf32": 494e12, "bf16": 989e12}, "H200": {"fp32": 67e12, "tf32": 494e12, "bf16": 989e12},
-         "A100": {"fp32": 19.5e12, "tf32": 156e12, "bf16": 312e12}}
-EXPECTED_SECONDS = {"speed": 15, "ceiling": 75, "compiled": 90}  # a cell is not begun with less time left than this
+PUBLISHED = {"nt50m": 606.0, "nt100m": 343.0, "nt250m": 225.0, "dnabert2": 42.0 / 4}  # sequences/s per GPU, full (supplement)
+EXPECTED_SECONDS = {"product": 3, "speed": 6, "forward": 4, "ceiling": 12, "compiled": 30}  # no cell begins with less time left
+WARM_UP = 3  # steps
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--out", required=True, metavar="FILE", help="the JSON document")
-    add("--minutes", type=positive_float, default=8.0, help="no cell begins that is expected to end later (default 8)")
-    add("--seconds", type=positive_float, default=2.0, help="time for the timed steps of a cell (default 2)")
-    add("--memory-limit", type=byte_size, metavar="SIZE", help="for the ceilings (default 80GiB; with --tiny 100MiB)")
+    add("--minutes", type=positive_float, default=6.5, help="no cell begins that is expected to end later (default 6.5)")
+    add("--seconds", type=positive_float, default=1.0, help="time for the timed steps of a cell (default 1)")
+    add("--memory-limit", type=byte_size, metavar="SIZE", help="for the ceilings (default 80GiB)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="default cuda")
     add("--tiny", action="store_true", help="the tiny models on short sequences: does everything run?")
     return parser.parse_args(argv)
 
 
 def cells(tiny):
-    """Every cell, most wanted first: dicts of kind, impl, model, strategy, precision, compile."""
+    """Every cell, most wanted first: dicts of kind, impl, model, strategy, precision, compile, activation_checkpointing."""
     nt, more, dnabert = ("tiny-nt", (), "tiny-dnabert") if tiny else ("nt50m", ("nt100m", "nt250m"), "dnabert2")
 
-    def make(kind, models, strategies, precisions, impls=("taxa",), compiled=False):
-        return [dict(kind=kind, impl=impl, model=model, strategy=strategy, precision=precision, compile=compiled)
-                for model, precision, impl, strategy in itertools.product(models, precisions, impls, strategies)]
+    def make(kind, models, strategies=("full",), precisions=("bf16",), impls=("taxa",), compiled=(None,), modes=("none",)):
+        return [dict(kind=kind, impl=impl, model=model, strategy=strategy, precision=precision, compile=how, activation_checkpointing=mode)
+                for model, precision, impl, how, mode, strategy
+                in itertools.product(models, precisions, impls, compiled, modes, strategies)]
 
-    every, both = ("fp32", "tf32", "bf16"), ("taxa", "peer")
-    wanted = (make("speed", [nt], STRATEGIES, ["fp32"]) + make("speed", [nt], ["full"], ["tf32", "bf16"])
-              + make("speed", [dnabert], ["full"], ["fp32", "bf16"]) + make("speed", [nt], ["full"], ["fp32"], ["peer"])
-              + make("ceiling", [nt], ["full"], ["fp32"], both) + make("ceiling", [nt], STRATEGIES[:0:-1], ["fp32"])
-              + make("speed", [nt], STRATEGIES, every, both) + make("speed", [dnabert], STRATEGIES, every)
-              + make("speed", more, ["full"], every, both) + make("speed", [nt, dnabert], ["full"], ["bf16", "tf32"], compiled=True)
-              + make("speed", more, STRATEGIES, every, both) + make("ceiling", [nt], STRATEGIES[:0:-1], ["fp32"], ["peer"])
-              + make("speed", [nt, dnabert, *more], STRATEGIES, every, compiled=True))
+    every, adapted = ("fp32", "tf32", "bf16"), STRATEGIES[1:]
+    wanted = (make("product", [nt, dnabert], precisions=every) + make("speed", [nt], precisions=every) + make("speed", [nt], adapted)
+              + make("speed", [dnabert], ["full", "lora"]) + make("speed", [nt], STRATEGIES, compiled=["layers"])
+              + make("speed", [nt], precisions=every, impls=["peer", "peer-sdpa"]) + make("speed", more)
+              + make("speed", more, compiled=["layers"])
+              + make("speed", [nt], STRATEGIES, modes=["selective", "full"]) + make("speed", [nt], compiled=["layers"], modes=["selective"])
+              + make("speed", [dnabert], compiled=["layers", "model", "cudagraphs"]) + make("speed", [dnabert], ["lora"], compiled=["model"])
+              + make("forward", [nt, dnabert]) + make("ceiling", [nt], STRATEGIES)
+              + make("ceiling", [nt], ["full", "lora"], modes=["selective", "full"])
+              + make("speed", [nt], adapted, ["fp32", "tf32"]) + make("speed", [dnabert], ["full", "lora"], ["fp32", "tf32"])
+              + make("speed", [nt], adapted, impls=["peer"]) + make("speed", [dnabert], ["ia3", "freeze75"])
+              + make("speed", more, adapted) + make("speed", more, ["full"], ["fp32", "tf32"]) + make("speed", more, impls=["peer"])
+              + make("speed", [nt], ["full"], ["tf32"], compiled=["layers"]) + make("speed", more, adapted, compiled=["layers"]))
     return list({tuple(cell.items()): cell for cell in wanted}.values())  # each once, where it is first wanted
 
 
-def operations(args, model, row, device):
-    """Floating-point operations of one training step on one sequence, as torch counts them (matrix products and attention)."""
-    input_ids, attention_mask, labels = random_batch(args, row, 1, device)
-    with FlopCounterMode(display=False) as counter:
-        probe_batch.sequence_losses(model(input_ids, attention_mask), labels).sum().backward()
-    model.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
+def shape(cell, tiny):
+    """(batch size, tokens) of a cell."""
+    row = get_model(cell["model"])
+    return (2, 16) if tiny else (row.batch_size, FAMILIES[row.family].module.TOKENS_OF_1500_BP)
 
 
-def build(args, cell, settings, device, lr):
-    """(model, optimizer) of a cell: ours or the peer with the same strategy, compiled if asked for."""
-    model, optimizer = probe_batch.build(args, settings, device, lr)
-    if cell["impl"] == "peer":
+def made(cell, device):
+    """(model, optimizer) of a cell: ours, or the peer with the same strategy; compiled if asked for."""
+    settings, lr = settings_from_flags(cell["model"], cell["strategy"]), get_model(cell["model"]).learning_rate
+    model, optimizer = build(cell["model"], settings, STUDY_CLASSES, device, lr, cell["activation_checkpointing"])
+    if cell["impl"] != "taxa":
         from peer import make_peer  # transformers' and PEFT's parts
 
-        plain, _ = probe_batch.build(args, settings_from_flags(cell["model"], "full"), torch.device("cpu"), lr)
-        model = make_peer(plain, settings).to(device)
-        optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr)
+        plain, _ = build(cell["model"], settings_from_flags(cell["model"], "full"), STUDY_CLASSES, torch.device("cpu"), lr)
+        model = make_peer(plain, settings, "sdpa" if cell["impl"] == "peer-sdpa" else "eager").to(device)
+        optimizer = adamw(model, lr)
     if cell["compile"]:
-        model.compile(backend="eager") if args.tiny else compile_in_place(model, device)
+        compile_in_place(model, model.backbone.encoder.layer, cell["compile"], device)
     return model, optimizer
 
 
-def speed(args, cell, settings, device):
-    """{"sequences_per_s", ...} of whole training steps at the published batch."""
-    row = get_model(cell["model"])
-    batch_size = 2 if args.tiny else row.batch_size
-    flops = operations(args, probe_batch.build(args, settings, device, row.learning_rate)[0], row, device)
-    model, optimizer = build(args, cell, settings, device, row.learning_rate)
-    batch = random_batch(args, row, batch_size, device)
-    seconds, deadline = [], None
-    while len(seconds) < 3 + 5 or time.perf_counter() < deadline:
-        probe_batch.synchronize(device)
+def batch_of(cell, batch_size, tokens, device, padding=False):
+    """A random batch; its attention_mask is None, as train.py's is where nothing is padding, but for the peer, which needs one."""
+    ids, mask, labels = random_batch(1000, list(STUDY_CLASSES.values()), batch_size, tokens, device)
+    return ids, (None if cell["impl"] == "taxa" else mask), labels
+
+
+def median_seconds(step, seconds, device):
+    """(median, fastest, slowest, number, seconds of the first call) of step()."""
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    first = time.perf_counter() - start
+    for _ in range(WARM_UP - 1):
+        step()
+    synchronize(device)
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
         start = time.perf_counter()
-        probe_batch.training_step(args, model, optimizer, batch)
-        probe_batch.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-        if len(seconds) == 3:
-            deadline = time.perf_counter() + args.seconds
-    median = statistics.median(seconds[3:])
-    rate = batch_size / median
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((peaks[cell["precision"]] for name, peaks in PEAKS.items() if name in card), None)
+        step()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return {"median_step_s": statistics.median(times), "fastest_s": min(times), "slowest_s": max(times), "steps": len(times),
+            "first_step_s": first}
+
+
+def product(args, cell, device):
+    """FLOP/s of the Linears of one layer, and of its attention, each alone, forward and backward; the weights count by their work."""
+    config = build(cell["model"], settings_from_flags(cell["model"], "full"), STUDY_CLASSES, torch.device("cpu"), 1e-4)[0].backbone
+    linears = {(m.in_features, m.out_features): 0 for m in config.encoder.layer[0].modules() if isinstance(m, nn.Linear)}
+    for module in config.encoder.layer[0].modules():
+        if isinstance(module, nn.Linear):
+            linears[module.in_features, module.out_features] += 1
+    batch_size, T = shape(cell, args.tiny)
+    dtype = torch.bfloat16 if cell["precision"] == "bf16" else torch.float32
+    work, seconds, rows = 0, 0.0, batch_size * T
+    for (n, m), count in linears.items():
+        x, w, dy = (torch.randn(size, device=device, dtype=dtype) for size in ((rows, n), (m, n), (rows, m)))
+        for multiply in (lambda: x @ w.t(), lambda: dy @ w, lambda: dy.t() @ x):  # forward, gradient of the input, of the weight
+            seconds += count * median_seconds(multiply, args.seconds / 20, device)["median_step_s"]
+            work += count * 2 * rows * n * m
+    heads, H = config.config.num_attention_heads, config.config.hidden_size
+    q, k, v = (torch.randn(batch_size, heads, T, H // heads, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    dy = torch.randn_like(q)
+
+    def attention():
+        F.scaled_dot_product_attention(q, k, v).backward(dy)
+
+    found = median_seconds(attention, args.seconds / 10, device)
+    return {"batch": batch_size, "tokens": T, "flops_per_s": work / seconds, "shapes": [list(pair) for pair in linears],
+            "attention_flops_per_s": 12 * batch_size * T * T * H / found["median_step_s"]}
+
+
+def speed(args, cell, device, rates):
+    """{"sequences_per_s", ...} of whole training steps at the published batch. rates: {(model, precision): product()}."""
+    batch_size, T = shape(cell, args.tiny)
+    model, optimizer = made(cell, device)
+    batch = batch_of(cell, batch_size, T, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    found = median_seconds(functools.partial(training_step, model, optimizer, batch, cell["precision"]), args.seconds, device)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    rate, share = batch_size / found["median_step_s"], None
+    lone = rates.get((cell["model"] if cell["model"] in ("dnabert2", "tiny-dnabert", "tiny-nt") else "nt50m", cell["precision"]))
+    if cell["impl"] == "taxa" and lone:
+        parts = flops.parts(model, get_model(cell["model"]).family, trainable_names(model, settings_from_flags(cell["model"], cell["strategy"])), T)
+        attention = sum(part.step for part in parts if part.name.endswith("attention.self"))
+        needed = attention / lone["attention_flops_per_s"] + (sum(part.step for part in parts) - attention) / lone["flops_per_s"]
+        share = needed * rate
     published = PUBLISHED.get(cell["model"])
-    return {"batch": batch_size, "tokens": args.length, "median_step_s": median, "fastest_s": min(seconds[3:]),
-            "slowest_s": max(seconds[3:]), "steps": len(seconds) - 3, "sequences_per_s": rate,
-            "vs_published": published and rate / published, "flops_per_sequence": flops, "mfu": peak and rate * flops / peak}
+    return {"batch": batch_size, "tokens": T, **found, "sequences_per_s": rate, "vs_published": published and rate / published,
+            "product_share": share, "peak_bytes": peak}
 
 
-def random_batch(args, row, batch_size, device):
-    """input_ids (B, T), attention_mask (B, T), labels (B, R) of random values, for ours and for the peer."""
-    ids = torch.randint(5, 1000, (batch_size, args.length), device=device)
-    return ids, torch.ones_like(ids), torch.randint(0, 4, (batch_size, 3), device=device)
+def forward(args, cell, device):
+    """{"sequences_per_s"} of the forward alone at four times the training batch, without a graph."""
+    batch_size, T = shape(cell, args.tiny)
+    model, _ = made(cell, device)
+    ids, mask, _ = batch_of(cell, 4 * batch_size, T, device)
+
+    @torch.no_grad()
+    def step():
+        with autocast(device, cell["precision"]):
+            model.eval()(ids, mask)
+
+    found = median_seconds(step, args.seconds, device)
+    return {"batch": 4 * batch_size, "tokens": T, **found, "sequences_per_s": 4 * batch_size / found["median_step_s"]}
 
 
-def ceiling(args, cell, settings, device, limit, deadline):
-    """{"ceiling", "smallest_that_fails"}: the largest batch whose whole steps fit into the limit, to 2%."""
-    row = get_model(cell["model"])
+def ceiling(args, cell, device, limit):
+    """{"ceiling", "smallest_that_fails"}: predicted from the peaks of two sizes, then tried: the two are 2% apart, unless said."""
+    if device.type != "cuda":
+        raise NotImplementedError("ceilings need torch's own count of CUDA memory; probe_batch.py measures them on a CPU")
+    T = shape(cell, args.tiny)[1]
 
-    def three_steps(batch_size):
-        model, optimizer = build(args, cell, settings, device, row.learning_rate)
-        batch = random_batch(args, row, batch_size, device)
-        for _ in range(3):
-            probe_batch.training_step(args, model, optimizer, batch)
-        probe_batch.synchronize(device)
-        return {"done": True}
+    def peak(batch_size):
+        def work():
+            model, optimizer = made(cell, device)
+            batch = batch_of(cell, batch_size, T, device)
+            for _ in range(2):
+                training_step(model, optimizer, batch, cell["precision"])
+            synchronize(device)
+            return torch.cuda.max_memory_allocated(device)
+        return on_cuda(work, device)
 
-    def fits(batch_size):
-        if time.perf_counter() > deadline:
-            raise TimeoutError("--minutes were over before the search")
-        work = lambda: three_steps(batch_size)  # noqa: E731  the two take a function of nothing
-        return bool(probe_batch.on_cuda(work, device) if device.type == "cuda" else probe_batch.in_child(work, limit))
-
-    good, bad = probe_batch.search(fits)
-    return {"tokens": args.length, "limit_bytes": limit, "ceiling": good, "smallest_that_fails": bad}
+    small, large = peak(64), peak(128)
+    predicted = int((limit - small) / ((large - small) / 64) + 64)
+    fits, fails = int(predicted * 0.985), int(predicted * 1.015)
+    return {"tokens": T, "limit_bytes": limit, "predicted": predicted, "bytes_per_sequence": (large - small) / 64,
+            "ceiling": fits if peak(fits) else None, "smallest_that_fails": None if peak(fails) else fails}
 
 
-def run_cell(args, cell, device, limit, deadline):
+def run_cell(args, cell, device, limit, deadline, rates):
     """The cell with its result: "done" and numbers, or why there are none."""
-    if cell["precision"] == "tf32" and device.type != "cuda":
-        return cell | {"status": "not run: tf32 needs a CUDA device"}
-    if time.perf_counter() + (0 if args.tiny else EXPECTED_SECONDS["compiled" if cell["compile"] else cell["kind"]]) > deadline:
+    if device.type != "cuda" and (cell["precision"] == "tf32" or cell["compile"] == "cudagraphs"):
+        return cell | {"status": "not run: needs a CUDA device"}
+    expected = EXPECTED_SECONDS["compiled" if cell["compile"] in ("model", "cudagraphs") else cell["kind"]]
+    if time.perf_counter() + (0 if args.tiny else expected) > deadline:
         return cell | {"status": "not run: no time left"}
-    family = get_model(cell["model"]).family
-    args.length = 16 if args.tiny else probe_batch.LENGTH[family]
-    if cell["kind"] == "ceiling" and args.tiny:
-        args.length = 400  # so long that a few sequences fill the limit
-    args.model, args.precision = cell["model"], cell["precision"]
     set_precision(cell["precision"], device)
-    settings = settings_from_flags(cell["model"], cell["strategy"])
     try:
-        if cell["kind"] == "ceiling":
-            found = ceiling(args, cell, settings, device, limit, deadline)
+        if cell["kind"] == "product":
+            found = rates[cell["model"], cell["precision"]] = product(args, cell, device)
+        elif cell["kind"] == "ceiling":
+            found = ceiling(args, cell, device, limit)
         else:
-            found = speed(args, cell, settings, device)
+            found = forward(args, cell, device) if cell["kind"] == "forward" else speed(args, cell, device, rates)
     except ImportError as error:
         return cell | {"status": f"not run: {error.name} is not installed"}
-    except TimeoutError as error:
+    except NotImplementedError as error:
         return cell | {"status": f"not run: {error}"}
-    except (InputError, RuntimeError) as error:  # a cell that breaks (a kernel that does not compile, say) leaves the others their turn
-        return cell | {"status": "out of memory" if probe_batch.is_out_of_memory(error) else f"failed: {type(error).__name__}: {error}"}
+    except (InputError, RuntimeError, ValueError) as error:  # a cell that breaks (a kernel that does not compile) leaves the others their turn
+        return cell | {"status": "out of memory" if is_out_of_memory(error) else f"failed: {type(error).__name__}: {error}"}
     return cell | {"status": "done", **found}
 
 
 def line(cell):
     """One cell as one line of the table."""
-    what = (f"{cell['kind']:<8}{cell['impl']:<6}{cell['model']:<13}{cell['strategy']:<10}{cell['precision']:<6}"
-            f"{'compiled' if cell['compile'] else '':<10}")
+    how = f"compile {cell['compile']}" if cell["compile"] else ""
+    mode = "" if cell["activation_checkpointing"] == "none" else f"{cell['activation_checkpointing']} checkpointing"
+    what = f"{cell['kind']:<8}{cell['impl']:<10}{cell['model']:<13}{cell['strategy']:<10}{cell['precision']:<6}{how:<20}{mode:<24}"
     if cell["status"] != "done":
         return what + cell["status"].splitlines()[0]
+    if cell["kind"] == "product":
+        return what + f"{cell['flops_per_s'] / 1e12:8.1f} TFLOP/s in products, {cell['attention_flops_per_s'] / 1e12:.1f} in attention"
     if cell["kind"] == "ceiling":
         return what + f"largest batch {cell['ceiling']}, {cell['smallest_that_fails']} does not fit"
-    aim = AIMS.get((cell["model"], cell["precision"])) if cell["strategy"] == "full" and cell["impl"] == "taxa" else None
-    ratio = f"{cell['vs_published']:8.2f} x published full" if cell["vs_published"] else ""
-    return (what + f"{cell['sequences_per_s']:9.1f} sequences/s{ratio}" + (f" (aim {aim})" if aim else "")
-            + (f", {cell['mfu']:.0%} of peak" if cell["mfu"] else ""))
+    share = f", products alone {cell['product_share']:.0%}" if cell.get("product_share") else ""
+    peak = f", peak {cell['peak_bytes'] / 1e9:.1f} GB" if cell.get("peak_bytes") else ""
+    ratio = f" ({cell['vs_published']:.2f} x published full)" if cell.get("vs_published") else ""
+    return what + f"{cell['sequences_per_s']:9.1f} sequences/s{ratio}{share}{peak}, first step {cell['first_step_s']:.1f} s"
 
 
 def main(argv=None):
     args = parse_args(argv)
-    args.data = args.weights = args.recompute = None  # what probe_batch.build() reads besides
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("torch sees no CUDA device here; --device cpu --tiny tries every path")
     if args.device == "cpu" and not args.tiny:
@@ -204,22 +269,17 @@ def main(argv=None):
     if not Path(args.out).resolve().parent.is_dir():
         raise InputError(f"--out {args.out}: no such folder")
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
-    deadline = time.perf_counter() + 60 * args.minutes
-    limit = args.memory_limit or (100 * 2**20 if args.tiny else 80 * 2**30)
-    if device.type == "cuda" and not args.memory_limit:
-        limit = min(limit, torch.cuda.get_device_properties(device).total_memory)
-    probe_batch.limit_memory(limit, device)
+    deadline, limit, rates = time.perf_counter() + 60 * args.minutes, None, {}
+    if device.type == "cuda":
+        limit = args.memory_limit or min(80 * 2**30, torch.cuda.get_device_properties(device).total_memory)
+        limit_memory(limit, device)
     wanted = cells(args.tiny)
-    # Ceilings of the CPU run in forked processes, which must come before this one has computed anything: they go first there.
-    wanted = sorted(wanted, key=lambda cell: cell["kind"] != "ceiling") if device.type == "cpu" else wanted
     document = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"), "command": ["benchmarks/gpu.py", *(sys.argv[1:] if argv is None else argv)],
-        "minutes": args.minutes, "published_sequences_per_s_per_gpu": PUBLISHED,
-        "aims": [{"model": model, "precision": precision, "vs_published": aim} for (model, precision), aim in AIMS.items()],
-        "cells": [cell | {"status": "not run: not reached"} for cell in wanted]}
+        "published_sequences_per_s_per_gpu": PUBLISHED, "cells": [cell | {"status": "not run: not reached"} for cell in wanted]}
     for i, cell in enumerate(wanted):
-        document["cells"][i] = run_cell(args, cell, device, limit, deadline)
+        document["cells"][i] = run_cell(args, cell, device, limit, deadline, rates)
         write_json(args.out, document)
         print(line(document["cells"][i]), flush=True)
         gc.collect()

@@ -23,7 +23,7 @@ from taxa.data.tokens import NTTokenizer  # noqa: E402
 from taxa.model import sequence_losses  # noqa: E402
 from taxa.results.evaluation import Outcome, summarize, table  # noqa: E402
 from taxa.runtime.cli import Parser, positive_float, positive_int, run  # noqa: E402
-from taxa.training.optim import adamw, cosine_rate  # noqa: E402
+from taxa.training.optim import adamw, cosine_lr  # noqa: E402
 
 
 def kmer_counts(split, overlapping):
@@ -49,11 +49,11 @@ def fit(data, features, labels, epochs, lr, batch_size=32, seed=42):
     """Train one linear layer per rank; returns it as a ModuleDict."""
     torch.manual_seed(seed)
     heads = torch.nn.ModuleDict({rank: torch.nn.Linear(4**6, C) for rank, C in data.num_classes.items()})
-    optimizer, step = adamw(heads.parameters(), lr), 0
+    optimizer, step = adamw(heads, lr), 0
     total = epochs * -(-len(features) // batch_size)
     for _ in range(epochs):
         for rows in torch.randperm(len(features)).split(batch_size):
-            optimizer.param_groups[0]["lr"] = cosine_rate(step, total, lr)
+            optimizer.param_groups[0]["lr"] = cosine_lr(step, total, lr)
             loss = sequence_losses({rank: head(features[rows]) for rank, head in heads.items()}, labels[rows]).mean()
             loss.backward()
             optimizer.step()

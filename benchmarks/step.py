@@ -31,7 +31,7 @@ from taxa.model import TaxonClassifier, sequence_losses  # noqa: E402
 from taxa.random_init import reinitialize  # noqa: E402
 from taxa.runtime.cli import Parser, positive_int, run  # noqa: E402
 from taxa.runtime.files import write_json  # noqa: E402
-from taxa.strategies import inject, settings_from_flags, train_only, trainable_names  # noqa: E402
+from taxa.strategies import inject_adapters, settings_from_flags, train_only, trainable_names  # noqa: E402
 from taxa.training.optim import adamw  # noqa: E402
 
 VARIANTS = (("full", None), ("lora", 1), ("lora", 4), ("lora", 20), ("ia3", None), ("freeze75", None))
@@ -46,7 +46,7 @@ class Variant:
         self.impl, self.strategy, self.r, self.seconds = impl, strategy, r, []
         settings = settings_from_flags(model_name, strategy, r=r)
         if impl == "ours":
-            inject(classifier, settings)
+            inject_adapters(classifier, settings)
             train_only(classifier, trainable_names(classifier, settings))
             self.model = classifier.train()
         else:
@@ -54,7 +54,7 @@ class Variant:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         rate = get_model(model_name).learning_rate
         # the peer's is what the HF Trainer calls adamw_torch, its default when the study ran
-        self.optimizer = adamw(self.parameters, rate) if impl == "ours" else torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
+        self.optimizer = adamw(self.model, rate) if impl == "ours" else torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
 
     def loss(self, input_ids, attention_mask, labels):
         return sequence_losses(self.model(input_ids, attention_mask), labels).sum() / len(labels)

@@ -3,10 +3,9 @@
     on an output:   y = l * (W x + b)        l (out,)
     on an input:    y = W (l * x) + b        l (in,)
 
-Every l starts at one, so training starts from exactly the pretrained network. The authors scale keys, values, and the hidden layer of
-the feed-forward (the input of its second projection). Where keys and values share one fused projection, Wqkv (3H, H), l covers only
-their two thirds of its output: the target is written "Wqkv[key,value]". Example, nt50m: 512 + 512 + 2048 numbers in each of 12
-layers, 36,864 in all.
+Every l starts at one, so training starts from exactly the pretrained network. The authors scale keys, values, and the hidden layer of the
+feed-forward (the input of its second projection). Of a fused projection of queries, keys and values, Wqkv (3H, H), l covers two thirds of
+the output: the target is written "Wqkv[key,value]". Example, nt50m: 512 + 512 + 2048 numbers in each of 12 layers, 36,864 in all.
 """
 
 import re
@@ -14,7 +13,6 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from taxa.errors import InputError
 from taxa.inject import plain_linear, replace_linears, share_linear
@@ -22,82 +20,49 @@ from taxa.inject import plain_linear, replace_linears, share_linear
 THIRDS = ("query", "key", "value")  # of the rows of a fused Wqkv
 
 
-class Scale(torch.autograd.Function):
-    """y = l * u. The gradient of l needs u; it is taken as y / l, since attention keeps y anyway, so that u need not be kept too.
-
-    (An l of exactly 0 gets no gradient. They start at 1.)
-    """
-
-    @staticmethod
-    def forward(ctx, u, l):
-        y = (u * l).to(u.dtype)  # under bf16 autocast l stays float32: the product is rounded, not the vector
-        ctx.save_for_backward(y, l)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        y, l = ctx.saved_tensors
-        du = (dy * l).to(dy.dtype) if ctx.needs_input_grad[0] else None
-        dl = (dy * y).sum(dim=tuple(range(dy.dim() - 1)), dtype=l.dtype)
-        return du, torch.where(l == 0, 0.0, dl / l)
-
-
 class IA3Linear(nn.Linear):
-    """An nn.Linear that keeps its weight and bias (the same tensors, under the same names) and adds ia3_l.
+    """An nn.Linear that keeps its weight and bias (the same tensors, under the same names) and adds ia3_l, on its input
+    (feedforward=True) or on the features `rows` = (start, stop) of its output, by default all."""
 
-    feedforward=True scales the input, else the output; `rows` = (start, stop) limits the output's scaling to those features.
-    """
+    adapter_parameters = ("ia3_l",)
 
     def __init__(self, linear, feedforward=False, rows=None):
         share_linear(self, linear)
-        self.feedforward = feedforward
-        self.rows = rows or (0, linear.out_features)
-        size = linear.in_features if feedforward else self.rows[1] - self.rows[0]
-        self.ia3_l = nn.Parameter(linear.weight.new_ones(size))
+        self.feedforward, self.rows = feedforward, rows or (0, linear.out_features)
+        self.ia3_l = nn.Parameter(linear.weight.new_ones(linear.in_features if feedforward else self.rows[1] - self.rows[0]))
 
     def output_scale(self):
         """(out,): ia3_l at the scaled rows, one elsewhere."""
-        start, stop = self.rows
-        return F.pad(self.ia3_l, (start, self.out_features - stop), value=1.0)
+        return F.pad(self.ia3_l, (self.rows[0], self.out_features - self.rows[1]), value=1.0)
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         if self.feedforward:
-            return F.linear(x * self.ia3_l, self.weight, self.bias)
-        return Scale.apply(F.linear(x, self.weight, self.bias), self.output_scale())
+            return F.linear(self.ia3_l * x, self.weight, self.bias)
+        y = F.linear(x, self.weight, self.bias)
+        return (self.output_scale() * y).to(y.dtype)  # under bf16 autocast l stays float32: the product is rounded, not the vector
 
     @torch.no_grad()
     def merge(self):
         """Fold ia3_l into the weight (and, on an output, the bias), in place, and return it as a plain nn.Linear. One way: do it once."""
-        if self.feedforward:
-            self.weight *= self.ia3_l  # scales columns
-        else:
-            self.weight *= self.output_scale()[:, None]  # scales rows
-            if self.bias is not None:
-                self.bias *= self.output_scale()
+        self.weight *= self.ia3_l if self.feedforward else self.output_scale()[:, None]  # scales columns, or rows
+        if self.bias is not None and not self.feedforward:
+            self.bias *= self.output_scale()
         return plain_linear(self)
-
-    def extra_repr(self):
-        where = "input" if self.feedforward else f"output[{self.rows[0]}:{self.rows[1]}]"
-        return f"{super().extra_repr()}, ia3_l on {where}"
 
 
 def split_target(target):
-    """"attention.self.Wqkv[key,value]" -> ("attention.self.Wqkv", ("key", "value")); without brackets -> (target, None)."""
+    """Return (module, parts): "attention.self.Wqkv[key,value]" -> ("attention.self.Wqkv", ("key", "value")); no brackets -> (target, None)."""
     found = re.fullmatch(r"(.+)\[([a-z,]+)\]", target)
-    if not found:
-        return target, None
-    names = tuple(found[2].split(","))
-    if names not in {THIRDS[i:j] for i in range(3) for j in range(i + 1, 4)}:
+    module, parts = (found[1], tuple(found[2].split(","))) if found else (target, None)
+    if parts and parts not in {THIRDS[i:j] for i in range(3) for j in range(i + 1, 4)}:
         raise InputError(f"target '{target}': the brackets take neighbouring parts of {','.join(THIRDS)}, in that order")
-    return found[1], names
+    return module, parts
 
 
 def rows_of(parts, out_features):
     """(start, stop): the rows of a fused Wqkv with out_features = 3H that ("key", "value"), say, are."""
-    third = out_features // 3
-    return THIRDS.index(parts[0]) * third, (THIRDS.index(parts[-1]) + 1) * third
+    return THIRDS.index(parts[0]) * out_features // 3, (THIRDS.index(parts[-1]) + 1) * out_features // 3
 
 
 def inject_ia3(model, targets, feedforward_targets):
@@ -105,12 +70,10 @@ def inject_ia3(model, targets, feedforward_targets):
     for target in targets:
         name, parts = split_target(target)
 
-        def on_output(linear, parts=parts):
-            if parts is None:
-                return IA3Linear(linear)
-            if linear.out_features != 3 * linear.in_features:
+        def on_output(linear):
+            if parts and linear.out_features != 3 * linear.in_features:
                 raise InputError(f"target '{target}': brackets are for a fused Wqkv")
-            return IA3Linear(linear, rows=rows_of(parts, linear.out_features))
+            return IA3Linear(linear, rows=parts and rows_of(parts, linear.out_features))
 
         replace_linears(model, name, on_output)
     for target in feedforward_targets:

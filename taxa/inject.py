@@ -45,6 +45,11 @@ def merge_adapters(model):
     return model
 
 
+def adapter_names(model):
+    """The names of the adapters' own parameters, which each adapted module lists as `adapter_parameters`."""
+    return [f"{name}.{key}" for name, module in model.named_modules() for key in getattr(module, "adapter_parameters", ())]
+
+
 def share_linear(adapted, linear):
     """Make `adapted`, a bare nn.Linear subclass, use the weight and bias of `linear`: the same Parameter objects, the same names."""
     nn.Module.__init__(adapted)  # not nn.Linear.__init__, which would allocate and initialise a second weight

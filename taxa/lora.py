@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from taxa.inject import plain_linear, replace_linears, share_linear
-from taxa.recompute import dropout, recomputed
 
 
 class LoRALinear(nn.Linear):
     """An nn.Linear that keeps its weight and bias (the same tensors, under the same names) and adds lora_A and lora_B."""
 
-    def __init__(self, linear, r, lora_alpha, lora_dropout=0.0):
+    adapter_parameters = ("lora_A", "lora_B")
+
+    def __init__(self, linear, r, lora_alpha, lora_dropout=0.0, rslora=False):
         share_linear(self, linear)
-        self.r, self.lora_alpha = r, lora_alpha
-        self.scaling = lora_alpha / r
-        self.lora_dropout = lora_dropout
+        self.r, self.scaling = r, lora_alpha / (math.sqrt(r) if rslora else r)  # rsLoRA: Kalajdzievski 2023
+        self.lora_dropout = nn.Dropout(lora_dropout)
         self.lora_A = nn.Parameter(linear.weight.new_empty(r, linear.in_features))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, r))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as microsoft/LoRA and PEFT: uniform in +-1/sqrt(in)
@@ -32,12 +32,7 @@ class LoRALinear(nn.Linear):
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         y = F.linear(x, self.weight, self.bias)
-        if self.training and self.lora_dropout > 0:  # the dropped x is not kept for A's gradient but dropped again
-            down = recomputed(dropout(self.lora_dropout), x, then=lambda dropped: F.linear(dropped, self.lora_A))
-        else:
-            down = F.linear(x, self.lora_A)  # (..., r)
-        # y + scaling * down B^T in one pass over y
-        return torch.addmm(y.flatten(0, -2), down.flatten(0, -2), self.lora_B.t(), alpha=self.scaling).view(y.shape)
+        return y + self.scaling * F.linear(F.linear(self.lora_dropout(x), self.lora_A), self.lora_B)
 
     @torch.no_grad()
     def merge(self):
@@ -45,11 +40,8 @@ class LoRALinear(nn.Linear):
         self.weight += self.scaling * (self.lora_B @ self.lora_A)
         return plain_linear(self)
 
-    def extra_repr(self):
-        return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}"
 
-
-def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0):
+def inject_lora(model, targets, r, lora_alpha, lora_dropout=0.0, rslora=False):
     """Put LoRA on every Linear that a target names. Raises InputError for a target that matches nothing."""
     for target in targets:
-        replace_linears(model, target, lambda linear: LoRALinear(linear, r, lora_alpha, lora_dropout))
+        replace_linears(model, target, lambda linear: LoRALinear(linear, r, lora_alpha, lora_dropout, rslora))

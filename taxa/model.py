@@ -11,7 +11,9 @@ from taxa import RANKS
 
 
 def masked_mean(hidden, attention_mask):
-    """Mean of hidden (B, T, H) over the tokens with attention_mask (B, T) = 1, special tokens included -> (B, H), float32."""
+    """Mean of hidden (B, T, H) over the tokens with attention_mask (B, T) = 1 (None: all), special tokens included -> (B, H), float32."""
+    if attention_mask is None:
+        return hidden.float().mean(dim=1)
     mask = attention_mask.unsqueeze(-1).float()  # (B, T, 1)
     return (hidden.float() * mask).sum(dim=1) / mask.sum(dim=1)
 
@@ -29,11 +31,11 @@ class TaxonClassifier(nn.Module):
         self.backbone = backbone
         self.heads = nn.ModuleDict({rank: nn.Linear(backbone.config.hidden_size, C) for rank, C in num_classes.items()})
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids, attention_mask=None):
         """input_ids (B, T), attention_mask (B, T) -> {rank: logits (B, C)}."""
         return self.classify(self.pool(input_ids, attention_mask))
 
-    def pool(self, input_ids, attention_mask):
+    def pool(self, input_ids, attention_mask=None):
         """input_ids (B, T), attention_mask (B, T) -> (B, H): one vector per sequence."""
         return masked_mean(self.backbone(input_ids, attention_mask), attention_mask)
 

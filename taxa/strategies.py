@@ -1,31 +1,70 @@
-"""Strategy name -> what is injected and what trains. Everything that decides which parameter gets a gradient is in this file.
+"""Strategy name -> what goes into the model and what trains: one row per strategy, and the functions that read the row.
 
 Two protocols. `corrected`, the default: the heads train in every strategy, (IA)3 sits where its authors put it, and freezing counts the
 parameters that the model uses. `published`: what the published code does: for LoRA and (IA)3 the heads stay at their random
 initialisation, (IA)3 sits elsewhere, and freezing also counts tensors that the loss never uses.
 """
 
+from typing import Callable, NamedTuple, Optional
+
 import torch
 
 from taxa.backbones import FAMILIES, backbone_config, get_model
+from taxa.backbones.published import published_sizes
 from taxa.errors import InputError
 from taxa.freeze import frozen_names
-from taxa.ia3 import IA3Linear, inject_ia3
-from taxa.lora import LoRALinear, inject_lora
+from taxa.ia3 import inject_ia3
+from taxa.inject import adapter_names
+from taxa.lora import inject_lora
 from taxa.model import TaxonClassifier
 
-STRATEGIES = ("full", "random", "lora", "ia3", "freeze75")
 PROTOCOLS = ("corrected", "published")
 
-# Flags that only some strategies read: flag -> (default, strategies). Given with another strategy they are refused.
-STRATEGY_FLAGS = {
-    "r": (4, ("lora",)),
-    "lora_alpha": (32.0, ("lora",)),
-    "lora_dropout": (0.1, ("lora",)),
-    "targets": (None, ("lora", "ia3")),
-    "feedforward_targets": (None, ("ia3",)),
-    "freeze_fraction": (0.75, ("freeze75",)),
+
+def everything(classifier, settings):
+    return [name for name, _ in classifier.named_parameters()]
+
+
+def all_but_the_frozen(classifier, settings):
+    sizes = {name: p.numel() for name, p in classifier.named_parameters()}
+    frozen = frozen_names(sizes if settings["protocol"] == "corrected" else published_sizes(classifier), settings["freeze_fraction"])
+    return [name for name in sizes if name not in set(frozen)]
+
+
+def adapters_and_heads(classifier, settings):
+    adapters = set(adapter_names(classifier))
+    return [name for name, _ in classifier.named_parameters()
+            if name in adapters or (name.startswith("heads.") and settings["heads"] == "train")]
+
+
+def lora(backbone, settings):
+    inject_lora(backbone, settings["targets"], settings["r"], settings["lora_alpha"], settings["lora_dropout"],
+                settings.get("rslora", False))  # older checkpoints lack it
+
+
+def ia3(backbone, settings):
+    inject_ia3(backbone, settings["targets"], settings["feedforward_targets"])
+
+
+class Strategy(NamedTuple):
+    """One way to train. A new one is its file, a row here, and a test; docs/READING.md adds one, step by step."""
+
+    label: str  # in tables and pictures
+    colour: str  # in pictures: Okabe and Ito's palette, told apart with any colour vision
+    trains: Callable  # (classifier, settings) -> names of the parameters that train
+    flags: dict = {}  # {flag of its own: default}; training/flags.py has their help, and with another strategy they are refused
+    inject: Optional[Callable] = None  # (backbone, settings) -> None: puts the adapters in
+
+
+LORA_FLAGS = {"r": 4, "lora_alpha": 32.0, "lora_dropout": 0.1, "rslora": False, "targets": None}
+STRATEGIES = {
+    "full": Strategy("full", "#0072B2", everything),
+    "random": Strategy("random", "#777777", everything),  # train.py re-initialises the classifier first
+    "lora": Strategy("LoRA", "#D55E00", adapters_and_heads, LORA_FLAGS, lora),
+    "ia3": Strategy("(IA)³", "#CC79A7", adapters_and_heads, {"targets": None, "feedforward_targets": None}, ia3),
+    "freeze75": Strategy("75% frozen", "#009E73", all_but_the_frozen, {"freeze_fraction": 0.75}),
 }
+STRATEGY_FLAGS = tuple(dict.fromkeys(flag for row in STRATEGIES.values() for flag in row.flags))
 
 
 def settings_from_flags(model, strategy, protocol="corrected", heads=None, **flags):
@@ -33,101 +72,60 @@ def settings_from_flags(model, strategy, protocol="corrected", heads=None, **fla
 
     model: a name in the table, or a row. A flag that is None was not given. Raises InputError for a combination that makes no sense.
     """
-    module = FAMILIES[get_model(model).family].module
-    settings = {"strategy": strategy, "protocol": protocol}
-    for flag, (default, strategies) in STRATEGY_FLAGS.items():
-        value = flags.pop(flag, None)
-        if value is not None and strategy not in strategies:
-            raise InputError(f"--{flag.replace('_', '-')} is for --strategy {' or '.join(strategies)}; with --strategy {strategy} "
+    module, row, published = FAMILIES[get_model(model).family].module, STRATEGIES[strategy], protocol == "published"
+    for flag, value in flags.items():
+        if value is not None and flag not in row.flags:
+            others = [name for name, other in STRATEGIES.items() if flag in other.flags]
+            if not others:
+                raise TypeError(f"unknown setting: {flag}")
+            raise InputError(f"--{flag.replace('_', '-')} is for --strategy {' or '.join(others)}; with --strategy {strategy} "
                              "it would do nothing: leave it out")
-        if strategy in strategies:
-            settings[flag] = default if value is None else value
+    given = {flag: value for flag, value in flags.items() if value is not None}
+    settings = {"strategy": strategy, "protocol": protocol, **row.flags, **given}
     if settings.get("freeze_fraction") == 0:
         raise InputError("--freeze-fraction 0 freezes nothing: that is --strategy full")
-    if flags:
-        raise TypeError(f"unknown settings: {', '.join(flags)}")
 
-    published = protocol == "published"
-    if strategy == "lora":
+    if "feedforward_targets" in row.flags:  # targets that were given replace both of the family's lists
+        defaults = ((), ()) if given.keys() & {"targets", "feedforward_targets"} else module.IA3_TARGETS[protocol]
+        settings["targets"], settings["feedforward_targets"] = (
+            list(settings[flag] or default) for flag, default in zip(("targets", "feedforward_targets"), defaults))
+    elif "targets" in row.flags:
         settings["targets"] = list(settings["targets"] or module.LORA_TARGETS)
-    if strategy == "ia3":
-        outputs, inputs = module.IA3[protocol]
-        given = settings["targets"] is not None or settings["feedforward_targets"] is not None
-        settings["targets"] = list(settings["targets"] or (() if given else outputs))
-        settings["feedforward_targets"] = list(settings["feedforward_targets"] or (() if given else inputs))
 
-    adapters = strategy in ("lora", "ia3")
-    if heads == "frozen" and not adapters:
+    if heads == "frozen" and not row.inject:
         raise InputError(f"--heads frozen is what the published code did to lora and ia3; --strategy {strategy} trains its heads")
-    if heads == "train" and published and adapters:
+    if heads == "train" and published and row.inject:
         raise InputError("--protocol published leaves the heads of lora and ia3 frozen: leave out --heads train, or the protocol")
-    settings["heads"] = heads or ("frozen" if published and adapters else "train")
+    settings["heads"] = heads or ("frozen" if published and row.inject else "train")
     return settings
 
 
-def inject(classifier, settings):
+def inject_adapters(classifier, settings):
     """Put the strategy's adapters into the classifier's backbone, in place. Nothing to do for full, random and freeze75."""
-    if settings["strategy"] == "lora":
-        inject_lora(classifier.backbone, settings["targets"], settings["r"], settings["lora_alpha"], settings["lora_dropout"])
-    elif settings["strategy"] == "ia3":
-        inject_ia3(classifier.backbone, settings["targets"], settings["feedforward_targets"])
+    if inject := STRATEGIES[settings["strategy"]].inject:
+        inject(classifier.backbone, settings)
 
 
 def trainable_names(classifier, settings):
     """The names of the parameters that train, heads included or not by settings["heads"]. The one place that decides it."""
-    strategy = settings["strategy"]
-    every = {name: p.numel() for name, p in classifier.named_parameters()}
-    heads = [name for name in every if name.startswith("heads.")] if settings["heads"] == "train" else []
-    if strategy in ("full", "random"):
-        return list(every)
-    if strategy == "freeze75":
-        sizes = every if settings["protocol"] == "corrected" else published_sizes(classifier)
-        frozen = set(frozen_names(sizes, settings["freeze_fraction"]))
-        names = [name for name in every if name not in frozen]
-        if not names:
-            raise InputError(f"--freeze-fraction {settings['freeze_fraction']} freezes every parameter: nothing is left to train")
-        return names
-    return [name for name in every if name in _adapter_names(classifier)] + heads
-
-
-def _adapter_names(classifier):
-    """The adapters' own parameters, told by the type of the module that holds them."""
-    own = {LoRALinear: ("lora_A", "lora_B"), IA3Linear: ("ia3_l",)}
-    return {f"{name}.{key}" for name, module in classifier.named_modules() for key in own.get(type(module), ())}
+    names = STRATEGIES[settings["strategy"]].trains(classifier, settings)
+    if not names:
+        raise InputError(f"--strategy {settings['strategy']} with these flags freezes every parameter: nothing is left to train")
+    return names
 
 
 def train_only(classifier, names):
     """Set requires_grad on exactly these parameters. Raises ValueError for a name that is not a parameter."""
-    parameters = dict(classifier.named_parameters())
-    if set(names) - set(parameters):
-        raise ValueError(f"not parameters: {sorted(set(names) - set(parameters))}")
+    parameters, names = dict(classifier.named_parameters()), set(names)
+    if names - parameters.keys():
+        raise ValueError(f"not parameters: {sorted(names - parameters.keys())}")
     for name, parameter in parameters.items():
-        parameter.requires_grad_(name in set(names))
+        parameter.requires_grad_(name in names)
 
 
-def published_sizes(classifier):
-    """{name: elements} of the published model in its registration order, under our names: unused tensors counted, adapters not."""
-    adapters = _adapter_names(classifier)
-    every = {name: p.numel() for name, p in classifier.named_parameters() if name not in adapters}
-    held = {name.removeprefix("backbone."): n for name, n in every.items() if name.startswith("backbone.")}
-    sizes = {f"backbone.{name}": n for name, n in classifier.backbone.published_parameters(held)}
-    return sizes | {name: n for name, n in every.items() if name.startswith("heads.")}
-
-
-def published_fraction(model, strategy, num_classes, r=None):
-    """The trainable fraction that the published code reports for a row of the table, from shapes alone (meta device).
-
-    LoRA and (IA)3: adapters over everything, since the heads do not train there. "Everything" counts the unused tensors.
-    """
-    if strategy in ("full", "random"):
-        return 1.0
-    settings = settings_from_flags(model, strategy, protocol="published", r=r)
+def classifier_on_meta(row, num_classes, settings, config=None):
+    """The classifier with its adapters on torch's meta device: names and shapes, no memory. config: default that of the row's sizes."""
     with torch.device("meta"):
-        classifier = TaxonClassifier(FAMILIES[get_model(model).family].model(backbone_config(model)), num_classes)
-        inject(classifier, settings)
-    sizes = published_sizes(classifier)
-    adapters = sum(p.numel() for name, p in classifier.named_parameters() if name in _adapter_names(classifier))
-    total = sum(sizes.values()) + adapters
-    if strategy == "freeze75":
-        return 1 - sum(sizes[name] for name in frozen_names(sizes)) / total
-    return adapters / total
+        classifier = TaxonClassifier(FAMILIES[row.family].model(config or backbone_config(row)), num_classes)
+        inject_adapters(classifier, settings)
+    return classifier

@@ -10,7 +10,6 @@ runs one list by two processes, then another by three, forked from this one: wha
 """
 
 import contextlib
-import gc
 import json
 import os
 import random
@@ -21,9 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch  # noqa: E402
+
 import evaluate  # noqa: E402
+import pretrain  # noqa: E402
 import train  # noqa: E402
-from taxa import cli  # noqa: E402
+from taxa.runtime import cli  # noqa: E402
 from taxa.runtime.distributed import world  # noqa: E402
 
 
@@ -33,33 +35,33 @@ class Killed(BaseException):
 
 @contextlib.contextmanager
 def in_step(n, act):
-    """Within the block, call act() in the middle of the n-th optimizer step that train.py takes, between gradient and update."""
-    any_process, calls = train.any_process, []
+    """Within the block, call act() in the middle of the n-th optimizer step, between gradient and update."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
 
     def counts(*arguments):
         calls.append(1)
         if len(calls) == n:
             act()
-        return any_process(*arguments)
+        return clip(*arguments)
 
-    train.any_process = counts
+    torch.nn.utils.clip_grad_norm_ = counts
     try:
         yield
     finally:
-        train.any_process = any_process
+        torch.nn.utils.clip_grad_norm_ = clip
 
 
 def killed():
     raise Killed
 
 
-def dies(n, arguments):
+def dies(n, arguments, script=train):
     """Train, and end in the middle of step n of this call."""
     with in_step(n, killed):
         try:
-            train.main(arguments)
+            script.main(arguments)
         except Killed:
-            return gc.collect()  # frames of the exception hold the lock's file, which a process that is killed does not
+            return
     raise AssertionError(f"the run ended before step {n}")
 
 
@@ -107,7 +109,7 @@ def run_all(runs):
             if script == "dies":
                 dies(arguments[0], arguments[1:])
             else:
-                {"train": train, "evaluate": evaluate}[script].main(arguments)
+                {"train": train, "evaluate": evaluate, "pretrain": pretrain}[script].main(arguments)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ import torch  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
 from runs import free_port, ranks  # noqa: E402
-from taxa import resume  # noqa: E402
 from taxa.data.dataset import micro_batches  # noqa: E402
-from taxa.errors import InputError
+from taxa.errors import InputError  # noqa: E402
 from taxa.runtime.cli import Parser, positive_int, run  # noqa: E402
 from taxa.runtime.cli import seed as seed_type  # noqa: E402
 from taxa.runtime.files import write_json  # noqa: E402
-from taxa.training import checkpoint
+from taxa.training import checkpoint  # noqa: E402
+from taxa.training.run import LAST, PREVIOUS  # noqa: E402
 from test_resume import assert_same_end  # noqa: E402
 
 KINDS = ("SIGKILL to all", "SIGKILL to rank 0", "SIGKILL to rank 1", "SIGTERM to all")
@@ -70,7 +70,7 @@ def strike(processes, kind):
 
 def last_step(folder):
     """The step that a resumed run would go on from; 0 when nothing is saved."""
-    for name in (resume.LAST, resume.PREVIOUS):
+    for name in (LAST, PREVIOUS):
         if (folder / name).exists():
             try:
                 return checkpoint.read(folder / name, checkpoint.RESUME_STATE)["step"]
@@ -111,7 +111,7 @@ def main(argv=None):
         lasts = time.time() - began
 
         def again():
-            return [*arguments, *["--resume"] * (killed / resume.LOCK).exists()]
+            return [*arguments, "--resume"]  # where nothing was saved yet it starts from the beginning
 
         def finish(processes):
             if ends(processes, 600) != [0, 0]:

@@ -1,8 +1,6 @@
 """The two architectures against golden tensors and plain loops, their names and sizes, every way of loading them."""
 
 import json
-import math
-import os
 import re
 import socket
 from pathlib import Path
@@ -10,148 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from helpers import (CONFIG, DROPPED, GOLDEN, KEYS, PREFIX, ROOT, SHARED, SLOPES, TINY, Touch, V, WEIGHT_IN_LAYER, batch,
+                     hub_folder, naive_dnabert, naive_nt, parameter_counts, random_state, scrambled, without_dropout)
+from safetensors.torch import load_file
 from transformers import PretrainedConfig
 
-from taxa import backbones
-from taxa.backbones import FAMILIES, MODELS, backbone_config, dnabert2, get_model, load_backbone, parameter_counts
+from taxa.backbones import FAMILIES, MODELS, backbone_config, dnabert2, get_model, load_backbone, loading
 from taxa.errors import InputError
 from taxa.model import masked_mean
-
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-TINY = ["tiny-nt", "tiny-dnabert"]
-GOLDEN = {"tiny-nt": "nt_tiny", "tiny-dnabert": "dnabert_tiny"}
-
-# Sizes for everything that is made here: V = 30, H = 24, 3 heads (no power of two: ALiBi treats it apart), I = 20.
-V, H, HEADS, INNER = 30, 24, 3, 20
-SIZES = {"vocab_size": V, "hidden_size": H, "num_attention_heads": HEADS, "intermediate_size": INNER}
-CONFIG = {  # as the hub's config.json, extra keys included
-    "tiny-nt": {"model_type": "esm", "architectures": ["EsmForMaskedLM"], "position_embedding_type": "rotary",
-                "add_bias_fnn": False, "emb_layer_norm_before": False, "token_dropout": False,
-                "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "is_folding_model": False,
-                "max_position_embeddings": 10, "layer_norm_eps": 1e-12, "tie_word_embeddings": False,
-                "num_hidden_layers": 1, **SIZES},
-    "tiny-dnabert": {"model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_act": "gelu",
-                     "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 512,
-                     "alibi_starting_size": 512, "layer_norm_eps": 1e-12, "type_vocab_size": 2, "num_hidden_layers": 1,
-                     **SIZES},
-}
-PREFIX = {"tiny-nt": "esm.", "tiny-dnabert": "bert."}
-# The hub's names of a network of one layer, written by hand, with the shapes at the sizes above.
-KEYS = {
-    "tiny-nt": {
-        "embeddings.word_embeddings.weight": (30, 24),
-        "encoder.layer.0.attention.self.query.weight": (24, 24),
-        "encoder.layer.0.attention.self.query.bias": (24,),
-        "encoder.layer.0.attention.self.key.weight": (24, 24),
-        "encoder.layer.0.attention.self.key.bias": (24,),
-        "encoder.layer.0.attention.self.value.weight": (24, 24),
-        "encoder.layer.0.attention.self.value.bias": (24,),
-        "encoder.layer.0.attention.output.dense.weight": (24, 24),
-        "encoder.layer.0.attention.output.dense.bias": (24,),
-        "encoder.layer.0.attention.LayerNorm.weight": (24,),
-        "encoder.layer.0.attention.LayerNorm.bias": (24,),
-        "encoder.layer.0.intermediate.dense.weight": (40, 24),
-        "encoder.layer.0.output.dense.weight": (24, 20),
-        "encoder.layer.0.LayerNorm.weight": (24,),
-        "encoder.layer.0.LayerNorm.bias": (24,),
-        "encoder.emb_layer_norm_after.weight": (24,),
-        "encoder.emb_layer_norm_after.bias": (24,),
-    },
-    "tiny-dnabert": {
-        "embeddings.word_embeddings.weight": (30, 24),
-        "embeddings.token_type_embeddings.weight": (2, 24),
-        "embeddings.LayerNorm.weight": (24,),
-        "embeddings.LayerNorm.bias": (24,),
-        "encoder.layer.0.attention.self.Wqkv.weight": (72, 24),
-        "encoder.layer.0.attention.self.Wqkv.bias": (72,),
-        "encoder.layer.0.attention.output.dense.weight": (24, 24),
-        "encoder.layer.0.attention.output.dense.bias": (24,),
-        "encoder.layer.0.attention.output.LayerNorm.weight": (24,),
-        "encoder.layer.0.attention.output.LayerNorm.bias": (24,),
-        "encoder.layer.0.mlp.gated_layers.weight": (40, 24),
-        "encoder.layer.0.mlp.wo.weight": (24, 20),
-        "encoder.layer.0.mlp.wo.bias": (24,),
-        "encoder.layer.0.mlp.layernorm.weight": (24,),
-        "encoder.layer.0.mlp.layernorm.bias": (24,),
-    },
-}
-# What a hub checkpoint holds besides: full names, as they stand in the files (the heads have no prefix of the encoder).
-DROPPED = {
-    "tiny-nt": {
-        "esm.embeddings.position_embeddings.weight": (10, 24), "esm.embeddings.position_ids": (1, 10),
-        "esm.encoder.layer.0.attention.self.rotary_embeddings.inv_freq": (4,),
-        "esm.contact_head.regression.weight": (1, 3), "esm.contact_head.regression.bias": (1,),
-        "lm_head.bias": (30,), "lm_head.dense.weight": (24, 24), "lm_head.dense.bias": (24,),
-        "lm_head.layer_norm.weight": (24,), "lm_head.layer_norm.bias": (24,),
-        "lm_head.decoder.weight": (30, 24), "lm_head.decoder.bias": (30,),
-    },
-    "tiny-dnabert": {
-        "bert.embeddings.position_ids": (1, 512), "bert.pooler.dense.weight": (24, 24), "bert.pooler.dense.bias": (24,),
-        "cls.predictions.bias": (30,),
-        "cls.predictions.decoder.weight": (30, 24), "cls.predictions.decoder.bias": (30,),
-        "cls.predictions.transform.dense.weight": (24, 24), "cls.predictions.transform.dense.bias": (24,),
-        "cls.predictions.transform.LayerNorm.weight": (24,), "cls.predictions.transform.LayerNorm.bias": (24,),
-    },
-}
-WEIGHT_IN_LAYER = {"tiny-nt": "encoder.layer.0.output.dense.weight", "tiny-dnabert": "encoder.layer.0.mlp.wo.weight"}
-
-
-def random_state(name, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return {key: torch.randn(shape, generator=generator).to(dtype) for key, shape in KEYS[name].items()}
-
-
-def hub_folder(folder, name, state=None, config=None, prefix="", binary=False, heads=False):
-    """A folder as the hub has it. state: without the prefix; heads: with the tensors that we drop."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG[name] if config is None else config))
-    state = random_state(name) if state is None else state
-    state = {prefix + key: tensor for key, tensor in state.items()}
-    if heads:
-        dropped = {key if prefix else key.removeprefix(PREFIX[name]): shape for key, shape in DROPPED[name].items()}
-        state |= {key: torch.randn(shape) for key, shape in dropped.items()}
-    if binary:
-        torch.save(state, folder / "pytorch_model.bin")
-    else:
-        save_file(state, folder / "model.safetensors")
-    return folder
-
-
-def scrambled(name, layers=2, **sizes):
-    """A small network in which no parameter is a 0 or a 1 that could hide its own absence."""
-    torch.manual_seed(7)
-    family = FAMILIES[get_model(name).family]
-    model = family.model(family.config(**(SIZES | {"num_hidden_layers": layers} | sizes)))
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            p.normal_(0.0, 0.3)
-            if p.dim() == 1 and key.endswith("weight"):  # of a LayerNorm
-                p += 1.0
-    return model.eval()
-
-
-def batch(seed=0, lengths=(9, 4, 1), vocabulary=V, pad=1):
-    """Right-padded input_ids and attention_mask, each (B, T)."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocabulary, (len(lengths), max(lengths)), generator=generator)
-    mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
-    return ids.masked_fill(mask == 0, pad), mask
-
-
-def logits(model, seed=0):
-    """All ranks' logits of one batch, (B, classes of all ranks)."""
-    with torch.no_grad():
-        return torch.cat(list(model(*batch(seed)).values()), dim=1)
-
-
-def without_dropout(model):
-    """Train mode, every dropout probability 0."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model.train()
 
 
 # ------------------------------------------------------------------ golden tensors, from the hub's own code
@@ -195,97 +59,6 @@ def test_from_pretrained_gives_eval_mode_and_float32(tmp_path, name):
 
 
 # ------------------------------------------------------------------ a naive reference: loops, float64, no padding
-
-
-def layer_norm(x, weight, bias, eps=1e-12):
-    """One token."""
-    mean = sum(x) / len(x)
-    variance = sum((v - mean) ** 2 for v in x) / len(x)
-    return (x - mean) / math.sqrt(variance + eps) * weight + bias
-
-
-def attend(q, k, v, bias):
-    """One head. q, k, v (T, hs); bias(i, j) is added to the scaled score -> (T, hs)."""
-    T, hs = q.shape
-    out = np.zeros_like(v)
-    for i in range(T):
-        scores = [sum(q[i, d] * k[j, d] for d in range(hs)) / math.sqrt(hs) + bias(i, j) for j in range(T)]
-        weights = [math.exp(s - max(scores)) for s in scores]
-        for j in range(T):
-            out[i] += weights[j] / sum(weights) * v[j]
-    return out
-
-
-def turn(x):
-    """Rotary embedding of one head, x (T, hs): the pair (i, i + hs/2) of token t is turned by t / 10000^(2i/hs)."""
-    T, hs = x.shape
-    out = np.zeros_like(x)
-    for t in range(T):
-        for i in range(hs // 2):
-            angle, a, b = t / 10000 ** (2 * i / hs), x[t, i], x[t, i + hs // 2]
-            out[t, i] = a * math.cos(angle) - b * math.sin(angle)
-            out[t, i + hs // 2] = b * math.cos(angle) + a * math.sin(angle)
-    return out
-
-
-def silu(x):
-    return x / (1 + math.exp(-x))
-
-
-def gelu(x):
-    return 0.5 * x * (1 + math.erf(x / math.sqrt(2)))
-
-
-def gated(hidden, act):
-    """The first half through the activation, times the second."""
-    half = len(hidden) // 2
-    return np.array([act(hidden[i]) * hidden[half + i] for i in range(half)])
-
-
-def naive_nt(w, ids, heads, layers):
-    x = w["embeddings.word_embeddings.weight"][ids]  # (T, H)
-    hs = x.shape[1] // heads
-    for n in range(layers):
-        a, at = f"encoder.layer.{n}.", f"encoder.layer.{n}.attention."
-        normed = np.array([layer_norm(row, w[at + "LayerNorm.weight"], w[at + "LayerNorm.bias"]) for row in x])
-        q, k, v = (normed @ w[f"{at}self.{p}.weight"].T + w[f"{at}self.{p}.bias"] for p in ("query", "key", "value"))
-        cut = [slice(h * hs, (h + 1) * hs) for h in range(heads)]
-        y = np.concatenate([attend(turn(q[:, c]), turn(k[:, c]), v[:, c], lambda i, j: 0.0) for c in cut], axis=1)
-        x = x + y @ w[at + "output.dense.weight"].T + w[at + "output.dense.bias"]
-        normed = np.array([layer_norm(row, w[a + "LayerNorm.weight"], w[a + "LayerNorm.bias"]) for row in x])
-        inner = np.array([gated(row, silu) for row in normed @ w[a + "intermediate.dense.weight"].T])
-        x = x + inner @ w[a + "output.dense.weight"].T
-    last = "encoder.emb_layer_norm_after."
-    return np.array([layer_norm(row, w[last + "weight"], w[last + "bias"]) for row in x])
-
-
-# Press et al. 2022; for 3 and 12 heads as MosaicBERT continues the list: every second slope of twice as many heads.
-SLOPES = {
-    3: [1 / 16, 1 / 256, 1 / 4],
-    4: [1 / 4, 1 / 16, 1 / 64, 1 / 256],
-    8: [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256],
-    12: [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256, 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5],
-}
-
-
-def naive_dnabert(w, ids, heads, layers):
-    x = w["embeddings.word_embeddings.weight"][ids] + w["embeddings.token_type_embeddings.weight"][0]
-    x = np.array([layer_norm(row, w["embeddings.LayerNorm.weight"], w["embeddings.LayerNorm.bias"]) for row in x])
-    size = x.shape[1]
-    hs = size // heads
-    for n in range(layers):
-        at, mlp = f"encoder.layer.{n}.attention.", f"encoder.layer.{n}.mlp."
-        qkv = x @ w[at + "self.Wqkv.weight"].T + w[at + "self.Wqkv.bias"]
-        outs = []
-        for h in range(heads):
-            q, k, v = (qkv[:, part * size + h * hs: part * size + (h + 1) * hs] for part in range(3))
-            outs.append(attend(q, k, v, lambda i, j, h=h: -SLOPES[heads][h] * abs(i - j)))
-        x = x + np.concatenate(outs, axis=1) @ w[at + "output.dense.weight"].T + w[at + "output.dense.bias"]
-        x = np.array([layer_norm(row, w[at + "output.LayerNorm.weight"], w[at + "output.LayerNorm.bias"]) for row in x])
-        inner = np.array([gated(row, gelu) for row in x @ w[mlp + "gated_layers.weight"].T])
-        x = x + inner @ w[mlp + "wo.weight"].T + w[mlp + "wo.bias"]
-        x = np.array([layer_norm(row, w[mlp + "layernorm.weight"], w[mlp + "layernorm.bias"]) for row in x])
-    return x
 
 
 @pytest.mark.parametrize("name, heads", [("tiny-nt", 3), ("tiny-nt", 4), ("tiny-dnabert", 3), ("tiny-dnabert", 4)])
@@ -538,16 +311,6 @@ def test_heads_of_the_other_family_are_unexpected(tmp_path, name):
         load_backbone(name, hub_folder(tmp_path / "w", name, state))
 
 
-class Touch:
-    """A pickle that, when unpickled, makes a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize("name", TINY)
 def test_malicious_pickle_is_refused_and_not_run(tmp_path, name):
     trap = tmp_path / "sprung"
@@ -680,7 +443,7 @@ def test_nothing_is_published_or_packaged_for_tiny_dnabert():
 
 @pytest.mark.parametrize("wrong, near", [("nt50", "nt50m"), ("dnabert-2", "dnabert2"), ("tiny_nt", "tiny-nt")])
 def test_unknown_name_suggests_the_nearest(wrong, near):
-    for call in (load_backbone, get_model, backbone_config, parameter_counts):
+    for call in (load_backbone, get_model, backbone_config):
         with pytest.raises(InputError, match=rf"unknown model '{wrong}'.*did you mean {near}\?"):
             call(wrong)
 
@@ -753,6 +516,6 @@ def test_hub_out_of_reach_is_one_line_that_names_weights(monkeypatch):
 
 def test_hub_config_of_another_architecture_is_refused_before_any_weights(monkeypatch):
     monkeypatch.setattr(PretrainedConfig, "get_config_dict", lambda source, **options: (CONFIG["tiny-dnabert"], {}))
-    monkeypatch.setattr(backbones, "_from_pretrained", lambda *args: pytest.fail("weights were asked for"))
+    monkeypatch.setattr(loading, "_from_pretrained", lambda *args: pytest.fail("weights were asked for"))
     with pytest.raises(InputError, match="model_type"):
         load_backbone("nt50m")

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from test_backbones import Touch, batch, hub_folder, logits, random_state
+from helpers import Touch, batch, hub_folder, logits, random_state
 from torch import nn
 
 from taxa import RANKS
@@ -15,7 +15,7 @@ from taxa.backbones import MODELS, load_backbone
 from taxa.errors import InputError
 from taxa.model import TaxonClassifier, sequence_losses
 from taxa.random_init import reinitialize
-from taxa.strategies import STRATEGIES, inject, settings_from_flags, train_only, trainable_names
+from taxa.strategies import STRATEGIES, inject_adapters, settings_from_flags, train_only, trainable_names
 from taxa.training import checkpoint
 from taxa.training.checkpoint import base_source, changed_state, load_base, load_state, read, rebuild, save, seal, weights_digest
 from taxa.training.optim import adamw
@@ -41,14 +41,14 @@ def trained(name, strategy, folder=None, protocol="corrected", heads=None, **fla
     settings = settings_from_flags(name, strategy, protocol, heads, **flags)
     if strategy == "random":
         reinitialize(classifier, backbone.config.initializer_range)
-    inject(classifier, settings)
+    inject_adapters(classifier, settings)
     names = trainable_names(classifier, settings)
     train_only(classifier, names)
     with torch.no_grad():
         for key, p in classifier.named_parameters():
             if key.endswith("lora_B"):
                 p.normal_(std=0.1)
-    optimizer = adamw([p for p in classifier.parameters() if p.requires_grad], 1e-2)
+    optimizer = adamw(classifier, 1e-2)
     sequence_losses(classifier.train()(*batch()), torch.tensor([[0, 1, 2], [3, 4, 5], [1, 0, 3]])).sum().backward()
     optimizer.step()
     content = {"model": name, "config": backbone.config.to_dict(), "base": base, "settings": settings,

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from taxa.backbones import FAMILIES, backbone_config, get_model
+from taxa.backbones.published import published_sizes
 from taxa.freeze import frozen_names
 from taxa.model import TaxonClassifier
-from taxa.strategies import published_sizes, settings_from_flags, trainable_names
+from taxa.strategies import settings_from_flags, trainable_names
 
 ABCD = {"a": 10, "b": 20, "c": 30, "d": 40}
 

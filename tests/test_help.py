@@ -14,7 +14,7 @@ from taxa.runtime import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "def parse_args(" in path.read_text(encoding="utf-8"))
-SCRIPTS.append("taxa.measure.tree.__main__")
+SCRIPTS.append("taxa.measure.tree")
 
 
 def parser_of(script, monkeypatch):
@@ -37,7 +37,7 @@ def examples(script):
     for line in importlib.import_module(script).__doc__.replace("\\\n", " ").splitlines():
         found = re.match(r"\s+(?:torchrun .*?|python) (?:-- )?(\S+\.py|-m \S+)(.*)", line.partition("  #")[0])
         if found:
-            yield found[1].removesuffix(".py").replace("-m taxa.measure.tree", "taxa.measure.tree.__main__"), shlex.split(found[2])
+            yield found[1].removesuffix(".py").removeprefix("-m "), shlex.split(found[2])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -21,7 +21,7 @@ from taxa.backbones import MODELS, find_model, load_backbone
 from taxa.data.dataset import PreparedDataset
 from taxa.data.tokens import DNABERT_DIGEST, TINY_BPE, NTTokenizer, get_tokenizer
 from taxa.errors import InputError
-from taxa.measure.tree import __main__ as inspect
+from taxa.measure import tree
 from taxa.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -198,7 +198,7 @@ def test_the_hub_id_of_a_row_of_the_table_is_that_row(name, capsys):
     for model in (name, MODELS[name].hub):
         train.main(["--model", model, "--strategy", "lora", "--dry-run"])
         lines.append(capsys.readouterr().out)
-        inspect.main(["--model", model, "--strategy", "lora"])
+        tree.main(["--model", model, "--strategy", "lora"])
         lines.append(capsys.readouterr().out)
     assert lines[:2] == lines[2:]
     assert pretrain.parse_args(["--model", MODELS[name].hub, "--data", "x", "--out", "y"]).model == name

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_backbones import batch, logits, scrambled
+from helpers import batch, logits, scrambled
 from torch import nn
 
 from taxa.backbones import FAMILIES, backbone_config, dnabert2, get_model, nucleotide_transformer
@@ -15,10 +15,8 @@ from taxa.lora import inject_lora
 from taxa.model import TaxonClassifier, sequence_losses
 
 H, INNER = 24, 20  # of the scrambled networks
-CORRECTED = {"tiny-nt": (nucleotide_transformer.IA3_OUTPUTS, nucleotide_transformer.IA3_INPUTS),
-             "tiny-dnabert": (dnabert2.IA3_OUTPUTS, dnabert2.IA3_INPUTS)}
-PUBLISHED = {"tiny-nt": (nucleotide_transformer.IA3_OUTPUTS_PUBLISHED, nucleotide_transformer.IA3_INPUTS_PUBLISHED),
-             "tiny-dnabert": (dnabert2.IA3_OUTPUTS_PUBLISHED, dnabert2.IA3_INPUTS_PUBLISHED)}
+CORRECTED, PUBLISHED = ({"tiny-nt": nucleotide_transformer.IA3_TARGETS[protocol], "tiny-dnabert": dnabert2.IA3_TARGETS[protocol]}
+                        for protocol in ("corrected", "published"))
 PLACEMENTS = {"corrected": CORRECTED, "published": PUBLISHED}
 # Part of a layer -> (on the input?, length of the vector), by hand from Liu et al. 2022, 3.3, and the published code.
 EXPECTED = {
@@ -223,8 +221,8 @@ def test_merging_lora_and_ia3_together():
 def test_numbers_of_adapter_parameters(model, corrected, published):
     family = FAMILIES[get_model(model).family]
     module = family.module
-    for outputs, inputs, expected in ((module.IA3_OUTPUTS, module.IA3_INPUTS, corrected),
-                                      (module.IA3_OUTPUTS_PUBLISHED, module.IA3_INPUTS_PUBLISHED, published)):
+    for outputs, inputs, expected in ((*module.IA3_TARGETS["corrected"], corrected),
+                                      (*module.IA3_TARGETS["published"], published)):
         with torch.device("meta"):
             backbone = family.model(backbone_config(model))
             inject_ia3(backbone, outputs, inputs)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_backbones import batch, logits, scrambled
+from helpers import batch, logits, scrambled
 from torch import nn
 
 from taxa.backbones import FAMILIES, backbone_config, dnabert2, get_model, nucleotide_transformer

@@ -6,7 +6,7 @@ import torch
 from taxa.backbones import load_backbone
 from taxa.measure.memory import ACTIVATIONS, PARTS, activation_parts, allocator_peak, step_memory
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.strategies import inject, settings_from_flags, train_only, trainable_names
+from taxa.strategies import inject_adapters, settings_from_flags, train_only, trainable_names
 from taxa.training.optim import adamw
 
 CLASSES = (4, 5, 6)
@@ -19,10 +19,10 @@ class Run:
         torch.manual_seed(0)
         self.model = TaxonClassifier(load_backbone(name, pretrained=False), CLASSES).train()
         settings = settings_from_flags(name, strategy)
-        inject(self.model, settings)
+        inject_adapters(self.model, settings)
         train_only(self.model, trainable_names(self.model, settings))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = adamw(self.parameters, 1e-4)
+        self.optimizer = adamw(self.model, 1e-4)
         ids = torch.randint(5, 1000, (B, T))
         self.batch = ids, torch.ones_like(ids), torch.randint(0, 4, (B, 3))
         self.step()

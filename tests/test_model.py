@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from test_backbones import batch, scrambled
+from helpers import batch, scrambled
 from torch import nn
 
 from taxa import RANKS
+from taxa.data.dataset import on_device
 from taxa.model import TaxonClassifier, masked_mean, sequence_losses
 
 TINY = ["tiny-nt", "tiny-dnabert"]
@@ -147,3 +148,15 @@ def test_published_wrapping_leaves_the_heads_without_gradient(name, adapter, hea
     assert adapters and all(".backbone." in key for key in adapters)
     assert len(of_heads) == (2 if trains else 0)
     assert len(require) == len(adapters) + len(of_heads)
+
+
+@pytest.mark.parametrize("name", ["tiny-nt", "tiny-dnabert"])
+def test_no_mask_is_a_mask_of_ones(name):
+    """attention_mask=None says that no token is padding; a batch without padding goes to the device with it."""
+    model = TaxonClassifier(scrambled(name), (4, 5, 6))
+    ids, ones = batch(lengths=(9, 9, 9))
+    for rank, z in model(ids).items():
+        torch.testing.assert_close(z, model(ids, ones)[rank], rtol=1e-5, atol=1e-5)
+    assert on_device({"input_ids": ids, "attention_mask": ones}, "cpu")["attention_mask"] is None
+    ids, mask = batch(lengths=(9, 4, 9))
+    assert torch.equal(on_device({"input_ids": ids, "attention_mask": mask}, "cpu")["attention_mask"], mask)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_backbones import scrambled
+from helpers import scrambled
 
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.strategies import inject, settings_from_flags, train_only, trainable_names
+from taxa.strategies import inject_adapters, settings_from_flags, train_only, trainable_names
 
 pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -26,7 +26,7 @@ def test_the_peer_computes_the_same(strategy):
     settings = settings_from_flags("tiny-nt", strategy, **({"lora_dropout": 0.0} if strategy == "lora" else {}))
     peer = make_peer(classifier, settings)
     ours = copy.deepcopy(classifier).train()
-    inject(ours, settings)
+    inject_adapters(ours, settings)
     train_only(ours, trainable_names(ours, settings))
 
     ids = torch.randint(5, backbone.config.vocab_size, (3, 20), generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_backbones import batch, logits, scrambled
+from helpers import batch, logits, scrambled
 from torch import nn
 
 import evaluate
@@ -21,7 +21,7 @@ from taxa.ia3 import IA3Linear
 from taxa.inject import merge_adapters
 from taxa.lora import LoRALinear
 from taxa.model import TaxonClassifier, masked_mean, sequence_losses
-from taxa.strategies import inject, settings_from_flags, train_only, trainable_names
+from taxa.strategies import inject_adapters, settings_from_flags, train_only, trainable_names
 from taxa.training import checkpoint, peft_format
 from taxa.training.optim import adamw
 
@@ -46,7 +46,7 @@ def pair(name, strategy, protocol, r, dropout=0.0):
     flags = {"r": r, "lora_dropout": dropout} if strategy == "lora" else {}
     settings = settings_from_flags(name, strategy, protocol, None, **flags)
     ours, theirs = copy.deepcopy(classifier), copy.deepcopy(classifier)
-    inject(ours, settings)
+    inject_adapters(ours, settings)
     names = trainable_names(ours, settings)
     train_only(ours, names)
     torch.manual_seed(3)
@@ -125,7 +125,7 @@ def test_three_adamw_steps(name, strategy, protocol, r, dropout):
     start = [mine.detach().clone() for mine, _ in pairs(ours, theirs)]
     for model in (ours, theirs):
         model.train()
-        optimizer = adamw([p for p in model.parameters() if p.requires_grad], 1e-3, weight_decay=0.0)
+        optimizer = adamw(model, 1e-3)
         for step in range(3):
             torch.manual_seed(step)
             sequence_losses(model(*batch(step)), LABELS).mean().backward()
@@ -249,7 +249,7 @@ def test_we_load_what_the_library_saves(name, strategy, protocol, r, prefix, tmp
     if strategy == "lora":
         assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 16.0, 0.2)
     ours = TaxonClassifier(backbone, (4, 5, 6))
-    inject(ours, settings)
+    inject_adapters(ours, settings)
     ours.eval()
     assert set(state) == {key for key, _ in ours.named_parameters() if "lora_" in key or "ia3_l" in key}
     line = peft_format.start_from(ours, tmp_path, state, {}, {})

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -22,7 +23,7 @@ import pytest
 
 import prepare
 from taxa import RANKS
-from taxa.data import dataset, fasta, simulate
+from taxa.data import dataset, fasta, prepare as steps, simulate, sources
 from taxa.data.dataset import PreparedDataset
 from taxa.data.splits import SPLITS, split_by_genus
 from taxa.data.tokens import NTTokenizer, TINY_BPE, get_tokenizer
@@ -36,6 +37,7 @@ SIMULATED_NAMES = {taxid: name for lineage in simulate.species() for taxid, name
 NT = NTTokenizer()
 NAIVE_IDS = {entry: i for i, entry in enumerate(NT.vocabulary)}
 TO_ACGTN = bytes(x if chr(x) in "ACGT" else ord("N") for x in range(256))
+U_TO_T = str.maketrans("U", "T")
 
 
 # what is expected, naively
@@ -63,7 +65,7 @@ def naive_tokens(sequence):
 
 def naive_rows(fastas, lineages, length=1500):
     """[(file number, record number, taxid, lineage, letters)] of what is kept; length None: any but 0."""
-    return [(number, i, taxid, lineages[taxid], "".join(x if x in "ACGT" else "N" for x in letters.upper()))
+    return [(number, i, taxid, lineages[taxid], "".join(x if x in "ACGT" else "N" for x in letters.upper().translate(U_TO_T)))
             for number, path in enumerate(fastas) for i, (taxid, letters) in enumerate(naive_records(path))
             if taxid in lineages and (len(letters) == length or (length is None and letters))]
 
@@ -255,6 +257,14 @@ def test_demo_is_the_simulated_corpus_prepared(tmp_path):
     check_folder(tmp_path / "a", simulated_arguments(tmp_path / "source")[1:5], SIMULATED, SIMULATED_NAMES, seed=3)
 
 
+def test_prepare_demo_writes_what_the_command_does(tmp_path):
+    manifest = steps.prepare_demo(tmp_path / "a")
+    run_main("--demo", "--out", tmp_path / "b")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b") and manifest["sequences"] == 4000
+    with pytest.raises(InputError, match="a exists"):
+        steps.prepare_demo(tmp_path / "a")
+
+
 def naive_drops(fastas, length):
     """The drop report, one record at a time. length None: any but 0."""
     reasons = {40: "no phylum", 50: "no genus", 60: "no superkingdom", 98: "deleted taxid", 97: "unknown taxid"}
@@ -300,9 +310,9 @@ def test_what_is_dropped_is_counted_by_file_and_reason(small, tmp_path, capsys, 
 def test_other_letters_are_counted_by_file(small, tmp_path, capsys):
     run_main(*small_arguments(small, "--out", tmp_path / "out"))
     counted = [source["letters_changed_to_N"] for source in PreparedDataset(tmp_path / "out").manifest["sources"]]
-    wrong = [x for _, letters in naive_records(small[0][1]) for x in letters if x.upper() not in "ACGTN"]
+    wrong = [x for _, letters in naive_records(small[0][1]) for x in letters if x.upper() not in "ACGTUN"]
     assert counted == [0, len(wrong)] and set("RYku") <= set(wrong)
-    assert f"two.fa: {len(wrong)} letters outside ACGTN became N" in capsys.readouterr().out
+    assert f"two.fa: {len(wrong)} bases outside ACGTN became N" in capsys.readouterr().out
 
 
 def test_a_single_sequence_is_a_dataset(tmp_path):
@@ -404,31 +414,45 @@ def test_repeated_sequences_are_counted(tmp_path, capsys):
                ((name, data.split(name, "nt")) for name in SPLITS)}
     in_train = sum(text in letters["train"] for text in letters["test"])
     assert data.manifest["repeated"] == {"sequences": 60, "test_in_train": in_train}
-    assert f"60 sequences have the letters of an earlier one; {in_train} of the test split are in train too" in capsys.readouterr().out
+    assert f"60 sequences have the bases of an earlier one; {in_train} of the test split are in train too" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("regex, key", [("^[0-9]+", 0), (r"genome=(\S+)", 1)])
-def test_groups_stay_on_one_side(tmp_path, regex, key):
-    text, groups = [], []
-    for i in range(300):
-        taxid, genome = (22, 21, 23, 99, 31)[i % 5], f"G{i % 5}_{i // 5 % 6}"
-        text.append(f">{taxid} {i} genome={genome} x\n{random_letters(30, i)}\n")
-        groups.append((str(taxid), genome)[key])
-    (tmp_path / "x.fa").write_text("".join(text))
-    run_main("--fasta", tmp_path / "x.fa", "--taxdump", write_dump(tmp_path / "d.zip"), "--length", 30, "--out", tmp_path / "out",
-             "--group", regex)
+def genomes_fasta(path, n=300):
+    """n records of 30 bases in four genera, G{0-4}_{0-5} their genomes. Returns (path, [(taxid, genome)])."""
+    keys = [((22, 21, 23, 99, 31)[i % 5], f"G{i % 5}_{i // 5 % 6}") for i in range(n)]
+    path.write_text("".join(f">{taxid} {i} genome={genome} x\n{random_letters(30, i)}\n" for i, (taxid, genome) in enumerate(keys)))
+    return path, keys
+
+
+def test_groups_stay_on_one_side(tmp_path):
+    path, keys = genomes_fasta(tmp_path / "x.fa")
+    run_main("--fasta", path, "--taxdump", write_dump(tmp_path / "d.zip"), "--length", 30, "--out", tmp_path / "out",
+             "--group", r"genome=(\S+)")
     sides = {}
     for split in SPLITS:
         for record in np.load(tmp_path / "out" / split / "records.npy")["record"].tolist():
-            sides.setdefault(groups[record], set()).add(split)
-    assert {len(splits) for splits in sides.values()} == {1} and len(sides) == (5, 30)[key]
-    assert set.union(*sides.values()) == ({"train", "test"} if key == 0 else set(SPLITS))
-    assert PreparedDataset(tmp_path / "out").manifest["settings"]["group"] == regex
+            sides.setdefault(keys[record][1], set()).add(split)
+    assert {len(splits) for splits in sides.values()} == {1} and len(sides) == 30 and set.union(*sides.values()) == set(SPLITS)
+    assert PreparedDataset(tmp_path / "out").manifest["settings"]["group"] == r"genome=(\S+)"
+
+
+@pytest.mark.parametrize("regex, words", [
+    ("x$", "leaves nothing for validation and test: no genus has more than 1 group;"),  # one group per genus
+    ("^[0-9]+", "leaves nothing for validation: no genus has more than 2 groups;"),  # two taxids in two of the genera
+])
+def test_groups_too_few_for_a_split_are_refused(tmp_path, regex, words):
+    path, _ = genomes_fasta(tmp_path / "x.fa", 60)
+    dump = write_dump(tmp_path / "d.zip")
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match=re.escape(words)) as caught:
+        run_main("--fasta", path, "--taxdump", dump, "--length", 30, "--out", tmp_path / "out", "--group", regex)
+    assert str(caught.value).startswith(f"--group '{regex}' ") and tree(tmp_path) == before
 
 
 # nothing half written
 
-@pytest.mark.parametrize("step", ["index_fasta", "label_taxids", "split_by_genus", "normalize", "write_manifest"])
+@pytest.mark.parametrize("step", [(sources, "index_fasta"), (sources, "label_taxids"), (steps, "split_by_genus"), (steps, "normalize"),
+                                  (steps, "write_manifest")], ids=lambda step: step[1])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_a_run_that_fails_leaves_nothing_and_keeps_the_old_folder(small, tmp_path, monkeypatch, step, error):
     run_main(*small_arguments(small, "--out", tmp_path / "old"))
@@ -437,7 +461,7 @@ def test_a_run_that_fails_leaves_nothing_and_keeps_the_old_folder(small, tmp_pat
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(prepare, step, fail)
+    monkeypatch.setattr(*step, fail)
     for arguments in (["--out", tmp_path / "new"], ["--out", tmp_path / "old", "--overwrite"]):
         with pytest.raises((KeyboardInterrupt, OSError, InputError)):
             run_main(*small_arguments(small, *arguments, "--tokenizers", "tiny-dnabert"))
@@ -468,16 +492,16 @@ WRONG = {
     "a missing FASTA": (GOOD + " --fasta {path}/good.fa {path}/missing.fa", "missing.fa: no such file"),
     "a folder as FASTA": (GOOD + " --fasta {path}/old", "old: no such file"),
     "an empty FASTA": (GOOD + " --fasta {path}/good.fa {path}/empty.fa", "empty.fa: the file is empty"),
-    "prose as FASTA": (GOOD + " --fasta {path}/prose.fa", "prose.fa: not a FASTA file"),
+    "prose as FASTA": (GOOD + " --fasta {path}/prose.fa", "prose.fa: neither FASTA nor FASTQ"),
     "bzip2 by its name": (GOOD + " --fasta {path}/x.fa.bz2", "x.fa.bz2"),
     "truncated gzip": (GOOD + " --fasta {path}/cut.fa.gz", "cut.fa.gz: the gzip file is damaged"),
     "an accession for a taxid": (GOOD + " --fasta {path}/accession.fa", "accession.fa: record 2 '>NC_1'.*taxid"),
     "a zero taxid": (GOOD + " --fasta {path}/zero.fa", "zero.fa: record 2 '>0'"),
     "protein": (GOOD + " --fasta {path}/good.fa {path}/protein.fa", "protein.fa: record 3 '>31'.*protein"),
-    "unequal lines": (GOOD + " --fasta {path}/unequal.fa", "unequal.fa: not a FASTA file"),
+    "a record without a name": (GOOD + " --fasta {path}/nameless.fa", "nameless.fa: record 2 has no name"),
     "two files of one name": (GOOD + " --fasta {path}/good.fa {path}/same/good.fa", "two files have the same name"),
     "a missing dump": (GOOD + " --taxdump {path}/missing.zip", "missing.zip: no such file"),
-    "a folder as dump": (GOOD + " --taxdump {path}/old", "old: no such file"),
+    "a folder as dump": (GOOD + " --taxdump {path}/old", "old: no nodes.dmp in it"),
     "text named .zip": (GOOD + " --taxdump {path}/text.zip", "text.zip: the archive is damaged"),
     "a zip cut short": (GOOD + " --taxdump {path}/cut.zip", "cut.zip: the archive is damaged"),
     "a dump without nodes": (GOOD + " --taxdump {path}/nonodes.zip", "nonodes.zip: no nodes.dmp"),
@@ -534,7 +558,7 @@ def write_wrong_input(folder):
     dump = write_dump(folder / "dump.zip")
     letters = good.read_text()
     texts = {"empty.fa": "", "prose.fa": "Dear all,\n", "zero.fa": ">22 0\nACGT\n>0 1\nACGT\n", "text.zip": "text\n",
-             "accession.fa": ">22 0\nACGT\n>NC_1 1\nACGT\n", "unequal.fa": ">22 0\nACGT\nAC\nACGT\n",
+             "accession.fa": ">22 0\nACGT\n>NC_1 1\nACGT\n", "nameless.fa": ">22 0\nACGT\n>\nACGT\n",
              "protein.fa": ">22 0\nACGT\n>22 1\nACGT\n>31 2\nMKTAYIAKQRQISFVK\n",
              "unknown.fa": ">97 0\nACGT\n", "ids.txt": "22 0123456789abcdef 0\n", "x.fa.bz2": letters,
              "same/good.fa": letters, "old/note": "keep me", "old/manifest.json": "{}", "other/note": "keep me"}
@@ -770,12 +794,12 @@ def test_disk_need_is_said_and_compared(small, tmp_path, monkeypatch, capsys):
 
 
 def test_each_distinct_taxid_is_labelled_once(small, tmp_path, monkeypatch):
-    asked, label = [], prepare.label_taxids
+    asked, label = [], sources.label_taxids
 
     def record(dump, taxids, *rest):
         asked.append(taxids)
         return label(dump, taxids, *rest)
 
-    monkeypatch.setattr(prepare, "label_taxids", record)
+    monkeypatch.setattr(sources, "label_taxids", record)
     run_main(*small_arguments(small, "--out", tmp_path / "out"))
     assert asked == [sorted({taxid for path in small[0] for taxid, _ in naive_records(path)})]

@@ -1,16 +1,20 @@
 """Masked-token pretraining: what is masked, the loss, the heads against transformers', the folder it writes, resuming, two processes."""
 
+import fcntl
 import gzip
 import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from runs import dies, in_step
 from safetensors.torch import load_file, save_file
 
 import prepare
@@ -22,8 +26,10 @@ from taxa.data.dataset import PreparedDataset, micro_batches
 from taxa.data.reads import records, tokenized_windows
 from taxa.data.tokens import get_tokenizer
 from taxa.errors import InputError
+from taxa.runtime import cli
 from taxa.training import checkpoint
-from taxa.training.optim import adamw, cosine_rate
+from taxa.training.optim import adamw, cosine_lr
+from taxa.training.run import read_last
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["tiny-nt", "tiny-dnabert"]
@@ -53,18 +59,23 @@ def command(name, data, weights, out, *more):
             "--warmup-steps", "1", "--device", "cpu", *(["--no-tied"] if name == "tiny-nt" else []), *more]
 
 
+def log_of(folder):
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key != "sequences_per_s"} for line in lines]
+
+
 def interrupted_at(call, monkeypatch, arguments):
-    """Run pretrain.main(arguments) with Ctrl-C at the given call of cosine_rate. Returns the steps that asked for a rate."""
+    """Run pretrain.main(arguments) with Ctrl-C at the given call of cosine_lr. Returns the steps that asked for an lr."""
     calls = []
 
     def interrupting(step, *more):
         calls.append(step)
         if len(calls) == call:
             raise KeyboardInterrupt
-        return cosine_rate(step, *more)
+        return cosine_lr(step, *more)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(pretrain, "cosine_rate", interrupting)
+        patched.setattr(pretrain, "cosine_lr", interrupting)
         pretrain.main(arguments)
     return calls
 
@@ -192,7 +203,7 @@ def replica(name, data, weights, steps, processes, lr=0.01):
     torch.manual_seed(42)
     family = MODELS[name].family
     model = MaskedLM(family, load_backbone(name, weights[name]), MASKING[family].tied).train()
-    optimizer = adamw(model.parameters(), lr, 0.01)
+    optimizer = adamw(model, lr, 0.01)
     split = PreparedDataset(data).split("train", MODELS[name].tokenizer)
     plans = [micro_batches(len(split), 42, 0, 8, 1, rank, processes) for rank in range(processes)]
     for step in range(steps):
@@ -203,7 +214,7 @@ def replica(name, data, weights, steps, processes, lr=0.01):
             logits = model(ids, batch["attention_mask"], chosen)
             losses.append(torch.nn.functional.cross_entropy(logits, batch["input_ids"][chosen], reduction="none"))
         for group in optimizer.param_groups:
-            group["lr"] = cosine_rate(step, steps, lr, 1)
+            group["lr"] = cosine_lr(step, steps, lr, 1)
         optimizer.zero_grad()
         torch.cat(losses).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -245,9 +256,110 @@ def test_it_learns_goes_on_after_an_interruption_and_train_loads_it(name, demo, 
     assert measured["loss"] == pytest.approx(whole["loss"], abs=1e-6)
 
 
+def short_command(short, weights, out, *more):
+    """Ten steps an epoch, two epochs."""
+    return command("tiny-dnabert", short, weights, out, "--batch-size", "32", "--epochs", "2", "--log-every", "3", "--save-every", "4", *more)
+
+
+def assert_same_folder(one, other):
+    assert (one / "metrics.json").read_bytes() == (other / "metrics.json").read_bytes()
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert log_of(one) == log_of(other)
+
+
+@pytest.fixture(scope="module")
+def whole(short, weights, tmp_path_factory):
+    """The folder of a run that nobody touched."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    pretrain.main(short_command(short, weights, folder))
+    return folder
+
+
+def test_killed_and_resumed_ends_bit_for_bit_the_same(whole, short, weights, tmp_path):
+    arguments = short_command(short, weights, tmp_path / "run")
+    dies(3, arguments, pretrain)  # before the first save: it begins anew
+    dies(6, [*arguments, "--resume"], pretrain)  # saved at step 4
+    dies(10, [*arguments, "--resume"], pretrain)  # in step 14, in the second epoch
+    pretrain.main([*arguments, "--resume"])
+    assert_same_folder(tmp_path / "run", whole)
+
+
+def test_killed_in_the_validation_of_an_epoch(whole, short, weights, tmp_path, monkeypatch):
+    arguments = short_command(short, weights, tmp_path / "run")
+    validate, calls = pretrain.validate, []
+
+    def dies_in_the_second(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return validate(*given)
+
+    monkeypatch.setattr(pretrain, "validate", dies_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(arguments)
+    monkeypatch.undo()
+    pretrain.main([*arguments, "--resume"])
+    assert_same_folder(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves_with_75(number, whole, short, weights, tmp_path, capsys):
+    arguments = short_command(short, weights, tmp_path / "run", "--save-every", "60m")
+    with in_step(3, lambda: os.kill(os.getpid(), number)), pytest.raises(SystemExit) as left:
+        cli.run(lambda: pretrain.main(arguments))
+    line, = capsys.readouterr().err.splitlines()
+    assert left.value.code == 75 and signal.Signals(number).name in line and "--resume" in line
+    assert read_last(tmp_path / "run")["step"] in (3, 4)
+    pretrain.main([*arguments, "--resume"])
+    assert_same_folder(tmp_path / "run", whole)
+
+
+def test_two_runs_in_one_folder_are_refused(short, weights, tmp_path, monkeypatch):
+    def lockf(*_):
+        raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with pytest.raises(InputError, match="is in use by another process"):
+        pretrain.main(short_command(short, weights, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_step_is_not_applied_and_names_its_records(value, short, weights, tmp_path, monkeypatch):
+    cross_entropy, steps = pretrain.F.cross_entropy, []
+
+    def bad_in_steps_2_and_4(logits, targets, **more):
+        steps.extend([1] * logits.requires_grad)
+        return cross_entropy(logits, targets, **more) + (value if logits.requires_grad and len(steps) in (2, 4) else 0)
+
+    monkeypatch.setattr(pretrain.F, "cross_entropy", bad_in_steps_2_and_4)
+    arguments = short_command(short, weights, tmp_path / "run", "--save-every", "1", "--max-bad-steps", "2")
+    with pytest.raises(InputError, match="2 step.s. had a loss or gradient that is not finite, the last one step 4; .*bad_steps.jsonl"):
+        pretrain.main(arguments)
+    entries = [json.loads(line) for line in (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [2, 4] and entries[0]["loss"] == str(value)
+    order = np.random.RandomState([42, 0]).permutation(292)
+    assert [record["row"] for record in entries[1]["records"]] == order[96:128].tolist() and "taxid" in entries[1]["records"][0]
+    last = read_last(tmp_path / "run")
+    assert last["step"] == 3 and last["bad_steps"] == 1
+    assert all(torch.isfinite(tensor).all() for tensor in last["state"].values())
+    assert all(entry["step"] == 2 for entry in last["optimizer"]["state"].values())
+
+
+def test_a_last_pt_of_before_the_rooms_is_resumed(whole, short, weights, tmp_path):
+    """As commit abe6c45 wrote it: the processes instead of the sequences per step, no epoch, no counts, no digest of the weights."""
+    arguments = short_command(short, weights, tmp_path / "run")
+    dies(7, arguments, pretrain)
+    last = read_last(tmp_path / "run")
+    content = {name: last[name] for name in ("dataset", "state", "optimizer", "step", "logs")}
+    args = {name: value for name, value in last["args"].items() if name not in ("activation_checkpointing", "max_bad_steps")}
+    checkpoint.save(tmp_path / "run" / "last.pt", {"args": args | {"save_every": 4}, "processes": 1, **content}, checkpoint.RESUME_STATE)
+    pretrain.main([*arguments, "--resume"])
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
 @pytest.fixture
 def fasta(tmp_path):
-    """Genomes of 45 repeats, in two files, one packed: 104 windows of 1500 letters and a shorter one; a record has no letters."""
+    """Genomes of 45 repeats, in two files, one packed: 104 windows of 1500 bases and a shorter one; a record has no bases."""
     draw = random.Random(5)
     motifs = ["".join(draw.choice("ACGT") for _ in range(60)) for _ in range(45)]
     genomes = ["".join(draw.choice(motifs) for _ in range(n // 60 + 1))[:n] for n in (90_000, 60_700, 1_500, 700, 2_000)]
@@ -269,7 +381,7 @@ def test_windows_of_fasta_each_on_one_side(name, fasta):
             expected.append(genome[max(0, len(genome) - 1500):] if overlaps else genome[at:at + 1500])
             held.append(held[-1] if overlaps else len(held) % 50 == 49)
     train, validation = tokenized_windows((record for path in paths for record in records(path)), tokenizer, 1500, 50)
-    assert (len(train), len(validation)) == (held.count(False), held.count(True)) == (102, 3)  # the 101st shares letters with the 100th
+    assert (len(train), len(validation)) == (held.count(False), held.count(True)) == (102, 3)  # the 101st shares bases with the 100th
     for split, side in ((train, False), (validation, True)):
         rows = [tokenizer.encode(text.encode(), [len(text)])[0].tolist() for text, h in zip(expected, held) if h == side]
         assert [split.tokens(i).tolist() for i in range(len(split))] == rows
@@ -292,7 +404,7 @@ def test_fasta_instead_of_a_prepared_folder(fasta, weights, tmp_path, monkeypatc
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     with open(paths[0], "a") as file:
         file.write("ACGT")
-    with pytest.raises(InputError, match="last.pt is of a run with other dataset"):
+    with pytest.raises(InputError, match="last.pt is of a run with other settings: dataset: .* then, .* now"):
         pretrain.main(fasta_command("cut", "--resume"))
 
 
@@ -331,7 +443,7 @@ def test_the_checkpoint_that_comes_with_the_package_predicts(tmp_path):
 @pytest.mark.parametrize("flags, what", [
     (["--mask-fraction", "0"], "hides nothing"), (["--model", "tiny-mt"], "did you mean tiny-nt"),
     (["--warmup-steps", "100", "--max-steps", "9"], "leaves nothing"), (["--overwrite", "--resume"], "give one of them"),
-    (["--data", "nowhere"], "no such folder"), (["--resume"], "nothing to resume"), (["--fasta", "x.fa"], "either --data or --fasta"),
+    (["--data", "nowhere"], "no such folder"), (["--max-bad-steps", "0"], "--max-bad-steps"), (["--fasta", "x.fa"], "either --data or --fasta"),
     (["--tokenizer-file", "x.json"], "goes with --fasta"),
 ])
 def test_wrong_input_is_one_line(flags, what, demo, weights, tmp_path, capsys):

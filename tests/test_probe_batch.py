@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import probe_batch
+from taxa import STUDY_TRAINING_SEQUENCES
 from taxa.errors import InputError
+from taxa.measure.isolation import in_child, is_out_of_memory
+from taxa.results.published import published_seconds
 from taxa.runtime.cli import byte_size
 
 ROOT = Path(probe_batch.__file__).parent
@@ -47,8 +50,8 @@ def test_a_child_runs_out_of_memory_and_the_parent_does_not():
     def take(megabytes):
         return {"sum": float(torch.ones(megabytes * 250_000).sum())}
 
-    assert probe_batch.in_child(lambda: take(20), 64 * 2**20) == {"sum": 5e6}
-    assert probe_batch.in_child(lambda: take(100), 64 * 2**20) is None
+    assert in_child(lambda: take(20), 64 * 2**20) == {"sum": 5e6}
+    assert in_child(lambda: take(100), 64 * 2**20) is None
 
 
 def test_only_out_of_memory_is_caught():
@@ -59,11 +62,11 @@ def test_only_out_of_memory_is_caught():
         raise InputError("say it in one line")
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        probe_batch.in_child(wrong, 2**28)
+        in_child(wrong, 2**28)
     with pytest.raises(InputError, match="^say it in one line$"):
-        probe_batch.in_child(refused, 2**28)
-    assert probe_batch.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not probe_batch.is_out_of_memory(RuntimeError("CUDA error: out of luck"))
+        in_child(refused, 2**28)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: out of luck"))
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -113,16 +116,40 @@ def test_the_ceiling_fits_and_two_percent_more_does_not(tmp_path):
         assert (entry["verdict"] == "fits") == ("step_s" in entry) == (entry["batch"] <= found["ceiling"])
 
 
-def test_all_strategies_as_a_user_runs_them(tmp_path):
-    stdout, document = probed(tmp_path, "--strategies", "all", "--length", 32, "--batch-sizes", 2, 4, "--plot", tmp_path / "memory.png")
-    assert "published s/epoch to full" in stdout and "allocator's peak" in stdout
+def test_all_strategies_in_every_mode_as_a_user_runs_them(tmp_path):
+    modes = ["none", "selective", "full"]
+    stdout, document = probed(tmp_path, "--strategies", "all", "--activation-checkpointing", *modes, "--length", 32, "--batch-sizes", 2, 4,
+                              "--plot", tmp_path / "memory.png")
+    assert "published s/epoch to full" in stdout and stdout.count("allocator's peak") == 3
+    assert "batch 4, selective checkpointing" in stdout
     assert "ceiling" not in stdout and "largest: of the sizes that were tried; more may fit" in stdout
-    assert [found["label"] for found in document["runs"]] == ["full", "lora r=4", "ia3", "freeze75"]
+    assert [(found["activation_checkpointing"], found["label"]) for found in document["runs"]] == [
+        (mode, label) for mode in modes for label in ("full", "lora r=4", "ia3", "freeze75")]
     for found in document["runs"]:
         assert found["ceiling"] == 4 and found["memory"]["batch"] == 4
         assert found["memory"]["peak"] == pytest.approx(found["memory"]["allocator_peak"], rel=0.1)
+        assert (found["memory"]["most"]["checkpointed"] > 0) == (found["activation_checkpointing"] != "none")
         for entry in found["sizes"]:
             assert len(entry["step_s"]) == 1
-            assert entry["epoch_s"] == pytest.approx(entry["median_step_s"] * math.ceil(4_560_000 / entry["batch"]))
+            assert entry["epoch_s"] == pytest.approx(entry["median_step_s"] * math.ceil(STUDY_TRAINING_SEQUENCES / entry["batch"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.png", "probe.json"]
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ratios_are_to_full_in_the_same_mode():
+    def found(label, mode, ceiling, seconds):
+        return {"label": label, "strategy": label, "activation_checkpointing": mode, "ceiling": ceiling, "power_of_two": ceiling,
+                "smallest_that_fails": ceiling + 1, "sizes": [{"batch": ceiling, "verdict": "fits", "epoch_s": seconds}]}
+
+    runs = [found("full", "none", 8, 100.0), found("ia3", "none", 8, 50.0), found("full", "full", 64, 200.0), found("ia3", "full", 128, 50.0)]
+    lines = probe_batch.summary(probe_batch.parse_args(["--model", "nt50m", "--strategy", "full"]), runs).splitlines()
+    assert lines[2].split() == ["ia3", "none", "8", "1.00", "8", "50", "0.50", "0.90"]
+    assert lines[4].split() == ["ia3", "full", "128", "2.00", "128", "50", "0.25", "-"]
+
+
+def test_published_seconds_are_the_supplements():
+    assert published_seconds("nt50m") == {
+        "full": (7527.8,), "lora r=1": (6991.4,), "lora r=4": (7980.8, 9140.0), "lora r=20": (9211.6,), "ia3": (6800.0,),
+        "freeze75": (5084.4,), "random": (7528.8,)}
+    assert published_seconds("tiny-nt") == {}
+    assert probe_batch.published_ratio("nt50m", "lora r=4") == "1.06 to 1.21" and probe_batch.published_ratio("tiny-nt", "full") == "-"

@@ -9,7 +9,8 @@ import pytest
 
 import train
 from taxa.backbones import MODELS
-from taxa.strategies import STRATEGIES, published_fraction, settings_from_flags
+from taxa.measure.published import published_fraction
+from taxa.strategies import STRATEGIES, settings_from_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "PROTOCOL.md").read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_backbones import scrambled
+from helpers import scrambled
 from torch import nn
 
 from taxa.backbones import FAMILIES, get_model, load_backbone

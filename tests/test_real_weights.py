@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
-from test_backbones import GOLDEN, SHARED, naive_dnabert, naive_nt
+from helpers import GOLDEN, SHARED, naive_dnabert, naive_nt
 
 from taxa.backbones import MODELS, load_backbone
 from taxa.data.tokens import get_tokenizer

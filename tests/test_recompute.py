@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from test_backbones import batch, scrambled
+from helpers import batch, scrambled
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -15,7 +15,7 @@ from taxa.ia3 import IA3Linear
 from taxa.lora import LoRALinear
 from taxa.model import TaxonClassifier, sequence_losses
 from taxa.recompute import dropout, gated, recomputed
-from taxa.strategies import inject, settings_from_flags, train_only, trainable_names
+from taxa.strategies import inject_adapters, settings_from_flags, train_only, trainable_names
 
 STRATEGIES = ("full", "lora", "ia3", "freeze75")
 both_families = pytest.mark.parametrize("name", ["tiny-nt", "tiny-dnabert"])
@@ -28,7 +28,7 @@ def make(name, strategy, lora_dropout=0.0, **sizes):
     model = TaxonClassifier(scrambled(name, **dropout, **sizes), (4, 5, 6))
     settings = settings_from_flags(name, strategy, **({"lora_dropout": lora_dropout} if strategy == "lora" else {}))
     torch.manual_seed(5)
-    inject(model, settings)
+    inject_adapters(model, settings)
     with torch.no_grad():
         for key, p in model.named_parameters():
             if "lora_" in key or "ia3_" in key:

@@ -26,7 +26,8 @@ import train
 from taxa.backbones import load_backbone
 from taxa.data.dataset import PreparedDataset
 from taxa.runtime import cli, distributed
-from taxa.training import checkpoint, resume
+from taxa.training import checkpoint
+from taxa.training.run import read_last, save_last
 
 SHORT = ("--max-steps", "4", "--batch-size", "32")
 
@@ -144,17 +145,17 @@ def test_a_bad_step_is_not_applied_and_names_its_records(value, short, weights, 
 
 def test_a_full_disk_ends_in_one_line_and_the_old_checkpoint_stays(tmp_path, capsys):
     content = {"step": 1, "state": torch.zeros(100)}
-    resume.save_last(tmp_path, content)
+    save_last(tmp_path, content)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as a quota: no file may grow beyond it
     try:
         with pytest.raises(SystemExit) as left:
-            cli.run(lambda: resume.save_last(tmp_path, content | {"state": torch.zeros(100_000)}))
+            cli.run(lambda: save_last(tmp_path, content | {"state": torch.zeros(100_000)}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     line, = capsys.readouterr().err.splitlines()
     assert left.value.code == 2 and "last.pt" in line and "File too large" in line
-    assert os.listdir(tmp_path) == ["last.pt"] and resume.read_last(tmp_path)["step"] == 1
+    assert os.listdir(tmp_path) == ["last.pt"] and read_last(tmp_path)["step"] == 1
 
 
 @pytest.fixture
@@ -171,16 +172,16 @@ def tmpfs(tmp_path):
 def test_a_folder_without_permission_ends_in_one_line_and_the_old_state_stays(tmp_path, capsys):
     if not os.geteuid():
         pytest.skip("root may write anywhere: the read-only mount below is for it")
-    resume.save_last(tmp_path, {"step": 1})
+    save_last(tmp_path, {"step": 1})
     tmp_path.chmod(0o555)
     try:
         with pytest.raises(SystemExit) as left:
-            cli.run(lambda: resume.save_last(tmp_path, {"step": 2}))
+            cli.run(lambda: save_last(tmp_path, {"step": 2}))
     finally:
         tmp_path.chmod(0o755)
     line, = capsys.readouterr().err.splitlines()
     assert left.value.code == 2 and "last.pt: Permission denied" in line
-    assert os.listdir(tmp_path) == ["last.pt"] and resume.read_last(tmp_path)["step"] == 1
+    assert os.listdir(tmp_path) == ["last.pt"] and read_last(tmp_path)["step"] == 1
 
 
 @pytest.mark.parametrize("fault", ["full", "read-only"])
@@ -201,7 +202,7 @@ def test_a_disk_that_fills_or_becomes_read_only_in_a_run(fault, tmpfs, short, we
         cli.run(lambda: train.main(arguments))
     line, = capsys.readouterr().err.splitlines()
     assert left.value.code == 2 and ("No space left" if fault == "full" else "Read-only") in line and str(tmpfs) in line
-    assert resume.read_last(tmpfs / "run")["step"] in (4, 5)
+    assert read_last(tmpfs / "run")["step"] in (4, 5)
     if fault == "full":
         (tmpfs / "filler").unlink()
     else:
@@ -340,7 +341,7 @@ def test_a_rank_that_dies_takes_the_others_down_and_torchrun_resumes(short, weig
     report = reported.read_text()
     assert "rank      : 0" in report and "Signal 9" in report and "failed to connect" not in report
     assert "Traceback (most recent call last):\n  File \"" + str(ROOT / "train.py") not in report
-    assert resume.read_last(tmp_path / "run")["step"] >= 3
+    assert read_last(tmp_path / "run")["step"] >= 3
 
 
 def test_a_restarted_process_never_meets_the_addresses_of_the_dead(monkeypatch):

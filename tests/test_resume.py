@@ -1,6 +1,7 @@
 """A run that is killed, stopped or restarted ends as if nothing had happened; what cannot go on is refused in one line."""
 
-import gc
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -12,9 +13,12 @@ import torch
 from runs import Killed, dies, in_step
 from test_train import ROOT, STRATEGIES, command, python
 
+import pretrain
 import train
 from taxa.runtime import cli
-from taxa.training import checkpoint, resume
+from taxa.training import checkpoint
+from taxa.training.flags import MAY_CHANGE, PATHS
+from taxa.training.run import lock, read_last, save_last
 
 MORE = ("--epochs", "2", "--batch-size", "32", "--log-every", "3", "--save-every", "4")  # 292 sequences: 10 steps an epoch, 5 by two
 RESUME = checkpoint.RESUME_STATE
@@ -122,7 +126,6 @@ def test_killed_before_any_file_gets_its_name(short, weights, tmp_path, monkeypa
         renamed.clear()
         with pytest.raises(Killed):
             train.main(arguments(str(moment)))
-        gc.collect()  # as in runs.dies()
         die_at = 0
         train.main([*arguments(str(moment)), "--resume"])
         assert_same_end(tmp_path / str(moment), tmp_path / "whole")
@@ -170,7 +173,70 @@ def test_a_restarted_command_resumes_unasked(variable, short, weights, tmp_path,
     monkeypatch.setenv(variable, "1")
     dies(3, arguments)
     assert "resumed after step 4, epoch 1" in capsys.readouterr().out
-    assert not resume.begin(tmp_path / "other", False, False)
+
+
+@pytest.mark.parametrize("state", ["no folder", "empty folder", "killed before the first save", "killed before any file"])
+def test_resume_where_nothing_was_saved_starts_from_the_beginning(state, short, weights, tmp_path, capsys):
+    arguments = command("tiny-nt", "ia3", short, weights, tmp_path / "run", *MORE, "--max-steps", "2")
+    if state == "empty folder":
+        (tmp_path / "run").mkdir()
+    elif state == "killed before the first save":
+        dies(2, arguments)
+        assert not (tmp_path / "run" / "last.pt").exists()
+    elif state == "killed before any file":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / ".lock").write_text("process 1 on a machine\n")
+        (tmp_path / "run" / ".args.json.1.tmp").write_text("{")
+    capsys.readouterr()
+    train.main([*arguments, "--resume"])
+    line, = [line for line in capsys.readouterr().out.splitlines() if "starting from the beginning" in line]
+    assert str(tmp_path / "run") in line
+    train.main(command("tiny-nt", "ia3", short, weights, tmp_path / "whole", *MORE, "--max-steps", "2"))
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("holds, message", [
+    ("another run that saved nothing", "args.json is of a run with other settings: --lr: 0.01 then, 0.5 now"),
+    ("a run without last.pt", "last.pt is gone"),
+    ("a run without ckpt.pt", "ckpt.pt is gone"),
+    ("a thesis", "not a run folder"),
+    ("broken settings", "args.json: not written by a run"),
+])
+def test_resume_refuses_a_folder_that_holds_something_else(holds, message, short, weights, tmp_path):
+    folder = tmp_path / "run"
+    arguments = command("tiny-nt", "ia3", short, weights, folder, *MORE, "--max-steps", "2")
+    if holds == "another run that saved nothing":
+        dies(2, arguments)
+        arguments += ["--lr", "0.5"]
+    elif holds.startswith("a run without"):
+        train.main(arguments)
+        for name in ("last.pt", "last.prev.pt") if holds.endswith("last.pt") else ("ckpt.pt",):
+            (folder / name).unlink()
+    else:
+        folder.mkdir()
+        (folder / ("thesis.tex" if holds == "a thesis" else "args.json")).write_text("years")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    with pytest.raises(cli.InputError, match=message):
+        train.main([*arguments, "--resume"])
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def test_a_last_pt_of_before_the_rooms_is_resumed(short, weights, tmp_path):
+    """As commit abe6c45 wrote it: with a flag that is gone, without those that are new, without the tokenizer."""
+    arguments = command("tiny-nt", "lora", short, weights, tmp_path / "run", *MORE)
+    dies(7, arguments)
+    content = read_last(tmp_path / "run")
+    del content["args"]["activation_checkpointing"], content["tokenizer"]
+    content["args"]["recompute"] = False
+    checkpoint.save(tmp_path / "run" / "last.pt", content, RESUME)
+    train.main([*arguments, "--resume"])
+    train.main(command("tiny-nt", "lora", short, weights, tmp_path / "whole", *MORE))
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_the_list_of_flags_that_may_change_names_flags_that_there_are():
+    flags = vars(train.parse_args(["--model", "tiny-nt", "--strategy", "full"])) | vars(pretrain.parse_args(["--model", "tiny-nt", "--out", "x"]))
+    assert set(MAY_CHANGE) - set(flags) == {"recompute"} and set(PATHS) <= set(MAY_CHANGE)
 
 
 def test_minutes_between_saves(short, weights, tmp_path):
@@ -217,8 +283,8 @@ def test_more_epochs_follow_the_cosine_of_all_of_them(short, weights, tmp_path, 
     train.main(arguments)  # 3 steps an epoch
     train.main([*arguments, "--epochs", "3", "--resume"])
     assert "the cosine is now that of 3 epochs" in capsys.readouterr().out
-    rates = [entry["lr"] for entry in log_of(tmp_path / "run") if "lr" in entry]
-    assert rates == [train.cosine_rate(step, 6, 0.01) for step in range(6)] + [train.cosine_rate(step, 9, 0.01) for step in range(6, 9)]
+    lrs = [entry["lr"] for entry in log_of(tmp_path / "run") if "lr" in entry]
+    assert lrs == [train.cosine_lr(step, 6, 0.01) for step in range(6)] + [train.cosine_lr(step, 9, 0.01) for step in range(6, 9)]
 
 
 # ------------------------------------------------------------------ damaged files, locked folders
@@ -227,24 +293,24 @@ def test_more_epochs_follow_the_cosine_of_all_of_them(short, weights, tmp_path, 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_last_pt_gives_way_to_the_one_before(damage, stopped, tmp_path, capsys):
     content = {"step": 1, "epoch": 0}
-    resume.save_last(tmp_path, content)
-    resume.save_last(tmp_path, content | {"step": 2})
-    assert resume.read_last(tmp_path)["step"] == 2 and capsys.readouterr().err == ""
+    save_last(tmp_path, content)
+    save_last(tmp_path, content | {"step": 2})
+    assert read_last(tmp_path)["step"] == 2 and capsys.readouterr().err == ""
     whole = (tmp_path / "last.pt").read_bytes()
     flipped = whole[:300] + bytes([whole[300] ^ 1]) + whole[301:]
     (tmp_path / "last.pt").write_bytes({"cut": whole[:-100], "flipped": flipped, "gone": b""}[damage])
     if damage == "gone":
         (tmp_path / "last.pt").unlink()
-    assert resume.read_last(tmp_path)["step"] == 1
+    assert read_last(tmp_path)["step"] == 1
     line, = capsys.readouterr().err.splitlines()
     assert "last.pt" in line and "going on from last.prev.pt, step 1" in line
-    resume.save_last(tmp_path, content | {"step": 3})
-    assert resume.read_last(tmp_path)["step"] == 3
+    save_last(tmp_path, content | {"step": 3})
+    assert read_last(tmp_path)["step"] == 3
     assert checkpoint.read(tmp_path / "last.prev.pt", RESUME)["step"] == 1  # the damaged one did not come to lie over it
     (tmp_path / "last.pt").write_bytes(b"")
     (tmp_path / "last.prev.pt").write_bytes(b"")
     with pytest.raises(cli.InputError, match="last.prev.pt"):
-        resume.read_last(tmp_path)
+        read_last(tmp_path)
 
 
 def test_a_damaged_ckpt_pt_is_seen_before_training_goes_on(short, weights, tmp_path):
@@ -262,7 +328,7 @@ def test_two_runs_in_one_folder_are_refused(stopped):
     ours, theirs = multiprocessing.Pipe()
 
     def hold():
-        held = resume.lock(folder)
+        held = lock(folder)
         theirs.send(os.getpid())
         time.sleep(600)
         held.close()
@@ -279,5 +345,19 @@ def test_two_runs_in_one_folder_are_refused(stopped):
         other.kill()
         other.join()
     (folder / ".last.pt.1.tmp").write_text("left by a process that was killed")
-    resume.lock(folder).close()  # the dead process holds nothing
+    lock(folder).close()  # the dead process holds nothing
     assert not (folder / ".last.pt.1.tmp").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_locks_gives_a_warning(number, tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    lock(tmp_path / "run").close()
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and "cannot be locked" in line and os.strerror(number) in line
+    number = errno.EIO
+    with pytest.raises(OSError):
+        lock(tmp_path / "run")

@@ -10,7 +10,7 @@ import time
 from runs import free_port
 from test_train import ROOT, command
 
-from taxa.training import resume
+from taxa.training.run import read_last
 
 SRUN = """#!/bin/bash
 # Starts two tasks of everything after the options, passes SIGUSR1 on to them, and leaves with the highest status of a task.
@@ -54,7 +54,7 @@ def test_the_sbatch_file(short, weights, tmp_path):
     out, err = job.communicate(timeout=120)
     assert job.returncode == 0 and (tmp_path / "requeued").read_text().startswith("requeue "), out + err
     assert "SIGUSR1: saved step" in err and err.count("saved step") == 1
-    stopped = resume.read_last(tmp_path / "run")["step"]
+    stopped = read_last(tmp_path / "run")["step"]
     assert 3 <= stopped < 60
 
     job = sbatch(tmp_path, arguments, 1)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_backbones import batch, scrambled
+from helpers import batch, scrambled
 
+from taxa.backbones.published import published_sizes
 from taxa.errors import InputError
+from taxa.measure.published import published_fraction
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.strategies import (PROTOCOLS, STRATEGIES, STRATEGY_FLAGS, inject, published_fraction, published_sizes,
-                             settings_from_flags, train_only, trainable_names)
+from taxa.strategies import (PROTOCOLS, STRATEGIES, STRATEGY_FLAGS, inject_adapters, settings_from_flags, train_only, trainable_names)
 from taxa.training.optim import adamw
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -100,7 +101,7 @@ def prepared(name, strategy, protocol, heads, **flags):
     classifier = TaxonClassifier(scrambled(name, layers=1, **sizes), (2, 3, 4))
     settings = settings_from_flags(name, strategy, protocol, heads, **flags)
     torch.manual_seed(1)
-    inject(classifier, settings)
+    inject_adapters(classifier, settings)
     names = trainable_names(classifier, settings)
     train_only(classifier, names)
     return classifier, settings, names
@@ -139,7 +140,7 @@ def test_one_step_changes_what_trains_and_nothing_else(name, strategy, protocol,
             if key.endswith("lora_B"):
                 p.normal_()  # at its zero, lora_A has no gradient yet
     before = {key: p.detach().clone() for key, p in classifier.named_parameters()}
-    optimizer = adamw([p for p in classifier.parameters() if p.requires_grad], 1e-2, weight_decay=0.1)
+    optimizer = adamw(classifier, 1e-2, weight_decay=0.1)
     ids, mask = batch(vocabulary=20)
     sequence_losses(classifier.train()(ids, mask), torch.tensor([[0, 1, 2], [1, 2, 3], [1, 0, 0]])).mean().backward()
     optimizer.step()

@@ -19,7 +19,7 @@ from taxa.errors import InputError
 
 NT = NTTokenizer()
 RANKS = ("phylum", "sub family")
-NAMES = [("Größe, die", "β \"x\""), ("Größe, die", "alpha"), ("Other", "alpha"), ("Third", "1234")]
+NAMES = [("Größe, die", "β \"x\""), ("Größe, die", "alpha"), ("Other", "gamma"), ("Third", "1234")]
 
 
 def rows(n=60, seed=0):
@@ -70,6 +70,66 @@ def test_the_same_rows_in_another_format_give_the_same_tokens(tmp_path):
     assert one.digest == other.digest
 
 
+MORUS = [("Chordata", "Morus", "bassanus"), ("Streptophyta", "Morus", "alba"), ("Chordata", "Homo", "sapiens"),
+         ("Chordata", "Pan", "sapiens")]
+
+
+def labelled_rows(tmp_path, labels, ranks, name="t.csv", times=12):
+    """Prepare a table with each of these labels a few times. Returns the PreparedDataset."""
+    random = np.random.RandomState(1)
+    table = [("".join(random.choice(list("ACGT"), 40)), *label) for _ in range(times) for label in labels]
+    path = write(tmp_path / name, table, header=("dna", *ranks))
+    return prepared(path, tmp_path / f"out-{name}", ranks=ranks)
+
+
+def test_a_label_is_known_by_its_place_not_by_its_name_alone(tmp_path, capsys):
+    data = labelled_rows(tmp_path, MORUS, ("phylum", "genus", "species"))
+    named = {rank: [row["name"] for row in table] for rank, table in data.classes.items()}
+    assert named == {"phylum": ["Chordata", "Streptophyta"], "genus": ["Homo", "Morus (Chordata)", "Morus (Streptophyta)", "Pan"],
+                     "species": ["alba", "bassanus", "sapiens (Chordata; Homo)", "sapiens (Chordata; Pan)"]}
+    split = data.split("train", "nt")
+    records = np.load(data.folder / "train" / "records.npy")["record"]
+    for labels, record in zip(split.labels.tolist(), records.tolist()):
+        phylum, genus, species = MORUS[record % 4]
+        found = [named[rank][i] for rank, i in zip(data.classes, labels)]
+        assert found[0] == phylum and found[1] in (genus, f"{genus} ({phylum})") and found[2].split(" (")[0] == species
+    out = capsys.readouterr().out
+    assert "t.csv: genus: one name at several places is a class at each: Morus (Chordata), Morus (Streptophyta)\n" in out
+    assert "species: one name" in out and "phylum: one name" not in out
+
+
+def test_a_name_that_would_be_another_labels_is_refused(tmp_path):
+    with pytest.raises(InputError, match="t.csv: column genus: 'Morus .Chordata.' is one label as it stands and another by its place"):
+        labelled_rows(tmp_path, [*MORUS, ("Chordata", "Morus (Chordata)", "x")], ("phylum", "genus", "species"))
+
+
+@pytest.mark.parametrize("missing", ["", "-", "NA", "N/A", "NaN", "nan", "<NA>", "  ", " NA\t"])
+def test_what_r_and_pandas_write_for_a_missing_label_is_none(missing, tmp_path):
+    data = labelled_rows(tmp_path, [("A", "a"), ("B", "b"), ("A", missing), (missing, "b")], ("phylum", "genus"), times=5)
+    assert data.classes["genus"] == [{"taxid": None, "name": name} for name in "ab"]
+    assert [(row["reason"], row["sequences"]) for row in data.manifest["dropped"]] == [("no genus", 5), ("no phylum", 5)]
+
+
+@pytest.mark.parametrize("one, other", [("Homo", "homo"), ("Homo sapiens", "Homo  sapiens"), ("Homo sapiens", "Homo\xa0sapiens"),
+                                        ("Homosapiens", "Homo sapiens"), ("Gr\xf6\xdfe", "Gro\u0308\xdfe")])
+def test_labels_that_look_alike_are_pointed_out_and_kept_apart(one, other, tmp_path, capsys):
+    data = labelled_rows(tmp_path, [("A", one), ("A", other), ("A", "else")], ("phylum", "genus"))
+    assert {row["name"] for row in data.classes["genus"]} == {one, other, "else"}
+    out = capsys.readouterr().out
+    assert f"t.csv: genus: {', '.join(sorted(map(repr, (one, other))))} differ only in capitals, blanks or Unicode composition" in out
+    assert out.count("differ only") == 1
+
+
+def test_regular_labels_are_not_remarked_upon(tmp_path, capsys):
+    labelled_rows(tmp_path, NAMES, RANKS)
+    assert "/t.csv:" not in capsys.readouterr().out
+
+
+def test_a_label_is_one_line_and_one_column(tmp_path):
+    data = labelled_rows(tmp_path, [("A\nB", "a\tb"), ("C", "c\u2028d")], ("phylum", "genus"))
+    assert [[row["name"] for row in table] for table in data.classes.values()] == [["A B", "C"], ["a b", "c d"]]
+
+
 def test_missing_labels_and_wrong_lengths_are_dropped_with_their_reason(tmp_path, capsys):
     table = rows(40)
     table[3] = (*table[3][:2], "", "alpha")
@@ -96,7 +156,7 @@ def test_the_test_split_can_be_pinned_as_that_of_a_fasta(tmp_path):
     first = prepared(write(tmp_path / "t.csv", rows()), tmp_path / "out")
     again = prepared(write(tmp_path / "u.csv", rows()[::-1]), tmp_path / "again", "--test-ids", tmp_path / "out" / "test_ids.txt")
     letters = [{NT.decode(data.split("test", "nt").tokens(i)) for i in range(data.manifest["splits"]["test"])} for data in (first, again)]
-    assert letters[0] == letters[1] and len(letters[0]) == 3
+    assert letters[0] == letters[1] and len(letters[0]) == 4
 
 
 def test_a_run_on_labels_of_ones_own(tmp_path, weights, capsys):
@@ -133,7 +193,7 @@ BAD = {  # content of t.csv (None: no file), further flags, what the line says
     "a long row": ((HEADER + "a,ACGT,x,y,z\n").encode(), [], "t.csv: line 2: 5 fields, but the header has 4"),
     "an open quote": ((HEADER + 'a,"ACGT,x,y\n').encode(), [], "t.csv: line 2: not .csv in UTF-8"),
     "latin-1": ((HEADER + "a,ACGT,\xfc,y\n").encode("latin-1"), [], "in UTF-8"),
-    "no letters": ((HEADER + "a,ACGT,x,y\nb,>9606,x,y\n").encode(), [], "t.csv: line 3: column dna holds no sequence of letters"),
+    "no letters": ((HEADER + "a,ACGT,x,y\nb,>9606,x,y\n").encode(), [], "t.csv: line 3: column dna: a > within a line"),
     "a protein": ((HEADER + "a,ACGT,x,y\n\nb,MEEPQSDPSVEPPLSQETFSDLWK,x,y\n").encode(), [], "t.csv: line 4: letters .*is this protein"),
     "cut gzip": (gzip.compress((HEADER + "a,ACGT,x,y\n" * 99).encode())[:-9], [], "the gzip file is damaged"),
     "all labels empty": ((HEADER + "a,ACGT,,y\n").encode(), [], "no sequence is left of 1 .*no phylum"),

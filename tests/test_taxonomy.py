@@ -1,8 +1,10 @@
 """taxid -> superkingdom, phylum, genus: small dumps in NCBI's layout, as they are and as they should not be."""
 
 import gzip
+import hashlib
 import io
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -106,13 +108,20 @@ def archive_bytes(texts, kind, prefix=""):
     return gzip.compress(out.getvalue(), mtime=0) if kind == "tar.gz" else out.getvalue()
 
 
-def label(folder, texts, taxids=ASKED, kind="zip", name=None, prefix="", **more):
+def labelled_with_notes(folder, texts, taxids=ASKED, kind="zip", name=None, prefix="", **more):
     """What label_taxids says of a dump written for the occasion."""
     path = folder / (name or f"dump.{kind}")
     path.write_bytes(texts if isinstance(texts, bytes) else archive_bytes(texts, kind, prefix))
     scratch = folder / "scratch"
     scratch.mkdir(exist_ok=True)
     return label_taxids(path, taxids, scratch, **more)
+
+
+def label(*args, **more):
+    """(labels, names, date) of a dump of which there is nothing to note."""
+    found = labelled_with_notes(*args, **more)
+    assert found.notes == []
+    return found[:3]
 
 
 def naive_label(taxid, nodes=NODES, merged=MERGED, deleted=DELETED, asked=("superkingdom", "phylum", "genus")):
@@ -175,10 +184,36 @@ def test_each_kind_of_taxid(labelled, taxid, expected):
 
 
 def test_zip_and_tar_give_the_same(tmp_path, labelled):
-    for kind, prefix in (("tar.gz", ""), ("tar.gz", "./"), ("tar", ""), ("stored.zip", "")):
+    for kind, prefix in (("tar.gz", ""), ("tar.gz", "./"), ("tar", ""), ("stored.zip", ""), ("zip", "taxdump/"),
+                         ("tar.gz", "./new taxdump/")):
         folder = tmp_path / (kind + prefix.replace("/", "-"))
         folder.mkdir()
         assert label(folder, dump_texts(), kind=kind, prefix=prefix) == labelled
+
+
+@pytest.mark.parametrize("subfolder", ["", "taxdump"])
+def test_a_folder_of_extracted_files_gives_the_same(tmp_path, labelled, subfolder):
+    folder = tmp_path / "extracted" / subfolder
+    folder.mkdir(parents=True)
+    for name, text in dump_texts().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    found = label_taxids(tmp_path / "extracted", ASKED, tmp_path)
+    assert found[:2] == labelled[:2] and found.notes == []
+    assert found.date is None  # the times of its files are those of the copy
+    (tmp_path / "extracted").rename(tmp_path / "taxdmp_2024-12-01")
+    dump = Dump(tmp_path / "taxdmp_2024-12-01")
+    before = dump.digest()
+    assert dump.date == "2024-12-01" and re.fullmatch("[0-9a-f]{64}", before)
+    next(dump.path.rglob("readme.txt")).write_text("not of the taxonomy")
+    assert Dump(dump.path).digest() == before
+    next(dump.path.rglob("names.dmp")).write_text("another")
+    assert Dump(dump.path).digest() != before
+
+
+def test_the_digest_of_an_archive_is_its_sha256(tmp_path):
+    data = archive_bytes(dump_texts(), "zip")
+    (tmp_path / "dump.zip").write_bytes(data)
+    assert Dump(tmp_path / "dump.zip").digest() == hashlib.sha256(data).hexdigest()
 
 
 def test_names_of_archives_do_not_matter(tmp_path, labelled):
@@ -208,10 +243,74 @@ def test_names_of_the_highest_ranks_do_not_matter(tmp_path, case):
 
 
 @pytest.mark.parametrize("name", ["'Nostoc azollae'", "d'Herelle's phage", 'the "odd" one', "Ångströmia ß 分類 🧬",
-                                  "Candidatus (Ca.) [x]; 100% & <y>", "\\t \\n", "root", '"Odd" at the start'])
+                                  "Candidatus (Ca.) [x]; 100% & <y>", "\\t \\n", "root", '"Odd" at the start', "A|B", "A | B |", "|"])
 def test_names_come_through_as_they_are(tmp_path, name):
     nodes = [(taxid, parent, rank, name if taxid == 561 else other) for taxid, parent, rank, other in NODES]
     assert label(tmp_path, dump_texts(nodes), [562])[1] == {2: "Bacteria", 1224: "Pseudomonadota", 561: name}
+
+
+@pytest.mark.parametrize("name, read", [("A\tB", "A B"), ("\tA |\tB", "A | B"), ("A\u2028B\x85C\x0bD", "A B C D")])
+def test_a_name_is_one_line_and_one_column_and_what_was_changed_is_said(tmp_path, name, read):
+    nodes = [(taxid, parent, rank, name if taxid == 561 else other) for taxid, parent, rank, other in NODES]
+    found = labelled_with_notes(tmp_path, dump_texts(nodes), [562])
+    assert found.names == {2: "Bacteria", 1224: "Pseudomonadota", 561: read}
+    assert found.notes == [f"{tmp_path / 'dump.zip'}: the name of taxid 561 holds a tab or a line break, which becomes a blank: {read!r}"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_taxid(tmp_path, labelled):
+    assert label(tmp_path, {name: b"\xef\xbb\xbf" + text.encode() for name, text in dump_texts().items()}) == labelled
+
+
+def test_capitals_of_ranks_do_not_matter_and_are_said(tmp_path, labelled):
+    nodes = [(taxid, parent, {"genus": "Genus", "phylum": "PHYLUM"}.get(rank, rank), name) for taxid, parent, rank, name in NODES]
+    found = labelled_with_notes(tmp_path, dump_texts(nodes))
+    assert found[:3] == labelled
+    assert found.notes == [f"{tmp_path / 'dump.zip'}: rank {rank!r} is read as {rank.lower()!r}" for rank in ("Genus", "PHYLUM")]
+
+
+def test_a_dump_without_tabs_between_its_fields_is_read(tmp_path, labelled):
+    assert label(tmp_path, {name: text.replace("\t", "") for name, text in dump_texts().items()}) == labelled
+
+
+def test_a_lineage_with_two_taxa_of_a_rank_is_dropped(tmp_path):
+    nodes = [(taxid, parent, "phylum" if taxid == 1236 else rank, name) for taxid, parent, rank, name in NODES]
+    labels, _, _ = label(tmp_path, dump_texts(nodes), [562, 9606])
+    assert labels == {562: Label(2, None, 561, "two taxa of rank phylum"), 9606: Label(2759, 7711, 9605)}
+    assert label(tmp_path, dump_texts(nodes), [562], ranks=("superkingdom", "genus"))[0] == {562: LabelAt((2, 561))}
+    nested = [(taxid, 2 if taxid == 2157 else parent, rank, name) for taxid, parent, rank, name in NODES]
+    assert label(tmp_path, dump_texts(nested), [2209])[0][2209] == Label(None, 28890, 2207, "two taxa of rank superkingdom")
+
+
+# superkingdom: NCBI's taxids, and no others
+
+def named(**names):
+    """The dump with other names for some taxids, taxid_N=name."""
+    names = {int(taxid.removeprefix("taxid_")): name for taxid, name in names.items()}
+    return dump_texts([(taxid, parent, rank, names.get(taxid, name)) for taxid, parent, rank, name in NODES])
+
+
+@pytest.mark.parametrize("names", [{"taxid_2759": "Eukarya"}, {"taxid_2": "BACTERIA", "taxid_2157": "Archaebacteria"}])
+def test_old_and_new_names_of_superkingdoms_are_known(tmp_path, labelled, names):
+    assert label(tmp_path, named(**names))[0] == labelled[0]
+
+
+@pytest.mark.parametrize("names, said", [
+    ({"taxid_2": "Archaea", "taxid_2157": "Bacteria"}, "taxid 2 is 'Archaea', not Bacteria; taxid 2157 is 'Bacteria', not Archaea"),
+    ({"taxid_2": "d__Bacteria"}, "taxid 2 is 'd__Bacteria', not Bacteria"),
+    ({"taxid_10239": "a bird"}, "taxid 10239 is 'a bird', not Viruses"),  # 562 is no virus, but no taxid of this dump is to be trusted
+])
+def test_a_dump_whose_taxids_are_not_ncbis_has_no_superkingdom(tmp_path, names, said):
+    with pytest.raises(InputError, match=f"{re.escape(said)}: superkingdom .*NCBI's taxids.*--ranks phylum genus works without"):
+        label(tmp_path, named(**names), [562])
+    assert label(tmp_path, named(**names), [562], ranks=("phylum", "genus"))[0] == {562: LabelAt((1224, 561))}
+
+
+def test_a_dump_without_any_of_the_four_taxids_has_no_superkingdom(tmp_path):
+    nodes = [(1, 1, "no rank", "root"), (101, 1, "phylum", "P"), (102, 101, "genus", "G")]
+    with pytest.raises(InputError, match="no taxid 2, 2157, 2759 or 10239: superkingdom"):
+        label(tmp_path, dump_texts(nodes, [], []), [102])
+    assert label(tmp_path, dump_texts(nodes, [], []), [102], ranks=("phylum", "genus"))[:2] == (
+        {102: LabelAt((101, 102))}, {101: "P", 102: "G"})
 
 
 def test_optional_members_and_orders(tmp_path, labelled):
@@ -255,7 +354,7 @@ def test_nothing_is_written_elsewhere_and_no_network_is_used(tmp_path, monkeypat
         Path(name).write_text("the user's own")
     os.mkdir("scratch")
     before = listing(tmp_path)
-    labels, _, _ = label_taxids(Path("../dump.zip"), ASKED, Path("scratch"))  # both relative
+    labels = label_taxids(Path("../dump.zip"), ASKED, Path("scratch")).labels  # both relative
     assert labels[562] == Label(2, 1224, 561)
     assert Path.cwd() == tmp_path / "work"
     assert {path.read_text() for path in Path().glob("*.tab")} == {"the user's own"}
@@ -301,7 +400,17 @@ def without(member):
 BROKEN = {
     "no nodes.dmp": (without("nodes.dmp"), "no nodes.dmp"),
     "no names.dmp": (without("names.dmp"), "no names.dmp"),
-    "members in a folder": ({"taxdump/" + name: text for name, text in dump_texts().items()}, "no nodes.dmp"),
+    "two dumps": ({**dump_texts(), **{"old/" + name: text for name, text in dump_texts().items()}},
+                  "nodes.dmp is in it more than once .nodes.dmp, old/nodes.dmp."),
+    "names in another folder": ({"a/nodes.dmp": dump_texts()["nodes.dmp"], "b/names.dmp": dump_texts()["names.dmp"]}, "no names.dmp"),
+    "a node listed twice": (appended("nodes.dmp", row(561, 1224, "genus")),
+                            f"nodes.dmp line {len(NODES) + 1}: taxid 561 is listed twice .first with 1236, then with 1224."),
+    "a merged id listed twice": (appended("merged.dmp", row(8001, 9606)),
+                                 f"merged.dmp line {len(MERGED) + 1}: taxid 8001 is listed twice .first with 562, then with 9606."),
+    "two scientific names": (appended("names.dmp", row(561, "Shigella", "", "scientific name")),
+                             f"names.dmp line {4 * len(NODES) + 1}: taxid 561 has two scientific names, 'Escherichia' and 'Shigella'"),
+    "a separator in a name": (appended("names.dmp", row(561, "A\t|\tB", "", "synonym")), "names.dmp line .*: 5 fields, not 4"),
+    "no rank in a line": (with_nodes((561, (561, 1236, "", "G"))), "nodes.dmp line .*: no rank in the third field"),
     "an empty archive": ({}, "no nodes.dmp"),
     "a parent that is missing": (with_nodes((1236, None)), "nodes.dmp.* 1236 "),
     "a root that is missing": (with_nodes((1, None)), "root"),
@@ -319,7 +428,8 @@ BROKEN = {
     "no scientific name": ({**dump_texts(), "names.dmp": dump_texts()["names.dmp"].replace(
         row(1224, "Pseudomonadota", "", "scientific name"), "")}, "names.dmp has no scientific name for taxid 1224"),
     "empty names": ({**dump_texts(), "names.dmp": ""}, "names.dmp has no scientific name"),
-    "Latin-1 names": ({**dump_texts(), "names.dmp": b"1\t|\t\xe9\t|\t\t|\tscientific name\t|\n"}, "utf-8"),
+    "Latin-1 names": ({**dump_texts(), "names.dmp": dump_texts()["names.dmp"].encode() + b"1\t|\t\xe9\t|\t\t|\tsynonym\t|\n"},
+                      "names.dmp is not UTF-8 after line [0-9]+ .byte 0xe9.: iconv -f LATIN1 -t UTF-8"),
 }
 
 
@@ -350,8 +460,8 @@ def test_files_that_are_no_archive_are_refused(tmp_path, case, name):
 
 
 def test_missing_dump_and_folder_are_refused(tmp_path):
-    for path in (tmp_path / "missing.zip", tmp_path):
-        with pytest.raises(InputError, match="no such file"):
+    for path, words in ((tmp_path / "missing.zip", "no such file"), (tmp_path, "no nodes.dmp in it")):
+        with pytest.raises(InputError, match=words):
             label_taxids(path, [562], tmp_path)
 
 
@@ -359,7 +469,7 @@ def read_all(path, data):
     """What of a dump its reader uses: the excerpt's bytes, current ids and reasons; None where the dump is refused."""
     path.write_bytes(data)
     try:
-        current, unknown, _ = Dump(path).excerpt(ASKED, path.with_suffix(".excerpt"))
+        current, unknown, *_ = Dump(path).excerpt(ASKED, path.with_suffix(".excerpt"))
     except InputError as error:
         assert str(error).startswith(f"{path}: ")
         return None

@@ -14,12 +14,13 @@ import torch
 from torch.distributed.run import get_args_parser
 
 import evaluate
+import prepare
 import train
 from taxa.backbones import load_backbone
 from taxa.data.dataset import PreparedDataset
 from taxa.model import TaxonClassifier, sequence_losses
 from taxa.training import checkpoint
-from taxa.training.optim import cosine_rate
+from taxa.training.optim import cosine_lr
 
 ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = {"full": [], "random": [], "lora": ["--r", "4", "--lora-dropout", "0"], "ia3": [], "freeze75": []}
@@ -116,7 +117,7 @@ def test_first_steps_equal_a_naive_loop(demo, weights, tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     order = np.random.RandomState([42, 0]).permutation(len(split))
     for step in range(3):
-        optimizer.param_groups[0]["lr"] = cosine_rate(step, 3, 0.01)
+        optimizer.param_groups[0]["lr"] = cosine_lr(step, 3, 0.01)
         batch = split[order[16 * step:16 * (step + 1)]]
         loss = sequence_losses(model(batch["input_ids"], batch["attention_mask"]), batch["labels"]).mean()
         optimizer.zero_grad()
@@ -184,16 +185,17 @@ def first_losses(folder):
 
 
 @pytest.mark.parametrize("model, strategy, flag", [
-    ("tiny-nt", "lora", "--recompute"), ("tiny-dnabert", "ia3", "--recompute"),
+    ("tiny-nt", "lora", "--activation-checkpointing=full"), ("tiny-dnabert", "ia3", "--activation-checkpointing=full"),
     ("tiny-nt", "full", "--compile")])
-def test_recompute_and_compile_give_the_same_losses(model, strategy, flag, demo, weights, tmp_path, monkeypatch):
+def test_checkpointing_and_compile_give_the_same_losses(model, strategy, flag, demo, weights, tmp_path, monkeypatch):
     """Compiled as far as the graph; making machine code of it would take minutes."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     more = ("--max-steps", "2", "--log-every", "1")
     train.main(command(model, strategy, demo, weights, tmp_path / "plain", *more))
     train.main(command(model, strategy, demo, weights, tmp_path / "flag", *more, flag))
     assert first_losses(tmp_path / "flag") == pytest.approx(first_losses(tmp_path / "plain"), abs=2e-5)
-    assert json.loads((tmp_path / "flag" / "args.json").read_text())[flag.strip("-")] is True
+    name, _, value = flag.strip("-").partition("=")
+    assert json.loads((tmp_path / "flag" / "args.json").read_text())[name.replace("-", "_")] == (value or True)
 
 
 def test_compile_without_a_compiler_is_one_line(demo, weights, tmp_path, monkeypatch):
@@ -224,10 +226,26 @@ def test_the_readme_commands(tmp_path):
     assert (tmp_path / "runs/tiny-dnabert-lora-r4/ckpt.pt").stat().st_size < 1_000_000
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_without_data_it_is_bertax_if_it_is_there_else_the_demo(there, short, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "demo").symlink_to(short)  # as if made before
+    if there:
+        (tmp_path / "data" / "bertax").symlink_to(short)
+    arguments = command("tiny-nt", "full", None, weights, "run", "--max-steps", "1")
+    at = arguments.index("--data")
+    train.main(arguments[:at] + arguments[at + 2:])
+    line, = [line for line in capsys.readouterr().out.splitlines() if "--data" in line]
+    assert line == ("no --data given: data/bertax" if there else "no --data given: data/demo, simulated (there is no data/bertax)")
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["data"] == ("data/bertax" if there else "data/demo")
+
+
 def test_torchrun_leaves_our_flags_alone():
     """torchrun takes an unambiguous prefix for its own option and refuses an ambiguous one: only --r needs the "--"."""
     parser = get_args_parser()
-    flags = set(re.findall(r'add\("(--[a-z-]+)"', (ROOT / "train.py").read_text())) - {"--r"} | {"--lora-r"}
+    sources = (ROOT / "train.py").read_text() + (ROOT / "taxa" / "training" / "flags.py").read_text()
+    flags = set(re.findall(r'add\("(--[a-z-]+)"', sources)) - {"--r"} | {"--lora-r"}
     assert len(flags) > 20
     for flag in flags:
         assert parser.parse_args(["--nproc_per_node", "2", "train.py", flag, "1"]).training_script_args == [flag, "1"]
@@ -260,7 +278,6 @@ def test_dry_run_prints_one_json_line_and_needs_no_network(tmp_path):
     (["--precision", "tf32", "--device", "cpu"], "tf32 needs a CUDA device"),
     (["--revision", "main"], "--revision"),
     (["--num-classes", "4", "5", "6"], "--num-classes"),
-    (["--resume"], "last.pt: no such file"),
     (["--resume", "--overwrite"], "give one of them"),
     (["--warmup-steps", "9", "--max-steps", "9"], "--warmup-steps"),
     (["--seed", "4294967296"], "--seed"),
@@ -339,7 +356,7 @@ def test_evaluate_refuses_other_classes(demo, weights, tmp_path):
     fasta, dump = tmp_path / "two.fa", demo / "source" / "taxdmp_simulated.zip"
     records = (demo / "source" / "Bacteria_db.fa").read_text().split(">")[1:]
     fasta.write_text("".join(f">{record}" for record in records))
-    train.prepare.main(["--fasta", str(fasta), "--taxdump", str(dump), "--out", str(other)])
+    prepare.main(["--fasta", str(fasta), "--taxdump", str(dump), "--out", str(other)])
     with pytest.raises(train.InputError, match="different classes"):
         evaluate.main([str(tmp_path / "run" / "ckpt.pt"), "--data", str(other), "--out", str(tmp_path / "out")])
     with pytest.raises(train.InputError, match="is not the dataset"):

@@ -14,19 +14,20 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from taxa.recompute import gated, recomputed, run_layers
 from taxa.runtime.precision import product_dtype
 
 LICENSE = "apache-2.0"  # of the published weights
+TOKENS_OF_1500_BP = 312  # about: measured on bacterial DNA
 LORA_TARGETS = ("attention.self.Wqkv",)
-# (IA)3 as its authors place it (Liu et al. 2022, section 3.3): keys, values (the last two thirds of Wqkv), and the input of the
-# feed-forward's second projection. A target with brackets scales only those thirds of the output.
-IA3_OUTPUTS = ("attention.self.Wqkv[key,value]",)
-IA3_INPUTS = ("mlp.wo",)
-# (IA)3 as the published code places it: the whole fused output, queries included.
-IA3_OUTPUTS_PUBLISHED = ("attention.self.Wqkv",)
-IA3_INPUTS_PUBLISHED = ("attention.output.dense",)
-IA3 = {"corrected": (IA3_OUTPUTS, IA3_INPUTS), "published": (IA3_OUTPUTS_PUBLISHED, IA3_INPUTS_PUBLISHED)}  # --protocol
+# (IA)3: (Linears whose output is scaled, Linears whose input is scaled). corrected: as its authors place it, on keys, values (the last two
+# thirds of Wqkv) and the input of the feed-forward's second projection (Liu et al. 2022, section 3.3). published: as the published code
+# places it, on the whole fused output, queries included.
+IA3_TARGETS = {
+    "corrected": (("attention.self.Wqkv[key,value]",), ("mlp.wo",)),
+    "published": (("attention.self.Wqkv",), ("attention.output.dense",)),
+}
+LAYER_ORDER = ("attention.self.Wqkv", "attention.self", "attention.output.dense", "attention.output.LayerNorm", "mlp.gated_layers",
+               "mlp.wo", "mlp.layernorm")
 
 
 class DNABert2Config(PretrainedConfig):
@@ -37,16 +38,11 @@ class DNABert2Config(PretrainedConfig):
     def __init__(self, vocab_size=4096, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
                  type_vocab_size=2, layer_norm_eps=1e-12, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.0,
                  initializer_range=0.02, pad_token_id=3, **kwargs):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
-        self.type_vocab_size = type_vocab_size
-        self.layer_norm_eps = layer_norm_eps
-        self.hidden_dropout_prob = hidden_dropout_prob
-        self.attention_probs_dropout_prob = attention_probs_dropout_prob
-        self.initializer_range = initializer_range
+        self.vocab_size, self.type_vocab_size = vocab_size, type_vocab_size
+        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
+        self.num_attention_heads, self.intermediate_size = num_attention_heads, intermediate_size
+        self.hidden_dropout_prob, self.attention_probs_dropout_prob = hidden_dropout_prob, attention_probs_dropout_prob
+        self.layer_norm_eps, self.initializer_range = layer_norm_eps, initializer_range
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 
@@ -109,11 +105,6 @@ class Attention(nn.Module):
         return self.output(self.self(x, bias), x)
 
 
-def geglu(h):
-    """gelu(gate) * value of h (B, T, 2I) = (gate, value) -> (B, T, I)."""
-    return gated("gelu", h)
-
-
 class GatedMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -124,8 +115,8 @@ class GatedMLP(nn.Module):
         self.layernorm = nn.LayerNorm(H, eps=config.layer_norm_eps)
 
     def forward(self, x):
-        h = self.gated_layers(x)  # (B, T, 2I): gate, value
-        return self.layernorm(x + recomputed(geglu, h, then=lambda y: self.wo(self.dropout(y))))
+        gate, value = self.gated_layers(x).chunk(2, dim=-1)  # each (B, T, I)
+        return self.layernorm(x + self.wo(self.dropout(F.gelu(gate) * value)))
 
 
 class Layer(nn.Module):
@@ -163,7 +154,6 @@ class DNABert2(PreTrainedModel):
     config_class = DNABert2Config
     base_model_prefix = "bert"
     main_input_name = "input_ids"
-    recompute = False  # True: keep only each layer's input for the backward
 
     def __init__(self, config):
         super().__init__(config)
@@ -174,22 +164,16 @@ class DNABert2(PreTrainedModel):
     def get_input_embeddings(self):
         return self.embeddings.word_embeddings
 
-    def forward(self, input_ids, attention_mask):
-        """input_ids (B, T), attention_mask (B, T) with 1 at real tokens -> last_hidden_state (B, T, H)."""
+    def forward(self, input_ids, attention_mask=None):
+        """input_ids (B, T), attention_mask (B, T) with 1 at real tokens, or None: all are real -> last_hidden_state (B, T, H)."""
         bias = alibi_bias(input_ids.shape[1], self.config.num_attention_heads, input_ids.device)
-        bias = bias.masked_fill(~attention_mask.bool()[:, None, None, :], float("-inf"))  # (B, nh, T, T): no query looks at padding
+        if attention_mask is not None:
+            bias = bias.masked_fill(~attention_mask.bool()[:, None, None, :], float("-inf"))  # (B, nh, T, T): no query looks at padding
         x = self.embeddings(input_ids)
-        return run_layers(self.encoder.layer, x, bias.to(product_dtype(x)), whole=self.recompute)
-
-    def published_parameters(self, held):
-        """Yield (name, elements) of every parameter of the published model (BertModel with its pooler), in registration order.
-
-        `held` gives ours, {name: elements}; the pooler is never used by the loss, but `freeze75` of the published code counts it.
-        """
-        H = self.config.hidden_size
-        yield from held.items()
-        yield "pooler.dense.weight", H * H
-        yield "pooler.dense.bias", H
+        bias = bias.to(product_dtype(x))
+        for layer in self.encoder.layer:
+            x = layer(x, bias)
+        return x
 
 
 def dropped_keys(config):

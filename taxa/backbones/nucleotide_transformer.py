@@ -11,18 +11,19 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from taxa.recompute import gated, recomputed, run_layers
 from taxa.runtime.precision import product_dtype
 
 LICENSE = "cc-by-nc-sa-4.0"  # of the published weights
+TOKENS_OF_1500_BP = 251  # <cls> and 250 6-mers; a few more where there is an N
 LORA_TARGETS = ("attention.self.query", "attention.self.value")
-# (IA)3 as its authors place it (Liu et al. 2022, section 3.3): keys, values, and the input of the feed-forward's second projection.
-IA3_OUTPUTS = ("attention.self.key", "attention.self.value")
-IA3_INPUTS = ("layer.*.output.dense",)
-# (IA)3 as the published code places it.
-IA3_OUTPUTS_PUBLISHED = ("attention.self.query", "attention.self.value")
-IA3_INPUTS_PUBLISHED = ("attention.output.dense",)
-IA3 = {"corrected": (IA3_OUTPUTS, IA3_INPUTS), "published": (IA3_OUTPUTS_PUBLISHED, IA3_INPUTS_PUBLISHED)}  # --protocol
+# (IA)3: (Linears whose output is scaled, Linears whose input is scaled). corrected: as its authors place it, on keys, values and the input
+# of the feed-forward's second projection (Liu et al. 2022, section 3.3). published: as the published code places it.
+IA3_TARGETS = {
+    "corrected": (("attention.self.key", "attention.self.value"), ("layer.*.output.dense",)),
+    "published": (("attention.self.query", "attention.self.value"), ("attention.output.dense",)),
+}
+LAYER_ORDER = ("attention.LayerNorm", "attention.self.query", "attention.self.key", "attention.self.value", "attention.self",
+               "attention.output.dense", "LayerNorm", "intermediate.dense", "output.dense")
 
 
 class NucleotideTransformerConfig(PretrainedConfig):
@@ -32,14 +33,10 @@ class NucleotideTransformerConfig(PretrainedConfig):
 
     def __init__(self, vocab_size=4107, hidden_size=512, num_hidden_layers=12, num_attention_heads=16, intermediate_size=2048,
                  max_position_embeddings=2050, layer_norm_eps=1e-12, initializer_range=0.02, pad_token_id=1, **kwargs):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
+        self.num_attention_heads, self.intermediate_size = num_attention_heads, intermediate_size
         self.max_position_embeddings = max_position_embeddings  # only sizes the unused position table of the checkpoints
-        self.layer_norm_eps = layer_norm_eps
-        self.initializer_range = initializer_range
+        self.layer_norm_eps, self.initializer_range = layer_norm_eps, initializer_range
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 
@@ -61,33 +58,10 @@ def rotary_table(T, hs, device):
     return angles.cos(), angles.sin()
 
 
-def turn(x, cos, sin):
-    """Each pair (x[i], x[i + hs/2]) of x (B, nh, T, hs) turned by its position's angle."""
+def apply_rotary(x, cos, sin):
+    """Turn each pair (x[i], x[i + hs/2]) of x (B, nh, T, hs) by the angle of its position."""
     first, second = x.chunk(2, dim=-1)
-    sin, half = sin[..., :first.shape[-1]], first.shape[-1]
-    y = x * cos
-    y[..., :half].addcmul_(second, sin, value=-1)
-    y[..., half:].addcmul_(first, sin)
-    return y
-
-
-class Rotate(torch.autograd.Function):
-    """turn(); its gradient is the turn back, where autograd alone would join and split the halves."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, dy):
-        cos, sin = ctx.saved_tensors
-        return turn(dy, cos, -sin), None, None
-
-
-def rotate(x, cos, sin):
-    """Rotary embedding of x (B, nh, T, hs)."""
-    return turn(x, cos, sin) if torch.compiler.is_compiling() else Rotate.apply(x, cos, sin)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class SelfAttention(nn.Module):
@@ -95,17 +69,12 @@ class SelfAttention(nn.Module):
         super().__init__()
         H = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.query = nn.Linear(H, H)
-        self.key = nn.Linear(H, H)
-        self.value = nn.Linear(H, H)
+        self.query, self.key, self.value = nn.Linear(H, H), nn.Linear(H, H), nn.Linear(H, H)
 
     def forward(self, x, mask, cos, sin):
         B, T, H = x.shape
         q, k, v = (proj(x).view(B, T, self.num_heads, -1).transpose(1, 2) for proj in (self.query, self.key, self.value))
-        q = rotate(q, cos, sin)
-        # k is kept as projected, which (IA)3 on keys needs too, and rotated again in the backward
-        y = recomputed(lambda k: rotate(k, cos, sin), k,
-                       then=lambda k: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, attn_mask=mask)  # (B, nh, T, hs)
         return y.transpose(1, 2).reshape(B, T, H)
 
 
@@ -126,7 +95,9 @@ class Attention(nn.Module):
         self.LayerNorm = nn.LayerNorm(H, eps=config.layer_norm_eps)
 
     def forward(self, x, mask, cos, sin):
-        return x + self.output.dense(recomputed(self.LayerNorm, x, then=lambda y: self.self(y, mask, cos, sin)))
+        y = self.LayerNorm(x)
+        y = y.to(product_dtype(y))  # one cast under autocast, where query, key and value would each make their own
+        return x + self.output.dense(self.self(y, mask, cos, sin))
 
 
 class Layer(nn.Module):
@@ -140,13 +111,8 @@ class Layer(nn.Module):
 
     def forward(self, x, mask, cos, sin):
         x = self.attention(x, mask, cos, sin)
-        h = recomputed(self.LayerNorm, x, then=self.intermediate.dense)  # (B, T, 2I): gate, value
-        return x + recomputed(swiglu, h, then=self.output.dense)
-
-
-def swiglu(h):
-    """silu(gate) * value of h (B, T, 2I) = (gate, value) -> (B, T, I)."""
-    return gated("silu", h)
+        gate, value = self.intermediate.dense(self.LayerNorm(x)).chunk(2, dim=-1)  # each (B, T, I)
+        return x + self.output.dense(F.silu(gate) * value)  # SwiGLU
 
 
 class Embeddings(nn.Module):
@@ -168,7 +134,6 @@ class NucleotideTransformer(PreTrainedModel):
     config_class = NucleotideTransformerConfig
     base_model_prefix = "esm"
     main_input_name = "input_ids"
-    recompute = False  # True: keep only each layer's input for the backward
 
     def __init__(self, config):
         super().__init__(config)
@@ -179,36 +144,16 @@ class NucleotideTransformer(PreTrainedModel):
     def get_input_embeddings(self):
         return self.embeddings.word_embeddings
 
-    def forward(self, input_ids, attention_mask):
-        """input_ids (B, T), attention_mask (B, T) with 1 at real tokens -> last_hidden_state (B, T, H)."""
+    def forward(self, input_ids, attention_mask=None):
+        """input_ids (B, T), attention_mask (B, T) with 1 at real tokens, or None: all are real -> last_hidden_state (B, T, H)."""
         T, config = input_ids.shape[1], self.config
-        mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T): no query looks at padding
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T): no query looks at padding
         x = self.embeddings.word_embeddings(input_ids)
         table = rotary_table(T, config.hidden_size // config.num_attention_heads, input_ids.device)
         cos, sin = (angles.to(product_dtype(x)) for angles in table)
-        x = run_layers(self.encoder.layer, x, mask, cos, sin, whole=self.recompute)
+        for layer in self.encoder.layer:
+            x = layer(x, mask, cos, sin)
         return self.encoder.emb_layer_norm_after(x)
-
-    def published_parameters(self, held):
-        """Yield (name, elements) of every parameter of the published model (the masked-LM class), in its registration order.
-
-        `held` gives ours, {name: elements}; the checkpoint also registers a position table, a contact head and an untied LM head,
-        which the loss never uses but which `freeze75` of the published code counts.
-        """
-        config = self.config
-        H, V = config.hidden_size, config.vocab_size
-        for name, size in held.items():
-            yield name, size
-            if name == "embeddings.word_embeddings.weight":
-                yield "embeddings.position_embeddings.weight", config.max_position_embeddings * H
-        yield "contact_head.regression.weight", config.num_hidden_layers * config.num_attention_heads
-        yield "contact_head.regression.bias", 1
-        yield "lm_head.bias", V
-        yield "lm_head.dense.weight", H * H
-        yield "lm_head.dense.bias", H
-        yield "lm_head.layer_norm.weight", H
-        yield "lm_head.layer_norm.bias", H
-        yield "lm_head.decoder.weight", V * H
 
 
 def dropped_keys(config):

@@ -1,32 +1,31 @@
-"""FASTA in: an index by pyfaidx, letters by offset.
+"""FASTA in: an index by pyfaidx, bases by offset.
 
 A BERTax record is `>TAXID INDEX` (older files: `>TAXID`). The first word is the NCBI taxid, and it is not unique, so records are told
-by their position in the file, never by name. pyfaidx builds the index (and checks that lines are of one length); its dictionary of
-names, about 600 bytes a record and keyed on that first word, is not built.
+by their position in the file, never by name. pyfaidx builds the index; its dictionary of names, about 600 bytes a record and keyed on
+that first word, is not built. It indexes what is regular: lines of letters, of one length within a record. Any other file is first
+written anew, as taxa.data.grammar reads it: one regular line of bases a record.
 """
 
 import array
-import gzip
 import hashlib
-import shutil
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyfaidx
 
+from taxa.data.grammar import LETTERS, is_packed, records, unpacked
 from taxa.errors import InputError
 
 
 class Index(NamedTuple):
     """One FASTA file. Arrays of length N, in file order."""
 
-    path: Path  # of the plain file: a gzip source is unpacked first
+    path: Path  # of the plain file: a packed source is unpacked first, an irregular one written anew
     taxid: np.ndarray  # (N,) int64
-    length: np.ndarray  # (N,) int64, letters
-    offset: np.ndarray  # (N,) int64, byte of the first letter
-    size: np.ndarray  # (N,) int64, bytes from the first letter to the last, line ends between them included
+    length: np.ndarray  # (N,) int64, bases
+    offset: np.ndarray  # (N,) int64, byte of the first base
+    size: np.ndarray  # (N,) int64, bytes from the first base to the last, line ends between them included
     group: np.ndarray  # (N,) uint64, digest of what a pattern finds in the header; 0 without a pattern
 
     def take(self, records):
@@ -35,6 +34,10 @@ class Index(NamedTuple):
 
 
 RANGE = 1 << 26  # bytes of a file that one job indexes
+
+
+class _Irregular(Exception):
+    """Something that offsets into the file cannot say, or that is refused: taxa.data.grammar tells which, and where."""
 
 
 class _IndexFile(pyfaidx.Faidx):
@@ -57,14 +60,23 @@ class _IndexFile(pyfaidx.Faidx):
             super().build_index()
 
     def see_header(self, line):
-        found = self.pattern and self.pattern.search(line[1:].decode().rstrip("\r\n"))
-        if self.pattern and not found:
-            raise InputError(f"{self.filename}: record {len(self.groups) + 1} '{line.decode().strip()}': --group finds nothing in it")
-        text = found[found.re.groups and 1] or "" if found else ""
-        self.groups.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") if found else 0)
+        if b"\r" in line[:-2] or b"\0" in line:
+            raise _Irregular
+        group = _group(line[1:].decode().rstrip("\r\n"), self.pattern) if self.pattern else 0
+        if group is None:
+            raise _Irregular
+        self.groups.append(group)
 
     def read_fai(self):
         pass
+
+
+def _group(header, pattern):
+    """Digest of what a pattern finds in a header, of its first pair of parentheses if it has any; None where it finds nothing."""
+    found = pattern.search(header)
+    if not found:
+        return None
+    return int.from_bytes(hashlib.blake2b((found[found.re.groups and 1] or "").encode(), digest_size=8).digest(), "little")
 
 
 class _Lines:
@@ -72,6 +84,7 @@ class _Lines:
 
     def __init__(self, file, first, stop, see_header):
         self.file, self.first, self.stop, self.see_header = file, first, stop, see_header
+        self.ends = array.array("q")  # of each record: the byte after its last base
 
     def __iter__(self):
         self.file.seek(self.first)
@@ -79,9 +92,17 @@ class _Lines:
         for line in self.file:
             if line.startswith(b">"):
                 if at >= self.stop:
-                    return
+                    break
                 self.see_header(line)
-            at += len(line)
+                at += len(line)
+                self.ends.append(at)
+            else:
+                end = line.translate(None, LETTERS)
+                if end != b"\n" and not (end in (b"\r\n", b"") and line.endswith(end)) or not self.ends:
+                    raise _Irregular
+                at += len(line)
+                if len(end) < len(line):
+                    self.ends[-1] = at - len(end)
             yield line
 
     def tell(self):
@@ -95,80 +116,91 @@ class _Lines:
 
 
 def index_fasta(path, scratch, in_order=map, pattern=None):
-    """Index one FASTA file, plain or gzip (bgzip is gzip too), leaving all it writes in the folder `scratch`.
+    """Index one file of sequences, leaving all it writes in the folder `scratch`: a packed file is unpacked there, and one that pyfaidx
+    cannot index as it stands is written anew.
 
     in_order: what maps a function over its ranges (taxa.runtime.workers). pattern: a compiled regular expression; records with the same
     text in its first pair of parentheses (without any: in all of the match) in the header are of one group. Raises InputError, naming
-    the file and the record, for a missing or empty file, text that is not FASTA, lines of unequal length within a record, a header whose
-    first word is not a taxid, and one in which the pattern finds nothing.
+    the file and the record, for a missing or empty file, what taxa.data.grammar refuses, a header whose first word is not a taxid, and one
+    in which the pattern finds nothing.
     """
     source, scratch = Path(path), Path(scratch)
     if not source.is_file():
         raise InputError(f"{source}: no such file")
-    plain = _unpacked(source, scratch)
-    size = plain.stat().st_size
-    if size == 0:
-        raise InputError(f"{source}: the file is empty")
+    plain = source
+    if is_packed(source):
+        plain = scratch / (source.name + ".unpacked")
+        with open(source, "rb") as packed, open(plain, "wb") as file:
+            file.writelines(unpacked(packed, source))
     try:
-        parts = list(in_order(_index_range, [(source, plain, scratch, pattern, start, min(start + RANGE, size))
-                                             for start in range(0, size, RANGE)]))
-    except InputError:  # a range cannot tell the number of a line or record, and may hold nothing but comments: the whole file can
-        parts = [_index_range((source, plain, scratch, pattern, 0, size))]
+        parts = _index(source, plain, scratch, in_order, pattern)
+    except _Irregular:
+        regular = scratch / (source.name + ".regular")
+        _write_regular(source, plain, regular, pattern)
+        if plain != source:
+            plain.unlink()
+        plain, parts = regular, _index(source, regular, scratch, in_order, pattern)
     return Index(plain, *(np.concatenate(columns) for columns in zip(*parts)))
 
 
+def _index(source, plain, scratch, in_order, pattern):
+    """[(taxid, length, offset, size, group) of a range of bytes] of a plain file. Raises _Irregular."""
+    with open(plain, "rb") as file:
+        head = file.read(1 << 16).replace(b"\r\n", b"")
+    if not head or b"\r" in head:  # CR alone: to pyfaidx all of the file would be one line, in memory
+        raise _Irregular
+    size = plain.stat().st_size
+    return list(in_order(_index_range, [(source.name, plain, scratch, pattern, start, min(start + RANGE, size))
+                                        for start in range(0, size, RANGE)]))
+
+
 def _index_range(job):
-    """(taxid, length, offset, size, group) of the records that start in a range of bytes, as in Index."""
-    source, plain, scratch, pattern, start, stop = job
-    index_path = scratch / f"{source.name}.{start}.fai"
+    """(taxid, length, offset, size, group) of the records that start in a range of bytes, as in Index. Raises _Irregular."""
+    name, plain, scratch, pattern, start, stop = job
+    index_path = scratch / f"{name}.{start}.fai"
     index_path.unlink(missing_ok=True)
-    columns = [array.array("q") for _ in range(5)]
+    columns = [array.array("q") for _ in range(3)]  # pyfaidx's lengths of lines are not needed
     try:
         indexed = _IndexFile(plain, index_path, start, stop, pattern)
         indexed.close()
         if indexed.first >= stop:
             return [np.empty(0, dtype=np.int64)] * 4 + [np.empty(0, dtype=np.uint64)]
         with open(index_path) as file:
-            for record, line in enumerate(file, start=1):
-                name, *numbers = line.split("\t")
-                if not (name.isascii() and name.isdecimal()) or int(name) == 0 or len(name) > 10:
-                    raise InputError(f"{source}: record {record} '>{name}': the first word of a header must be an NCBI taxid, as in "
-                                     "'>9606 0'")
-                for column, value in zip(columns, (name, *numbers)):
+            for line in file:
+                values = line.split("\t")
+                if not _is_taxid(values[0]):
+                    raise _Irregular
+                for column, value in zip(columns, values):
                     column.append(int(value))
-    except (pyfaidx.FastaIndexingError, pyfaidx.UnsupportedCompressionFormat, ImportError, RuntimeError, UnicodeDecodeError) as error:
+    except (pyfaidx.FastaIndexingError, pyfaidx.UnsupportedCompressionFormat, ImportError, RuntimeError, UnicodeError):
         # ImportError: a name that ends in .gz over text that is not gzip makes pyfaidx ask for Biopython
-        raise InputError(f"{source}: not a FASTA file: {str(error).replace(str(plain), source.name)}") from None
+        raise _Irregular from None
     except OSError as error:
         raise (error if error.errno else error.__context__) from None  # pyfaidx hides a full disk behind an error without a number
     finally:
         index_path.unlink(missing_ok=True)
-    taxid, length, offset, line_letters, line_bytes = (np.frombuffer(column, dtype=np.int64) for column in columns)
-    blank_first = (length > 0) & (line_bytes < line_letters)  # pyfaidx takes line lengths from a blank line after a CRLF header
-    if blank_first.any():
-        record = int(np.argmax(blank_first))
-        raise InputError(f"{source}: record {record + 1} '>{taxid[record]}': a blank line, or lines of unequal length")
-    ends = np.maximum(length - 1, 0) // np.maximum(line_letters, 1) * (line_bytes - line_letters)
-    return taxid, length, offset + indexed.first, length + ends, np.frombuffer(indexed.groups, dtype=np.uint64)
+    taxid, length, offset, ends = (np.frombuffer(column, dtype=np.int64) for column in (*columns, indexed.file.ends))
+    offset = offset + indexed.first
+    return taxid, length, offset, ends - offset, np.frombuffer(indexed.groups, dtype=np.uint64)
 
 
-def is_gzip(path):
-    """Whether a file is gzip, by its first two bytes."""
-    with open(path, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
+def _is_taxid(name):
+    return len(name) <= 10 and name.isascii() and name.isdecimal() and int(name) > 0
 
 
-def _unpacked(source, scratch):
-    """`source` itself, or, where it is gzip, a plain copy in `scratch`: gzip cannot be read at random."""
-    if not is_gzip(source):
-        return source
-    plain = scratch / (source.name + ".unpacked")
-    try:
-        with gzip.open(source, "rb") as packed, open(plain, "wb") as file:
-            shutil.copyfileobj(packed, file, 1 << 20)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{source}: the gzip file is damaged ({error})") from None
-    return plain
+def _write_regular(source, plain, regular, pattern):
+    """Write the records of a file as a FASTA file of one line of letters a record. Raises InputError as index_fasta() does."""
+    with open(regular, "wb") as file:
+        for record in records(plain, source):
+            if not _is_taxid(record.header.split(None, 1)[0]):
+                raise InputError(f"{record.where}: the first word of a header must be an NCBI taxid, as in '>9606 0'")
+            if pattern and _group(record.header, pattern) is None:
+                raise InputError(f"{record.where}: --group finds nothing in its header '{record.header}'")
+            letters = record.bases.translate(_TO_LETTERS)
+            file.write(b">" + record.header.encode() + b"\n" + letters + (b"\n" if letters else b""))
+
+
+_TO_LETTERS = bytes(i if i in LETTERS else ord("X") for i in range(256))  # a symbol that is none is N in the end, and counted, as X is
 
 
 def batches(index, batch=2048, span=1 << 24):
@@ -183,9 +215,9 @@ def batches(index, batch=2048, span=1 << 24):
 
 
 def read_sequences(index):
-    """The letters of all records of `index` (one of the batches, say) joined, bytes, as written in the file but without line ends.
+    """The bases of all records of `index` (one of the batches, say) joined, bytes, as written in the file but without line ends.
 
-    Opens its own handle: one that forked processes share gives wrong letters without an error.
+    Opens its own handle: one that forked processes share gives wrong bases without an error.
     """
     base = index.offset[0]
     with open(index.path, "rb") as file:
@@ -193,30 +225,5 @@ def read_sequences(index):
         block = file.read(index.offset[-1] + index.size[-1] - base)
     begins = (index.offset - base).tolist()
     ends = (index.offset - base + index.size).tolist()
-    letters = b"".join([block[begin:end] for begin, end in zip(begins, ends)])
-    return letters.translate(None, b"\r\n") if (index.size != index.length).any() else letters
-
-
-_TO_ACGTN = bytes(ord(chr(i).upper()) if chr(i) in "ACGTNacgtn" else ord("N") for i in range(256))
-_PROTEIN = np.array([chr(i).upper() in "EFIJLOPQZ" for i in range(256)])  # in no nucleotide code, IUPAC's included
-PROTEIN_SHARE = 0.01
-
-
-def normalize(letters, lengths, where):
-    """Uppercase; anything outside ACGTN becomes N. Returns (letters, how many became N).
-
-    letters: sequences of `lengths` joined, bytes. where(i) names sequence i in an error. Raises InputError for a sequence in which
-    more than 1% of the letters stand for no nucleotide in any code (E F I J L O P Q Z): that is protein, or not a sequence.
-    """
-    raw = np.frombuffer(letters, dtype=np.uint8)
-    if len(raw) != sum(lengths):
-        raise InputError(f"{where(0)}: the file changed while it was read, or its lines are of unequal length")
-    others = letters.translate(None, b"ACGTNacgtn")
-    if _PROTEIN[np.frombuffer(others, dtype=np.uint8)].any():
-        starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
-        share = np.add.reduceat(_PROTEIN[raw], starts, dtype=np.int64) / np.asarray(lengths)
-        if (share > PROTEIN_SHARE).any():
-            i = int(np.argmax(share > PROTEIN_SHARE))
-            found = "".join(sorted({chr(letter).upper() for letter in raw[starts[i]:starts[i] + lengths[i]] if _PROTEIN[letter]}))
-            raise InputError(f"{where(i)}: letters {found} are in no DNA alphabet: is this protein?")
-    return letters.translate(_TO_ACGTN), len(others)
+    bases = b"".join([block[begin:end] for begin, end in zip(begins, ends)])
+    return bases.translate(None, b"\r\n") if (index.size != index.length).any() else bases

@@ -1,4 +1,4 @@
-"""Reads in, as a stream: FASTA and FASTQ, plain, gzip or bgzip, from files or standard input, in slices of bounded size.
+"""Reads in, as a stream: FASTA and FASTQ as taxa.data.grammar reads them, from files or standard input, in slices of bounded size.
 
 A long read is cut into windows. Windows, in the order of the input, make slices of a fixed number, and a slice makes batches of
 windows of similar length. Nothing but the record being read and a few slices is ever in memory.
@@ -8,11 +8,7 @@ Shapes: W windows of a slice, B of a batch, T tokens of the longest window in it
 
 import collections
 import concurrent.futures
-import gzip
-import io
 import os
-import sys
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +16,7 @@ import numpy as np
 import torch
 
 from taxa.data.dataset import padded
-from taxa.data.fasta import normalize
+from taxa.data import grammar
 from taxa.errors import InputError
 
 
@@ -29,15 +25,17 @@ class Record(NamedTuple):
 
     where: str  # file and record, for an error
     header: str  # the line without its > or @
-    letters: bytes
+    bases: bytes  # of ACGTN
+    changed: int = 0  # how many of them became N
 
 
 class Read(NamedTuple):
-    """What is left of a record after its letters became tokens."""
+    """What is left of a record after its bases became tokens."""
 
     header: str
-    length: int  # letters
-    windows: int
+    length: int  # bases
+    windows: int  # with an A, C, G or T: without one, a read cannot be classified
+    changed: int
 
 
 class Slice(NamedTuple):
@@ -66,65 +64,16 @@ def check_files(paths):
 
 
 def records(path):
-    """Yield the Records of a file, or of standard input for "-". Raises InputError, naming file and record, for what is neither FASTA
-    (sequences over any number of lines) nor FASTQ (four lines a record), and for a damaged or truncated gzip."""
-    name = "standard input" if path == "-" else path
-    with _open(path) as raw:
-        try:
-            packed = raw.peek(2)[:2] == b"\x1f\x8b"
-            lines = io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20) if packed else raw
-            first = next((line for line in lines if line.strip()), None)
-            if first is None:
-                raise InputError(f"{name}: the file is empty")
-            if first[:1] not in b">@":
-                raise InputError(f"{name}: neither FASTA nor FASTQ: it begins with {first[:1]!r}, not with > or @")
-            if b"\r" in first.rstrip(b"\r\n"):
-                raise InputError(f"{name}: its lines end in carriage returns alone, so all of it is one line: tr '\\r' '\\n' mends it")
-            yield from (_fasta if first[:1] == b">" else _fastq)(name, first, lines)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise InputError(f"{name}: the gzip file is damaged or cut short ({' '.join(str(error).split())})") from None
-
-
-def _open(path):
-    return open(path, "rb", buffering=1 << 20) if path != "-" else open(sys.stdin.fileno(), "rb", buffering=1 << 20, closefd=False)
-
-
-def _text(header):
-    return header[1:].rstrip(b"\r\n").decode("utf-8", errors="replace")
-
-
-def _fasta(name, header, lines):
-    number, parts = 1, []
-    for line in lines:
-        if line[:1] == b">":
-            yield Record(f"{name}: record {number} '>{_text(header)}'", _text(header), b"".join(parts))
-            number, header, parts = number + 1, line, []
-        else:
-            parts.append(line.strip())
-    yield Record(f"{name}: record {number} '>{_text(header)}'", _text(header), b"".join(parts))
-
-
-def _fastq(name, header, lines):
-    number = 0
-    while header:
-        number += 1
-        where = f"{name}: record {number} '{header[:80].decode('utf-8', errors='replace').rstrip()}'"
-        if header[:1] != b"@":
-            raise InputError(f"{where}: its first line does not begin with @; a FASTQ record has four lines: @id, letters, +, quality")
-        letters, plus, quality = (next(lines, b"").strip() for _ in range(3))
-        if plus[:1] != b"+":
-            raise InputError(f"{where}: {'its third line does not begin with +' if plus else 'the file ends within it'}; a FASTQ record "
-                             "has four lines: @id, letters, +, quality")
-        if len(quality) != len(letters):
-            raise InputError(f"{where}: {len(quality)} quality values for {len(letters)} letters: is the file cut short?")
-        yield Record(where, _text(header), letters)
-        header = next((line for line in lines if line.strip()), None)
+    """Yield the Records of a file, or of standard input for "-". Raises InputError, naming file and record, for what taxa.data.grammar
+    refuses, and for protein."""
+    for where, header, bases in grammar.records(path):
+        yield Record(where, header, *grammar.normalize(bases, [len(bases)], lambda _: where))
 
 
 def window_starts(length, window):
-    """Where the windows of a read of `length` letters start: every `window` letters, the last one moved back to end with the read.
+    """Where the windows of a read of `length` bases start: every `window` bases, the last one moved back to end with the read.
 
-    So all windows of a long read have `window` letters, and the last may overlap the one before. A shorter read is one window, an empty
+    So all windows of a long read have `window` bases, and the last may overlap the one before. A shorter read is one window, an empty
     one none.
     """
     if length <= window:
@@ -135,36 +84,40 @@ def window_starts(length, window):
 def slices(stream, tokenizer, window, batch_size, batches_per_slice, rank=0, size=1):
     """Records -> Slices of batch_size * batches_per_slice windows, the last one smaller.
 
-    Within a slice, windows are ordered by length, longest first, windows of one length in the order of the input. Batch k is tokenized by
-    process k modulo `size`. Raises InputError for letters that are not DNA, as prepare.py does.
+    A window of nothing but N says nothing of where it comes from: it is left out. Within a slice, windows are ordered by length, longest
+    first, windows of one length in the order of the input. Batch k is tokenized by process k modulo `size`.
     """
     reads, pieces, W = [], [], batch_size * batches_per_slice
     for record in stream:
-        length = len(record.letters)
-        starts = window_starts(length, window)
-        read = Read(record.header, length, len(starts))
+        length = len(record.bases)
+        starts = [start for start in window_starts(length, window)
+                  if record.bases.count(b"N", start, start + window) < min(window, length)]
+        read = Read(record.header, length, len(starts), record.changed)
         reads.append(read)
         for start in starts:
-            pieces.append((len(reads) - 1, record.letters[start:start + window], record.where))
+            pieces.append((len(reads) - 1, record.bases[start:start + window]))
             if len(pieces) == W:
                 complete = start == starts[-1]
                 yield _slice(reads, complete, pieces, tokenizer, batch_size, rank, size)
                 reads, pieces = [] if complete else [read], []
+        if len(reads) == W:  # most of them without a window
+            yield _slice(reads, True, pieces, tokenizer, batch_size, rank, size)
+            reads, pieces = [], []
     if reads:
         yield _slice(reads, True, pieces, tokenizer, batch_size, rank, size)
 
 
 def _slice(reads, complete, pieces, tokenizer, batch_size, rank, size):
     pieces = sorted(pieces, key=lambda piece: -len(piece[1]))  # stable
-    lengths = [len(letters) for _, letters, _ in pieces]
-    letters, _ = normalize(b"".join([letters for _, letters, _ in pieces]), lengths, lambda i: pieces[i][2]) if pieces else (b"", 0)
+    lengths = [len(bases) for _, bases in pieces]
+    bases = b"".join([bases for _, bases in pieces])
     ends = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).tolist()
     batches = []
     for start in list(range(0, len(pieces), batch_size))[rank::size]:
         stop = min(start + batch_size, len(pieces))
-        ids, counts = tokenizer.encode(letters[ends[start]:ends[stop]], lengths[start:stop])
+        ids, counts = tokenizer.encode(bases[ends[start]:ends[stop]], lengths[start:stop])
         batches.append((start, stop, padded(np.split(ids, np.cumsum(counts)[:-1]), tokenizer.pad_token_id)))
-    return Slice(reads, complete, np.array([owner for owner, _, _ in pieces], dtype=np.int64), batches)
+    return Slice(reads, complete, np.array([owner for owner, _ in pieces], dtype=np.int64), batches)
 
 
 class Windows(torch.utils.data.Dataset):
@@ -188,23 +141,21 @@ class Windows(torch.utils.data.Dataset):
 def tokenized_windows(stream, tokenizer, window, held_out):
     """Records -> (Windows to train on, Windows to validate on): of their windows, in the order of the input, every `held_out`-th.
 
-    A last window that overlaps the one before goes where that goes, so no letter is on both sides. Raises InputError as slices() does.
+    A last window that overlaps the one before goes where that goes, so no base is on both sides.
     """
     ids, counts, held, pieces = bytearray(), [], [], []
 
     def encode():
-        lengths = [len(letters) for letters, _ in pieces]
-        letters, _ = normalize(b"".join([letters for letters, _ in pieces]), lengths, lambda i: pieces[i][1])
-        of_these, how_many = tokenizer.encode(letters, lengths)
+        of_these, how_many = tokenizer.encode(b"".join(pieces), [len(bases) for bases in pieces])
         ids.extend(of_these.tobytes())
         counts.extend(how_many.tolist())
         pieces.clear()
 
     for record in stream:
-        starts = window_starts(len(record.letters), window)
+        starts = window_starts(len(record.bases), window)
         for before, start in zip([-window, *starts], starts):
             held.append(held[-1] if start - before < window else len(held) % held_out == held_out - 1)
-            pieces.append((record.letters[start:start + window], record.where))
+            pieces.append(record.bases[start:start + window])
             if len(pieces) == 1024:
                 encode()
     if pieces:

@@ -1,14 +1,17 @@
 """A CSV or TSV file of sequences and their labels -> what the rest of the preparation reads: a FASTA file and the label of each record.
 
 The table has a header row, one column of sequences and one column of labels per rank; other columns are ignored. Labels are any
-text; there is no taxonomy behind them. RFC 4180 by Python's csv module; gzip by the first two bytes; read once, row by row.
+text; there is no taxonomy behind them, but the columns are ranks: a label is what its name and those of the ranks before it say, so a
+genus Morus in two phyla is two classes, "Morus (Chordata)" and "Morus (Streptophyta)". RFC 4180 by Python's csv module; gzip by the first two bytes; read once, row by row.
 """
 
 import array
+import collections
 import csv
 import gzip
 import io
 import re
+import unicodedata
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +19,13 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
-from taxa.data.taxonomy import Label, check_ranks
+from taxa.data.grammar import bases
+from taxa.data.taxonomy import Label, check_ranks, one_line
 from taxa.errors import InputError, choose
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+MISSING = frozenset(("", "-", "NA", "N/A", "NaN", "nan", "<NA>"))  # labels that are none, as R and pandas write them
+SHOWN = 5  # names in a line for the user
 NAMES_OF_MODULES = frozenset(dir(nn.ModuleDict()))  # a rank names its head in the network
 
 
@@ -30,6 +36,7 @@ class Table(NamedTuple):
     lines: np.ndarray  # (N,) int64: where each record ends in the table
     labels: dict  # {ID: Label}, whose taxids are numbers from 1 on in the order of the names, one series per rank
     names: dict  # {rank: {number: name}}
+    notes: list  # lines for the user: labels that look alike, and names in more than one place
 
 
 def delimiter(path):
@@ -49,9 +56,10 @@ def check_columns(ranks):
     return tuple(ranks)
 
 
-def read_table(path, sequence_column, ranks, scratch):
+def read_table(path, sequence_column, ranks, scratch, classes=None):
     """Read a table, writing its sequences as a FASTA file into the folder `scratch`. Returns a Table.
 
+    classes: {rank: [{"taxid", "name"}, ...]} whose names are kept to where the same label can be written in two ways (keep_classes).
     Raises InputError, naming the file and the line, for a file that is missing, empty or no such table, a column that is not there, a row
     with more or fewer fields than the header, and a sequence that is no letters.
     """
@@ -80,10 +88,8 @@ def read_table(path, sequence_column, ranks, scratch):
                 if len(row) != len(header):
                     raise InputError(f"{path}: line {rows.line_num}: {len(row)} fields, but the header has {len(header)}")
                 sequence, *label = (row[column] for column in columns)
-                sequence = "".join(sequence.split())
-                if not sequence.isascii() or not sequence.replace("-", "").replace("*", "").isalpha() and sequence:
-                    raise InputError(f"{path}: line {rows.line_num}: column {sequence_column} holds no sequence of letters")
-                identity = ids.setdefault(tuple(name.strip() for name in label), len(ids) + 1)
+                sequence = bases(sequence.encode(), f"{path}: line {rows.line_num}: column {sequence_column}").decode()
+                identity = ids.setdefault(tuple(one_line(name).strip() for name in label), len(ids) + 1)
                 out.write(f">{identity}\n{sequence}\n")
                 lines.append(rows.line_num)
         except (csv.Error, UnicodeDecodeError) as error:
@@ -92,10 +98,50 @@ def read_table(path, sequence_column, ranks, scratch):
             raise InputError(f"{path}: the gzip file is damaged ({error})") from None
     if not lines:
         raise InputError(f"{path}: no row below the header")
-    names = {rank: dict(enumerate(sorted({label[i] for label in ids} - {""}), start=1)) for i, rank in enumerate(ranks)}
-    number_of = [{name: number for number, name in names[rank].items()} for rank in ranks]
-    labels = {}
+    try:
+        labels, names, notes = label_rows(ids, ranks, classes or {})
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return Table(fasta, np.frombuffer(lines, dtype=np.int64), labels, names, [f"{path}: {note}" for note in notes])
+
+
+def label_rows(ids, ranks, classes):
+    """({ID: Label}, {rank: {number: name}}, notes) of ids {(name at each rank): ID}. classes: as read_table takes them."""
+    labels, whole = {identity: None for identity in ids.values()}, []  # whole: rows of ids without a missing label
     for label, identity in ids.items():
-        missing = next((rank for rank, name in zip(ranks, label) if not name), None)
-        labels[identity] = Label(tuple(of.get(name) for of, name in zip(number_of, label)), missing and f"no {missing}")
-    return Table(fasta, np.frombuffer(lines, dtype=np.int64), labels, names)
+        missing = next((rank for rank, name in zip(ranks, label) if name in MISSING), None)
+        if missing:
+            labels[identity] = Label((None,) * len(ranks), f"no {missing}")
+        else:
+            whole.append(label)
+    names, notes, numbers = {}, [], []
+    for i, rank in enumerate(ranks):
+        paths, taken = collections.defaultdict(set), {row["name"] for row in classes.get(rank, ())}
+        for label in whole:
+            paths[label[i]].add(label[:i])
+        shown = {}  # path, name included -> what the class is called
+        for name, above in paths.items():
+            for path in above:
+                full = f"{name} ({'; '.join(path)})"
+                shown[*path, name] = full if full in taken or len(above) > 1 else name
+        twice = [name for name, count in collections.Counter(shown.values()).items() if count > 1]
+        if twice:
+            raise InputError(f"column {rank}: '{twice[0]}' is one label as it stands and another by its place: rename one")
+        names[rank] = dict(enumerate(sorted(shown.values()), start=1))
+        number_of = {name: number for number, name in names[rank].items()}
+        numbers.append({path: number_of[name] for path, name in shown.items()})
+        split = sorted(shown[*path, name] for name, above in paths.items() if len(above) > 1 for path in above)
+        if split:
+            notes.append(f"{rank}: one name at several places is a class at each: {_some(split)}")
+        alike = collections.defaultdict(set)
+        for name in paths:
+            alike[unicodedata.normalize("NFC", "".join(name.split()).casefold())].add(name)
+        notes += [f"{rank}: {_some(sorted(map(repr, same)))} differ only in capitals, blanks or Unicode composition: they are taken for "
+                  "different labels" for same in alike.values() if len(same) > 1]
+    for label in whole:
+        labels[ids[label]] = Label(tuple(number[label[:i + 1]] for i, number in enumerate(numbers)))
+    return labels, names, notes
+
+
+def _some(names):
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")

@@ -4,13 +4,17 @@ ete3 gives lineages, ranks, names and merged ids. It holds the whole tree as Pyt
 dump when it has none, so it is handed an excerpt: the lines of the dump that lie on the way from the taxids asked for to the root.
 It works in a scratch folder, from that file alone, and never reaches the network. ete3 is GPL-3 and is imported only here.
 
-The superkingdom is told by taxid, not by rank: since March 2025 NCBI calls the rank "domain" or, for viruses, "acellular root".
+The superkingdom is told by taxid, not by rank: since March 2025 NCBI calls the rank "domain" or, for viruses, "acellular root". So a dump
+must name those four taxids as NCBI does before superkingdom is read from it.
 """
 
+import collections
 import contextlib
+import hashlib
 import io
 import os
 import re
+import sqlite3
 import tarfile
 import time
 import warnings
@@ -19,10 +23,16 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+import numpy as np
+
 from taxa import RANKS
 from taxa.errors import InputError, choose
+from taxa.runtime.files import sha256
 
 SUPERKINGDOMS = {2157: "Archaea", 2: "Bacteria", 2759: "Eukaryota", 10239: "Viruses"}
+SUPERKINGDOM_NAMES = {  # NCBI's scientific names, now and before, and synonyms that it may come back to; in lower case
+    2: ("bacteria", "eubacteria"), 2157: ("archaea", "archaebacteria"), 2759: ("eukaryota", "eukarya", "eucarya", "eukaryotae"),
+    10239: ("viruses", "vira")}
 MEMBERS = ("nodes.dmp", "names.dmp", "merged.dmp", "delnodes.dmp")
 # NCBI's ranks that occur at most once in a lineage, from coarse to fine ("domain" and "acellular root" since March 2025).
 NCBI_RANKS = (
@@ -40,9 +50,51 @@ class Label(NamedTuple):
     reason: Optional[str] = None
 
 
+class Labelled(NamedTuple):
+    """What label_taxids found."""
+
+    labels: dict  # {taxid: Label}
+    names: dict  # {taxid of a class: scientific name}
+    date: Optional[str]  # of the dump
+    digest: str  # SHA-256 of the dump
+    notes: list  # lines for the user: what was read otherwise than it stands in the dump
+
+
+def one_line(name):
+    """A name without tabs and line breaks of any kind, each of which becomes a blank: names stand in lines and columns."""
+    return " ".join(name.replace("\t", "\n").splitlines())
+
+
 def class_id(row):
     """What tells a class {"taxid", "name"} from others: its taxid, or, where labels are a table's own, its name."""
     return row["name"] if row["taxid"] is None else row["taxid"]
+
+
+def keep_classes(labels, classes, names=None):
+    """{taxid: Label} with a reason to be dropped wherever a taxon is no class of the tables `classes` {rank: [{"taxid", "name"}, ...]}.
+
+    names: {rank: {number: name}} where the labels are a table's own. Raises InputError when one is of taxids and the other of names.
+    """
+    if any((row["taxid"] is None) != (names is not None) for table in classes.values() for row in table):
+        raise InputError("--classes-of: " + ("its classes are NCBI's taxa, which the labels of --table are not: give --fasta and --taxdump"
+                                             if names else "its classes are labels of a table, without taxids: give --table"))
+    known = [{class_id(row) for row in table} for table in classes.values()]
+    outside = {}
+    for taxid, label in labels.items():
+        if label.reason is None:
+            ids = label.taxids if names is None else [names[rank][number] for rank, number in zip(classes, label.taxids)]
+            rank = next((rank for rank, some, of_rank in zip(classes, ids, known) if some not in of_rank), None)
+            outside[taxid] = label._replace(reason=rank and f"{rank} not of --classes-of")
+    return labels | outside
+
+
+def renumber(y, found, classes):
+    """Class numbers y (N, R) of the tables `found` -> (N, R) of the tables `classes`, which hold the same classes and may hold more."""
+    columns = []
+    for column, (rank, table) in enumerate(classes.items()):
+        place = {class_id(row): i for i, row in enumerate(table)}
+        columns.append(np.array([place[class_id(row)] for row in found[rank]], dtype=y.dtype)[y[:, column]])
+    return np.stack(columns, axis=1)
 
 
 def check_ranks(ranks, known=NCBI_RANKS):
@@ -63,15 +115,21 @@ def check_ranks(ranks, known=NCBI_RANKS):
 
 
 class Dump:
-    """An NCBI taxonomy dump, .zip or .tar.gz, with nodes.dmp and names.dmp (merged.dmp and delnodes.dmp where present)."""
+    """An NCBI taxonomy dump with nodes.dmp and names.dmp (merged.dmp and delnodes.dmp where present), in one folder of any name.
+
+    The dump is a .zip, a .tar.gz or a folder of extracted files. Files are UTF-8, with or without a byte-order mark.
+    """
 
     def __init__(self, path):
-        """Raises InputError for a missing or damaged archive, or one without nodes.dmp or names.dmp."""
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise InputError(f"{self.path}: no such file; give NCBI's taxdmp_YYYY-MM-DD.zip or taxdump.tar.gz")
+        """Raises InputError for a missing or damaged archive, and for one without nodes.dmp or names.dmp, or with two of them."""
+        self.path, self._archive = Path(path), None
+        if not self.path.exists():
+            raise InputError(f"{self.path}: no such file; give NCBI's taxdmp_YYYY-MM-DD.zip or taxdump.tar.gz, or a folder of its files")
         with self._errors():
-            if zipfile.is_zipfile(self.path):
+            if self.path.is_dir():
+                names = {str(file.relative_to(self.path)): file for pattern in ("*.dmp", "*/*.dmp") for file in self.path.glob(pattern)}
+                times = {}  # a copied file has the time of the copy
+            elif zipfile.is_zipfile(self.path):
                 self._archive = zipfile.ZipFile(self.path)
                 names = {info.filename: info for info in self._archive.infolist()}
                 times = {name: time.struct_time((*info.date_time, 0, 0, -1)) for name, info in names.items()}
@@ -81,13 +139,17 @@ class Dump:
                 times = {name: time.gmtime(member.mtime) for name, member in names.items()}
                 while self._archive.fileobj.read(1 << 20):  # to the end: only there does gzip compare its checksum
                     pass
-        self._members = {name: names[name] for name in MEMBERS if name in names}
+        folders = sorted({name.removesuffix("nodes.dmp") for name in names if name.split("/")[-1] == "nodes.dmp"})
+        if len(folders) > 1:
+            raise InputError(f"{self.path}: nodes.dmp is in it more than once ({', '.join(f'{folder}nodes.dmp' for folder in folders[:3])}): "
+                             "give one dump")
+        self._members = {name: names[folder + name] for folder in folders for name in MEMBERS if folder + name in names}
         for name in ("nodes.dmp", "names.dmp"):
             if name not in self._members:
-                raise InputError(f"{self.path}: no {name} at the top level: not an NCBI taxonomy dump")
+                raise InputError(f"{self.path}: no {name} in it: not an NCBI taxonomy dump")
         named = re.search(r"\d{4}-\d{2}-\d{2}", self.path.name)
-        with self._errors():
-            self.date = named[0] if named else time.strftime("%Y-%m-%d", times["nodes.dmp"])  # of the name, else of nodes.dmp
+        with self._errors():  # the date of the name, else of nodes.dmp in an archive
+            self.date = named[0] if named else time.strftime("%Y-%m-%d", times[f"{folders[0]}nodes.dmp"]) if times else None
 
     @contextlib.contextmanager
     def _errors(self):
@@ -97,17 +159,24 @@ class Dump:
             raise InputError(f"{self.path}: the archive is damaged or not a .zip or .tar.gz ({' '.join(str(error).split())})") from None
 
     def lines(self, name):
-        """Yield the lines of one member; nothing when the dump lacks it."""
+        """Yield the lines of one member; nothing when the dump lacks it. Raises InputError for one that is not UTF-8."""
         if name not in self._members:
             return
+        number = 0
         with self._errors():
             member = self._members[name]
-            file = self._archive.open(member) if isinstance(self._archive, zipfile.ZipFile) else self._archive.extractfile(member)
-            with file, io.TextIOWrapper(file, encoding="utf-8") as text:
-                yield from text
+            file = (open(member, "rb") if self._archive is None else
+                    self._archive.open(member) if isinstance(self._archive, zipfile.ZipFile) else self._archive.extractfile(member))
+            with file, io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+                try:
+                    for number, line in enumerate(text, start=1):
+                        yield line
+                except UnicodeDecodeError as error:
+                    raise InputError(f"{self.path}: {name} is not UTF-8 after line {number} (byte {error.object[error.start]:#04x}): "
+                                     f"iconv -f LATIN1 -t UTF-8 makes it so if it is Latin-1") from None
 
     def integers(self, name, count):
-        """Yield (line, its first `count` fields as integers); InputError names a line that has none, or does not end in '|'."""
+        """Yield (line number, line, its first `count` fields as integers); InputError names a line without them, or that ends not in '|'."""
         for number, line in enumerate(self.lines(name), start=1):  # millions of them: no more is parsed than is needed
             fields = line.split("|", count)
             try:
@@ -116,17 +185,46 @@ class Dump:
                     raise ValueError
             except ValueError:
                 raise InputError(f"{self.path}: {name} line {number} does not start with {count} taxid(s)") from None
-            yield line, numbers
+            yield number, line, numbers
 
-    def excerpt(self, taxids, out):
-        """Write a dump of only the lineages of `taxids` as a tar file `out`.
+    def pairs(self, name):
+        """{first: second taxid} of every line of one member. Raises InputError for a first that stands there twice."""
+        found = {}
+        for number, _, (first, second) in self.integers(name, 2):
+            if first in found:
+                raise InputError(f"{self.path}: {name} line {number}: taxid {first} is listed twice (first with {found[first]}, then with "
+                                 f"{second}): leave one")
+            found[first] = second
+        return found
 
-        Returns ({taxid: current id}, {unknown id: reason}, {taxid of a node: scientific name, as ete3 would not keep its quotes}).
+    def scientific_names(self, taxids):
+        """{taxid: scientific name} of a set of taxids. Raises InputError where one has none, or two."""
+        found = {}
+        for number, line, (taxid,) in self.integers("names.dmp", 1):
+            if taxid not in taxids:
+                continue
+            fields = [field.strip() for field in _fields(line)]
+            if len(fields) != 4:
+                raise InputError(f"{self.path}: names.dmp line {number}: {len(fields)} fields, not 4; they are separated by tab, |, tab")
+            if fields[3] == "scientific name":
+                if taxid in found:
+                    raise InputError(f"{self.path}: names.dmp line {number}: taxid {taxid} has two scientific names, {found[taxid]!r} and "
+                                     f"{fields[1]!r}: leave one")
+                found[taxid] = fields[1]
+        if taxids - found.keys():
+            raise InputError(f"{self.path}: names.dmp has no scientific name for taxid {min(taxids - found.keys())}")
+        return found
+
+    def excerpt(self, taxids, out, superkingdoms=True):
+        """Write a dump of only the lineages of `taxids` as a tar file `out`, in the spelling that ete3 reads.
+
+        Returns ({taxid: current id}, {unknown id: reason}, {taxid of a node: scientific name}, ranks in another spelling than NCBI's).
+        superkingdoms: raise InputError unless the dump names the four superkingdoms' taxids as NCBI does.
         """
-        parents = {child: parent for _, (child, parent) in self.integers("nodes.dmp", 2)}
+        parents = self.pairs("nodes.dmp")
         if 1 not in parents:
             raise InputError(f"{self.path}: nodes.dmp has no root (taxid 1)")
-        merges = {old: new for _, (old, new) in self.integers("merged.dmp", 2)}
+        merges = self.pairs("merged.dmp")
         current, unknown = {}, {}
         for taxid in taxids:
             now, seen = taxid, set()
@@ -137,7 +235,7 @@ class Dump:
                 current[taxid] = now
             else:
                 unknown[taxid] = "unknown taxid"
-        for _, (taxid,) in self.integers("delnodes.dmp", 1):
+        for _, _, (taxid,) in self.integers("delnodes.dmp", 1):
             if taxid in unknown:
                 unknown[taxid] = "deleted taxid"
         needed = {1}
@@ -150,48 +248,77 @@ class Dump:
                     raise InputError(f"{self.path}: nodes.dmp: the lineage of {now} never reaches the root")
                 now = parent
             needed |= climbed
+        known = SUPERKINGDOMS.keys() & parents.keys() if superkingdoms else set()
+        names = self.scientific_names(needed | known)
+        other = [f"taxid {taxid} is {names[taxid]!r}, not {SUPERKINGDOMS[taxid]}" for taxid in sorted(known)
+                 if names[taxid].casefold() not in SUPERKINGDOM_NAMES[taxid]]
+        if superkingdoms and (other or not known):
+            raise InputError(f"{self.path}: {'; '.join(other) or 'no taxid 2, 2157, 2759 or 10239'}: superkingdom is told by NCBI's taxids, "
+                             "which this dump does not have; --ranks phylum genus works without")
+        nodes, respelled = [], set()
+        for number, line, (taxid, parent) in self.integers("nodes.dmp", 2):
+            if taxid in needed:
+                rank = "".join(_fields(line)[2:3]).strip()
+                if not rank:
+                    raise InputError(f"{self.path}: nodes.dmp line {number}: no rank in the third field ('no rank' is one)")
+                respelled |= {rank} - {rank.lower()}
+                nodes.append(f"{taxid}\t|\t{parent}\t|\t{rank.lower()}\t|\n")
         lines = {
-            "nodes.dmp": [line for line, (taxid, _) in self.integers("nodes.dmp", 2) if taxid in needed],
-            "names.dmp": [line for line, (taxid,) in self.integers("names.dmp", 1)
-                          if taxid in needed and [field.strip() for field in line.split("|")[3:4]] == ["scientific name"]],
+            "nodes.dmp": nodes,
+            "names.dmp": [f"{taxid}\t|\t{taxid}\t|\t\t|\tscientific name\t|\n" for taxid in sorted(needed)],  # ete3 needs some name
             "merged.dmp": [f"{old}\t|\t{new}\t|\n" for old, new in sorted(current.items()) if old != new],
         }
-        unnamed = needed - {int(line.split("|")[0]) for line in lines["names.dmp"]}
-        if unnamed:
-            raise InputError(f"{self.path}: names.dmp has no scientific name for taxid {min(unnamed)}")
         with tarfile.open(out, "w") as tar:
             for name, text in lines.items():
                 data = "".join(text).encode()
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-        names = {int(line.split("|")[0]): line.split("|")[1].strip() for line in lines["names.dmp"]}
-        return current, unknown, names
+        return current, unknown, names, respelled
+
+    def digest(self):
+        """Hex SHA-256 of the archive, or of a folder's members: their names and their own digests."""
+        if self._archive is not None:
+            return sha256(self.path)
+        return hashlib.sha256("".join(f"{sha256(file)}  {name}\n" for name, file in sorted(self._members.items())).encode()).hexdigest()
+
+
+def _fields(line):
+    """The fields of a line of a dump: between tab, |, tab, as NCBI writes them, so that a name may hold a |; else between |."""
+    line = line.rstrip()
+    return line.removesuffix("|").removesuffix("\t").split("\t|\t") if "\t|\t" in line else line.removesuffix("|").split("|")
 
 
 def label_taxids(dump_path, taxids, scratch, ranks=RANKS):
-    """Labels of distinct taxids at `ranks`. Returns ({taxid: Label}, {taxid of a class: scientific name}, the dump's date).
+    """Label distinct taxids at `ranks` by a dump. Returns a Labelled.
 
-    scratch: an existing folder for the excerpt and ete3's database. Raises InputError for a dump that cannot be read.
+    A lineage with two taxa of a rank asked for is dropped as one without is; a rank's capitals do not matter; a tab in a name becomes a
+    blank. scratch: an existing folder for the excerpt and ete3's database. Raises InputError for a dump that cannot be read, or, where
+    superkingdom is asked for, whose taxids are not NCBI's.
     """
     dump = Dump(dump_path)
     excerpt = Path(scratch).resolve() / "excerpt.tar"
-    current, unknown, names = dump.excerpt(sorted(set(taxids)), excerpt)
+    current, unknown, names, respelled = dump.excerpt(sorted(set(taxids)), excerpt, "superkingdom" in ranks)
     labels = {taxid: Label((None,) * len(ranks), reason) for taxid, reason in unknown.items()}
     if not current:
-        return labels, {}, dump.date
+        return Labelled(labels, {}, dump.date, dump.digest(), [])
     with _ete3(excerpt) as ncbi:
         lineages = {taxid: ncbi.get_lineage(taxid) for taxid in current}
         nodes = sorted({node for lineage in lineages.values() for node in lineage})
         rank_of = ncbi.get_rank(nodes)
     for taxid, lineage in lineages.items():
-        at = {rank_of[node]: node for node in lineage}
-        at["superkingdom"] = next((node for node in lineage if node in SUPERKINGDOMS), None)
-        found = tuple(at.get(rank) for rank in ranks)
+        at = collections.defaultdict(list)  # rank -> its taxa in the lineage: one, in a tree like NCBI's
+        for node in lineage:
+            at[rank_of[node]].append(node)
+        at["superkingdom"] = [node for node in lineage if node in SUPERKINGDOMS]
+        found = tuple(at[rank][0] if len(at[rank]) == 1 else None for rank in ranks)
         missing = next((rank for rank, node in zip(ranks, found) if node is None), None)
-        labels[taxid] = Label(found, missing and f"no {missing}")
-    classes = {node for label in labels.values() if label.reason is None for node in label.taxids}
-    return labels, {node: names[node] for node in classes}, dump.date
+        labels[taxid] = Label(found, missing and (f"two taxa of rank {missing}" if at[missing] else f"no {missing}"))
+    classes = sorted({node for label in labels.values() if label.reason is None for node in label.taxids})
+    notes = [f"{dump.path}: rank {rank!r} is read as {rank.lower()!r}" for rank in sorted(respelled)]
+    notes += [f"{dump.path}: the name of taxid {node} holds a tab or a line break, which becomes a blank: {one_line(names[node])!r}"
+              for node in classes if one_line(names[node]) != names[node]]
+    return Labelled(labels, {node: one_line(names[node]) for node in classes}, dump.date, dump.digest(), notes)
 
 
 @contextlib.contextmanager
@@ -205,6 +332,8 @@ def _ete3(excerpt):
         try:
             os.chdir(excerpt.parent)
             ncbi = NCBITaxa(dbfile=str(excerpt.with_suffix(".sqlite")), taxdump_file=str(excerpt))
+        except sqlite3.OperationalError as error:  # SQLite's words for a full disk
+            raise InputError(f"{excerpt.with_suffix('.sqlite')}: cannot be written ({error}): is the disk full?") from None
         finally:
             os.chdir(before)
         try:

@@ -18,6 +18,8 @@ TOKENIZERS = ("nt", "dnabert", "tiny-dnabert", "bpe")  # bpe: any tokenizer.json
 TINY_BPE = ASSETS / "tiny_dnabert_tokenizer.json"
 DNABERT_HUB = ("zhihan1996/DNABERT-2-117M", "7bce263b15377fc15361f52cfab88f8b586abda0")  # DNABERT-S has the same vocabulary and merges
 DNABERT_DIGEST = "4216c74a6b68b79740eb6d4948395c1cdaaa09c9ea859c943ff62b36d14c3b81"  # of that vocabulary and its merges
+# Keys of a tokenizer.json that versions of the tokenizers library added to its model, in order, with the values that change nothing.
+ADDED_KEYS = (("byte_fallback", False), ("ignore_merges", False))
 
 
 def nt_vocabulary():
@@ -41,6 +43,7 @@ class NTTokenizer:
         self.vocabulary = nt_vocabulary()
         self.vocab_size = len(self.vocabulary)
         self.digest = hashlib.sha256("\n".join(self.vocabulary).encode()).hexdigest()  # of the hub's vocab.txt
+        self.old_digests = ()
         self._code = np.zeros(256, dtype=np.uint8)
         for code, letter in enumerate("ATCGN"):
             self._code[ord(letter)] = code
@@ -154,7 +157,12 @@ class BPETokenizer:
             raise InputError(f"{path}: sequences do not come between [CLS] and [SEP]")
         if max(self._tokenizer.get_vocab().values()) >= 2**16:
             raise InputError(f"{path}: token ids do not fit in 16 bits")
-        self.digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()  # vocabulary and merges
+        read = json.loads(self._tokenizer.to_str())["model"]  # as the library spells what it read
+        if isinstance(read["vocab"], dict):
+            read["vocab"] = self._tokenizer.get_vocab()  # special tokens too, wherever the file has them
+        read |= {key: read.get(key) or None for key in ("continuing_subword_prefix", "end_of_word_suffix") if key in model}
+        self.digest, *spellings = _digests(read)
+        self.old_digests = tuple(sorted({*spellings, *_digests(model), _digest(model)} - {self.digest}))
 
     def encode(self, letters, lengths):
         """letters: bytes in ACGTN, sequences of `lengths` joined. Returns (ids joined, uint16; ids per sequence, int64)."""
@@ -162,6 +170,28 @@ class BPETokenizer:
         encodings = self._tokenizer.encode_batch_fast([text[end - length:end] for end, length in zip(ends.tolist(), lengths)])
         rows = [np.array(encoding.ids, dtype=np.uint16) for encoding in encodings]
         return np.concatenate([np.empty(0, np.uint16), *rows]), np.array([len(row) for row in rows], dtype=np.int64)
+
+
+def _digest(model):
+    return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(model):
+    """SHA-256 of the "model" of a tokenizer.json in each spelling of one meaning that versions of the library write; DNABERT-2's first.
+
+    The first is what tells tokenizers apart: the vocabulary, the merges and how they apply. At first the spelling of the file did, so that
+    any of them may stand in a checkpoint or a prepared folder: merges as "A B" or ["A", "B"], with or without the keys added since.
+    """
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model.get("merges", ())]
+    base = {key: value for key, value in model.items() if key != "merges" and (key, value) not in ADDED_KEYS}
+    more = [dict(ADDED_KEYS[:n]) for n in (1, 0, 2)] if model.get("type") == "BPE" else [{}]
+    spelled = [[" ".join(pair) for pair in pairs], [list(pair) for pair in pairs]]
+    return [_digest({**keys, **base, "merges": merges} if pairs else {**keys, **base}) for merges in spelled for keys in more]
+
+
+def digests(record):
+    """Every digest by which a tokenizer is known: of what a manifest or a checkpoint says of it, {"digest", "old_digests" if any}."""
+    return {record["digest"], *record.get("old_digests", ())}
 
 
 def get_tokenizer(name, file=None):

@@ -8,8 +8,8 @@ left out: under 1% at these sizes). A Linear of N weights takes, for one token,
     2N   gradient of its weight    where the weight trains
 
 so 6N in full fine-tuning, 4N where the weight is frozen and something before it trains, 2N where nothing before it does. LoRA adds the
-same for A (r * in) and B (out * r); B's input always needs its gradient. Attention over T tokens multiplies queries by keys and
-probabilities by values, 2TH each; backward, 2TH for each of queries, keys, values and probabilities that needs a gradient.
+same for A (r * in) and B (out * r), a chain: B's input needs its gradient where A trains. Attention over T tokens multiplies queries by
+keys and probabilities by values, 2TH each; backward, 2TH for each of queries, keys, values and probabilities that needs a gradient.
 
 Shapes: T tokens of a sequence, H hidden_size, C classes of a rank.
 """
@@ -18,16 +18,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from taxa.ia3 import IA3Linear
-from taxa.lora import LoRALinear
-
-# What runs in a layer, in order; "attention.self" is the attention itself, what begins so are its projections, side by side.
-ORDER = {
-    "nt": ("attention.LayerNorm", "attention.self.query", "attention.self.key", "attention.self.value", "attention.self",
-           "attention.output.dense", "LayerNorm", "intermediate.dense", "output.dense"),
-    "dnabert": ("attention.self.Wqkv", "attention.self", "attention.output.dense", "attention.output.LayerNorm", "mlp.gated_layers",
-                "mlp.wo", "mlp.layernorm"),
-}
+from taxa.backbones import FAMILIES
 
 
 class Part(NamedTuple):
@@ -46,12 +37,12 @@ def parts(classifier, family, names, T):
     modules, trains = dict(classifier.named_modules()), set(names)
     layers = sorted((name for name in modules if name.startswith("backbone.encoder.layer.") and name.count(".") == 3),
                     key=lambda name: int(name.rpartition(".")[2]))
-    inside = [f"{layer}.{name}" for layer in layers for name in ORDER[family]]
+    inside = [f"{layer}.{name}" for layer in layers for name in FAMILIES[family].module.LAYER_ORDER]
     holders = [name for name, module in modules.items() if next(module.parameters(recurse=False), None) is not None]
     before = [name for name in holders if name.startswith("backbone.embeddings.")]
     after = [name for name in holders if name not in inside and name not in before]
     if missing := [name for name in after if name.startswith(tuple(layers))]:
-        raise ValueError(f"not in ORDER: {missing}")
+        raise ValueError(f"not in LAYER_ORDER: {missing}")
 
     found, upstream, projections = [], False, {}  # upstream: does something that has run train?
     for name in (*before, *inside, *after):
@@ -79,13 +70,15 @@ def parts(classifier, family, names, T):
 def _linear(name, module, trains, upstream):
     """(forward, backward) for one token."""
     N = module.in_features * module.out_features
-    scales_input = isinstance(module, IA3Linear) and module.feedforward and f"{name}.ia3_l" in trains
+    adapters = getattr(module, "adapter_parameters", ())
+    scales_input = getattr(module, "feedforward", False) and any(f"{name}.{key}" in trains for key in adapters)  # (IA)3's l
     forward, backward = 2 * N, 2 * N * (upstream or scales_input) + 2 * N * (f"{name}.weight" in trains)
-    if isinstance(module, LoRALinear):
-        A, B = module.lora_A.numel(), module.lora_B.numel()
-        a_trains, b_trains = f"{name}.lora_A" in trains, f"{name}.lora_B" in trains
-        forward += 2 * A + 2 * B
-        backward += 2 * A * (upstream + a_trains) + 2 * B * ((upstream or a_trains) + b_trains)
+    needs_gradient = upstream  # of what goes into an adapter's matrix; a vector only scales
+    for key in (key for key in adapters if getattr(module, key).dim() == 2):
+        size, train = getattr(module, key).numel(), f"{name}.{key}" in trains
+        forward += 2 * size
+        backward += 2 * size * (needs_gradient + train)
+        needs_gradient = needs_gradient or train
     return forward, backward
 
 

@@ -3,18 +3,19 @@
     parameters, gradients, optimizer state     what the names say
     embedding, attention, feed-forward, LayerNorm, adapters, heads, loss
                                                activations: tensors that the forward saves for the backward, by the module that saves them
-    working                                    all other tensors: results not saved, the backward's own, the batch
+    checkpointed                               what --activation-checkpointing keeps of a layer instead: its input, and what it saves of it
+    working                                    all other tensors: results not saved, the backward's own, what it computes again, the batch
 
 A tensor counts as the bytes of its storage, once, however many views of it there are, from its birth until its storage is freed. A
 saved tensor belongs to the innermost module that was running when autograd saved it, the first one when several save the same (the
-normalised input of query, key and value, say); a saved parameter stays a parameter. What taxa/recompute.py holds for the modules inside
-a recomputed() belongs to the module that calls it. What is computed inside a layer but in none of its
+normalised input of query, key and value, say); a saved parameter stays a parameter. What is computed inside a layer but in none of its
 modules (the product of SwiGLU) is the feed-forward's. What a kernel allocates and frees inside itself is not seen.
 
 Tests compare the sum's peak with the allocator's own, to 10%.
 """
 
 import contextlib
+import itertools
 import os
 import weakref
 from collections import Counter
@@ -24,10 +25,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from taxa.ia3 import IA3Linear
-from taxa.lora import LoRALinear
-
-ACTIVATIONS = ("embedding", "attention", "feed-forward", "LayerNorm", "adapters", "heads", "loss")
+ACTIVATIONS = ("embedding", "attention", "feed-forward", "LayerNorm", "adapters", "heads", "loss", "checkpointed")
 PARTS = ("parameters", "gradients", "optimizer state", *ACTIVATIONS, "working")
 
 
@@ -36,7 +34,7 @@ def activation_parts(model):
     parts = {}
     for name, module in model.named_modules():
         path = name.split(".")
-        if isinstance(module, (LoRALinear, IA3Linear)) or parts.get(".".join(path[:-1])) == "adapters":
+        if hasattr(module, "adapter_parameters") or parts.get(".".join(path[:-1])) == "adapters":
             parts[name] = "adapters"
         elif isinstance(module, nn.LayerNorm):
             parts[name] = "LayerNorm"
@@ -62,13 +60,12 @@ class LiveBytes(TorchDispatchMode):
         self.device = device
         self.live, self.at_peak, self.most = Counter(), Counter(), Counter()
         self.peak = self.most_saved = 0
-        self._parts = {}  # id of a storage's Python object, which lives as long as the storage -> its part
+        self._storages = {}  # id of a storage's Python object, which lives as long as the storage -> (its part, its bytes)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor, "working")
+        for tensor in tensors_in(result):
+            self.count(tensor, "working")
         return result
 
     def count(self, tensor, part):
@@ -76,19 +73,35 @@ class LiveBytes(TorchDispatchMode):
         if tensor.device.type != self.device.type:
             return
         storage = tensor.untyped_storage()
-        key, size, old = id(storage), storage.nbytes(), self._parts.get(id(storage))
-        if old is None:
-            weakref.finalize(storage, self._free, key, size).atexit = False
-        elif old != "working" or part == "working":
-            return
+        key, size = id(storage), storage.nbytes()
+        if key in self._storages:
+            self._move(key, part)
         else:
-            self.live[old] -= size
-        self._parts[key] = part
-        self.live[part] += size
+            weakref.finalize(storage, self._free, key).atexit = False
+            self._storages[key] = (part, size)
+            self.live[part] += size
         self._look()
 
-    def _free(self, key, size):
-        self.live[self._parts.pop(key)] -= size
+    def alive(self):
+        """The ids of the storages that are alive."""
+        return set(self._storages)
+
+    def count_since(self, before, part, but):
+        """Count under `part` what was born after alive() gave `before` and lives, the tensors `but` left out."""
+        for key in self.alive() - before - {id(tensor.untyped_storage()) for tensor in but}:
+            self._move(key, part)
+        self._look()
+
+    def _move(self, key, part):
+        old, size = self._storages[key]
+        if old == "working":
+            self.live[old] -= size
+            self.live[part] += size
+            self._storages[key] = (part, size)
+
+    def _free(self, key):
+        part, size = self._storages.pop(key)
+        self.live[part] -= size
 
     def _look(self):
         total, saved = sum(self.live.values()), sum(self.live[part] for part in ACTIVATIONS)
@@ -96,6 +109,25 @@ class LiveBytes(TorchDispatchMode):
         self.most_saved = max(self.most_saved, saved)
         if total > self.peak:
             self.peak, self.at_peak = total, self.live.copy()
+
+
+def tensors_in(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def checkpointed(layer, bytes_of):
+    """Hooks that count as "checkpointed" what a layer was given, and what it made and its forward left alive, its output apart."""
+    before = []
+
+    def enter(module, args):
+        for tensor in tensors_in(args):
+            bytes_of.count(tensor, "checkpointed")
+        before.append(bytes_of.alive())
+
+    def leave(module, args, output):
+        bytes_of.count_since(before.pop(), "checkpointed", but=tensors_in(output))
+
+    return [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
 
 
 def step_memory(model, optimizer, batch, step):
@@ -120,6 +152,8 @@ def step_memory(model, optimizer, batch, step):
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda module, args, part=parts[name]: running.append(part)))
         handles.append(module.register_forward_hook(lambda module, args, output: running.pop() and None, always_call=True))
+        if "forward" in vars(module):  # put there by checkpoint_layers(): the hooks below see nothing of what autograd saves in this layer
+            handles += checkpointed(module, bytes_of)
 
     def pack(tensor):
         bytes_of.count(tensor, running[-1] if running else "loss")
@@ -147,12 +181,40 @@ def allocator_peak(device, resident, step):
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
+    _, changes = profiled(step)
+    return resident + max(itertools.accumulate(changes, initial=0))
+
+
+def account(device, model, optimizer, batch, step):
+    """step_memory(), and beside it under "allocator_peak" the allocator's own peak in another such step."""
+    found = step_memory(model, optimizer, batch, step)
+    return {**found, "allocator_peak": allocator_peak(device, found["resident"], step)}
+
+
+def table(accounts):
+    """MB by part at the moment of the peak as text, one column per account(). accounts: {label: account}."""
+    width = 2 + max(10, *map(len, accounts))
+    rows = [(part, [found["parts"][part] for found in accounts.values()]) for part in PARTS]
+    rows += [(name, [found[key] for found in accounts.values()])
+             for name, key in (("sum", "peak"), ("allocator's peak", "allocator_peak"), ("saved, at most", "saved"))]
+    lines = [f"{'MB at the peak':<18}" + "".join(f"{label:>{width}}" for label in accounts)]
+    return "\n".join(lines + [f"{name:<18}" + "".join(f"{value / 1e6:{width}.1f}" for value in values) for name, values in rows])
+
+
+def bytes_kept(device, forward):
+    """Bytes that torch's allocator has handed out and not got back when forward() returns and its result is held: what it keeps."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        result = forward()  # held, and with it the graph
+        return torch.cuda.memory_allocated(device) - before
+    result, changes = profiled(forward)
+    return sum(changes)
+
+
+def profiled(work):
+    """work() on the CPU. Returns its result, and the bytes of every allocation and (negative) release in their order."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler of torch 2.13 writes lines of its own to stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
+        result = work()
     changes = [(event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = resident
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        now += change
-        most = max(most, now)
-    return most
+    return result, [change for _, change in sorted(changes, key=lambda pair: pair[0])]

@@ -4,26 +4,19 @@
   python -m taxa.measure.tree --model dnabert2 --strategy ia3 --protocol published --num-classes 4 31 75
 
 Builds on the meta device: nothing is computed, and nothing is downloaded for a model of the table. Layers that are alike are folded.
-
-(A folder without __init__.py and not a file inspect.py, which would stand in the place of the standard library's module of that name for
-every Python started in this folder.)
 """
 
 import itertools
 
-import torch
 from torch import nn
 
 from taxa.backbones import FAMILIES, backbone_config, find_model
 from taxa.ia3 import THIRDS, IA3Linear
 from taxa.lora import LoRALinear
 from taxa.measure.flops import parts
-from taxa.model import TaxonClassifier
 from taxa.runtime.cli import Parser, positive_int, run
-from taxa.strategies import inject, trainable_names
+from taxa.strategies import classifier_on_meta, trainable_names
 from taxa.training.flags import add_classes, add_model, add_strategy, check_strategy, classes_of, strategy_settings
-
-TOKENS = {"nt": 251, "dnabert": 312}  # of 1500 bp: exact without N; about, for bacterial DNA
 
 
 def parse_args(argv=None):
@@ -32,7 +25,7 @@ def parse_args(argv=None):
     add_strategy(parser)
     add_classes(parser)
     add = parser.group("operations")
-    add("--tokens", type=positive_int, metavar="T", help="tokens of a sequence (default: of 1500 bp, 251 for nt, 312 for dnabert)")
+    add("--tokens", type=positive_int, metavar="T", help="tokens of a sequence (default: as many as 1500 bases make)")
     args = parser.parse_args(argv)
     check_strategy(args)
     return args
@@ -42,10 +35,8 @@ def main(argv=None):
     args = parse_args(argv)
     row = find_model(args.model, args.weights, args.revision)
     settings, num_classes = strategy_settings(args, row), classes_of(args)
-    with torch.device("meta"):
-        classifier = TaxonClassifier(FAMILIES[row.family].model(backbone_config(row, args.weights)), num_classes)
-        inject(classifier, settings)
-    T = args.tokens or TOKENS[row.family]
+    classifier = classifier_on_meta(row, num_classes, settings, backbone_config(row, args.weights))
+    T = args.tokens or FAMILIES[row.family].module.TOKENS_OF_1500_BP
     print(tree(args.model, parts(classifier, row.family, trainable_names(classifier, settings), T), settings, T))
 
 
@@ -101,6 +92,7 @@ def shape(module, T):
 
 
 def carries(module):
+    """The adapter of a module in a few words; of a kind that is not known here, its class."""
     if isinstance(module, LoRALinear):
         return f"LoRA r = {module.r}"
     if isinstance(module, IA3Linear):
@@ -108,7 +100,7 @@ def carries(module):
             return f"(IA)3 on {'input' if module.feedforward else 'output'}"
         first, last = (row * 3 // module.out_features for row in module.rows)
         return f"(IA)3 {','.join(THIRDS[first:last])}"
-    return ""
+    return type(module).__name__ if hasattr(module, "adapter_parameters") else ""
 
 
 def _line(name, shape, carries, numbers, T):

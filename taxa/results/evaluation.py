@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+from taxa.data.dataset import on_device
 from taxa.data.taxonomy import class_id
 from taxa.results.decode import JointDecoder, fit_temperature, log_probabilities
 from taxa.results.metrics import BINS, confusion_matrix, expected_calibration_error, per_class, rank_metrics
@@ -47,7 +48,7 @@ def batch_logits(w, model, split, batches, precision="fp32", workers=0):
     model.eval()
     loader = DataLoader(split, batch_size=None, sampler=batches, num_workers=workers, pin_memory=w.device.type == "cuda")
     for rows, batch in zip(progress(batches, f"{split.name}", unit="batch"), loader):
-        batch = {name: tensor.to(w.device, non_blocking=True) for name, tensor in batch.items()}
+        batch = on_device(batch, w.device)
         with autocast(w.device, precision):
             logits = model(batch["input_ids"], batch["attention_mask"])
         yield rows, batch["labels"], logits
@@ -118,7 +119,8 @@ def _of_probabilities(outcome, probabilities, num_classes):
 def summarize(split_name, outcome, num_classes, lineages=None, dataset_digest=None, temperature=None):
     """The document that metrics.json holds. lineages and the digest go with an outcome that has probabilities, temperature with .scaled."""
     ranks = {rank: rank_metrics(matrix) for rank, matrix in confusions(outcome.truth, outcome.predicted, num_classes).items()}
-    metrics = {"split": split_name, "sequences": len(outcome.truth), "loss": outcome.loss, "ranks": ranks}
+    averaged = {rank: {"present": len(np.unique(outcome.truth[:, i])), "classes": C} for i, (rank, C) in enumerate(num_classes.items())}
+    metrics = {"split": split_name, "sequences": len(outcome.truth), "loss": outcome.loss, "ranks": ranks, "averaged_over": averaged}
     if outcome.plain:
         metrics |= {"dataset_digest": dataset_digest, "inconsistent_lineages": inconsistent_share(outcome.predicted, lineages),
                     **_of_probabilities(outcome, outcome.plain, num_classes)}
@@ -145,9 +147,10 @@ def table(metrics):
 
 
 def details(metrics):
-    """What metrics.json says beyond table(): joint decoding and calibration, with temperatures where they were fitted."""
+    """What metrics.json says beyond table(): classes averaged over, joint decoding and calibration, with temperatures where fitted."""
     temperature, width = metrics.get("scaled", {}).get("temperature"), _width(metrics["ranks"])
-    lines = [f"{metrics['inconsistent_lineages']:.1%} of the predictions put together ranks of different lineages; decoded jointly:",
+    averaged = ", ".join(f"{n['present']:,} of {n['classes']:,} {rank}" for rank, n in metrics["averaged_over"].items())
+    lines = [f"balanced accuracy: mean over the classes that are in the split, {averaged}", f"{metrics['inconsistent_lineages']:.1%} of the predictions put together ranks of different lineages; decoded jointly:",
              *_lines("rank", metrics["joint"]["ranks"])]
     if temperature:
         lines += ["decoded jointly, with the temperatures:", *_lines("rank", metrics["scaled"]["joint"]["ranks"])]

@@ -36,22 +36,22 @@ class LineWriter:
         for i, read in enumerate(reads):
             tops = {rank: list(zip(found[f"{rank}_class"][i], found[f"{rank}_probability"][i])) for rank in self.classes}
             shared, least = found["lineage_probability"][i], self.args.min_probability
-            if read.length == 0:
+            if read.windows == 0:  # nothing that the network could see
                 tops, shared, least = {rank: [(0, 0.0)] * len(top) for rank, top in tops.items()}, [0.0] * len(shared), 1.0
             depth = sum(p >= least for p in shared)  # falls from the root down
             lineage = [table[c] for table, c in zip(self.classes.values(), self.lineages[found["lineage"][i]])][:depth]
-            identifier = read.header if self.args.whole_header else (read.header.split(None, 1) or [""])[0]
+            identifier = " ".join(read.header.splitlines()) if self.args.whole_header else read.header.split(None, 1)[0]
             text.append(self.line(identifier, read, tops, least, lineage, shared[max(depth - 1, 0)]))
         return "".join(text)
 
     def tsv(self, identifier, read, tops, least, lineage, probability):
-        cells = [identifier.replace("\t", " "), str(read.length)]
+        cells = [identifier, str(read.length)]
         for rank, top in tops.items():
             for c, p in top:
                 row = self.classes[rank][c] if p >= least else {"taxid": 0, "name": "unclassified"}
                 cells += [_taxid(row), row["name"], f"{p:.6f}"]
         cells += [";".join(_taxid(row) for row in lineage) or "0", ";".join(row["name"] for row in lineage) or "unclassified"]
-        return "\t".join([*cells, f"{probability:.6f}"]) + "\n"
+        return "\t".join([*(_cell(cell) for cell in cells), f"{probability:.6f}"]) + "\n"
 
     def jsonl(self, identifier, read, tops, least, lineage, probability):
         ranks = {rank: [{**self.classes[rank][c], "probability": round(p, 6)} for c, p in top if p >= least] for rank, top in tops.items()}
@@ -61,8 +61,12 @@ class LineWriter:
 
     def kraken(self, identifier, read, tops, least, lineage, probability):
         taxid = lineage[-1]["taxid"] if lineage else 0
-        identifier = identifier.replace("\t", " ")
-        return f"{'C' if lineage else 'U'}\t{identifier}\t{taxid}\t{read.length}\t{taxid}:{read.windows}\n"
+        return f"{'C' if lineage else 'U'}\t{_cell(identifier)}\t{taxid}\t{read.length}\t{taxid}:{read.windows}\n"
+
+
+def _cell(text):
+    """Text on one line and in one column: every kind of line break, and tabs, become spaces."""
+    return " ".join(text.splitlines()).replace("\t", " ")
 
 
 def _taxid(row):

@@ -140,6 +140,8 @@ def run(main):
     """
     rank = int(os.environ.get("RANK", "0"))
     who = os.path.basename(sys.argv[0]) + (f" (rank {rank})" if rank else "")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # whatever the locale: names of files and taxa hold any character
     try:
         main()
     except Stop as stop:

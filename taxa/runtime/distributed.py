@@ -97,7 +97,7 @@ def _own_store(rank, size):
     raise RuntimeError("Timed out waiting for rank 0")
 
 
-def leave(w, stop):
+def exit_together(w, stop):
     """Raise `stop` on rank 0 and the same, without words, on the others: for what all of them find at the same moment."""
     barrier(w)
     if w.is_main and w.size > 1:
@@ -137,7 +137,7 @@ def same_on_all(w, facts):
         differ = [f"{what}: {theirs.get(what)} there, {value} on rank 0" for what, value in of_ranks[0].items()
                   if what != "host" and theirs.get(what) != value]
         if differ:
-            leave(w, InputError(f"rank {rank} on {theirs['host']} differs from rank 0 in {'; '.join(differ)}: start all alike"))
+            exit_together(w, InputError(f"rank {rank} on {theirs['host']} differs from rank 0 in {'; '.join(differ)}: start all alike"))
 
 
 def sum_over_ranks(w, tensor):

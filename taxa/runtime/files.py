@@ -132,6 +132,16 @@ def read_text(path, limit=1 << 28):
         return file.read()
 
 
+def read_json(path):
+    """The value of a JSON file. Raises InputError, in one line, for a file that is missing, too large, or no JSON in UTF-8."""
+    try:
+        return json.loads(read_text(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+
+
 def write_json(path, value):
     """Write one JSON document, indented, under a temporary name and then renamed."""
     with replacing(path) as temporary:

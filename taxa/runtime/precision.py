@@ -7,13 +7,25 @@ import torch
 from taxa.errors import InputError
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+COMPILE = ("layers", "model", "cudagraphs")
 
 
 def set_precision(precision, device):
-    """fp32: products in full float32, as published. tf32: CUDA's 19-bit products. Raises InputError for tf32 without CUDA."""
+    """fp32: products in full float32. tf32: CUDA's 19-bit products. Raises InputError for tf32 without CUDA.
+
+    Set either way, since TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the environment, as in NVIDIA's images, makes torch start with tf32.
+    """
     if precision == "tf32" and device.type != "cuda":
         raise InputError("--precision tf32 needs a CUDA device; on the CPU use fp32 or bf16")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def precision_note(protocol, precision, device):
+    """The line to print for a run in float32 on CUDA under the published protocol, whose times were not plain float32; else None."""
+    if protocol != "published" or precision != "fp32" or device.type != "cuda":
+        return None
+    return ("--protocol published computes in float32, but the published times were not plain float32 (docs/PROTOCOL.md, Precision): "
+            "compare seconds with --precision tf32")
 
 
 def autocast(device, precision):
@@ -26,12 +38,23 @@ def product_dtype(x):
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
-def compile_in_place(model, device):
-    """torch.compile the model where it stands (no name changes). Raises InputError where there is nothing to compile with."""
+def compile_in_place(model, layers, how, device):
+    """torch.compile a model where it stands; no name changes. how, of COMPILE:
+
+        layers      each layer by itself: equal layers share one compilation, whatever the batch and the length; starts in seconds
+        model       the whole model as one graph: fewer launches, which small batches need; starts in half a minute
+        cudagraphs  the same, replayed as CUDA graphs, one for each shape of batch; for CUDA and few shapes
+
+    Raises InputError where there is nothing to compile with.
+    """
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except RuntimeError as error:  # what torch's compilers raise is derived from it
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--compile: torch.compile does not work here ({first}); it needs a C++ compiler on the CPU and Triton on "
                          "CUDA: install that, or leave out --compile") from None
-    model.compile()
+    if how == "layers":
+        for layer in layers:
+            layer.compile(fullgraph=True, dynamic=True)
+    else:
+        model.compile(mode="reduce-overhead" if how == "cudagraphs" else None)

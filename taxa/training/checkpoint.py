@@ -19,7 +19,7 @@ from taxa.errors import InputError
 from taxa.model import TaxonClassifier
 from taxa.random_init import reinitialize
 from taxa.runtime.files import UNREADABLE, replacing
-from taxa.strategies import inject, trainable_names
+from taxa.strategies import classifier_on_meta, inject_adapters, trainable_names
 from taxa.training import peft_format
 
 CHECKPOINT, RESUME_STATE, VERSION = "taxa checkpoint", "taxa resume state", 1
@@ -176,12 +176,10 @@ def skeleton(content):
 
     Raises InputError when what it holds is not of the sizes that it names, before any memory of those sizes is asked for.
     """
-    family = FAMILIES[get_model(content["model"], content["config"]).family]
-    with torch.device("meta"):
-        num_classes = {rank: len(table) for rank, table in content["classes"].items()}
-        config = checked_config(family, content["config"], f"the checkpoint's {content['model']} config.json")
-        classifier = TaxonClassifier(family.model(config), num_classes)
-        inject(classifier, content["settings"])
+    row = get_model(content["model"], content["config"])
+    num_classes = {rank: len(table) for rank, table in content["classes"].items()}
+    config = checked_config(FAMILIES[row.family], content["config"], f"the checkpoint's {content['model']} config.json")
+    classifier = classifier_on_meta(row, num_classes, content["settings"], config)
     check_state(classifier, content["state"], trainable_names(classifier, content["settings"]))
     classifier.load_state_dict(content["state"], strict=False, assign=True)
     return classifier
@@ -210,6 +208,6 @@ def rebuild(content, weights=None):
             raise InputError(f"the base weights from {base.get('folder') or base.get('hub') or 'the seed'} are not those of the run: "
                              f"digest {found[:12]}, the checkpoint says {content['base']['digest'][:12]}")
     classifier = TaxonClassifier(backbone, num_classes)
-    inject(classifier, content["settings"])
+    inject_adapters(classifier, content["settings"])
     load_state(classifier, content["state"], trainable_names(classifier, content["settings"]))
     return classifier.eval()

@@ -1,11 +1,21 @@
-"""The flags that several scripts share: which model, what trains, and how many classes stand in for data."""
+"""The flags that several scripts share: model, strategy, data, optimisation, machine, output, and class counts that stand in for data."""
 
-from taxa import RANKS
+from taxa import RANKS, STUDY_CLASSES
 from taxa.backbones import MODELS, table_name
 from taxa.data.taxonomy import check_ranks
 from taxa.errors import InputError, choose
-from taxa.runtime.cli import fraction, positive_float, positive_int
+from taxa.data.opening import BERTAX, DEMO
+from taxa.runtime.cli import fraction, interval, non_negative_float, non_negative_int, positive_float, positive_int, seed
+from taxa.runtime.precision import PRECISIONS
 from taxa.strategies import PROTOCOLS, STRATEGIES, STRATEGY_FLAGS, settings_from_flags
+from taxa.training import activation_checkpointing
+
+# Flags of train.py and pretrain.py that may differ between the processes of a run: paths. What lies there is compared by its checksum.
+PATHS = ("data", "fasta", "tokenizer_file", "weights", "out")
+# Flags that may differ when a run is resumed: the paths, and what does not change the result. "recompute" is of runs made before
+# --activation-checkpointing.
+MAY_CHANGE = (*PATHS, "resume", "overwrite", "workers", "device", "activation_checkpointing", "recompute", "float16", "save_every",
+              "log_every", "max_bad_steps")
 
 
 def add_model(parser):
@@ -27,10 +37,80 @@ def add_strategy(parser):
     add("--r", "--lora-r", type=positive_int, metavar="R", help="lora: rank (default 4)")
     add("--lora-alpha", type=positive_float, metavar="A", help="lora: scaling is alpha / r (default 32)")
     add("--lora-dropout", type=fraction, metavar="P", help="lora: dropout on the adapter's input (default 0.1)")
+    add("--rslora", action="store_true", default=None, help="lora: scaling is alpha / sqrt(r) (rsLoRA)")
     add("--targets", nargs="+", metavar="NAME", help="lora: Linears to adapt; ia3: Linears whose output is scaled (default: the family's)")
     add("--feedforward-targets", nargs="+", metavar="NAME", help="ia3: Linears whose input is scaled (default: the family's)")
     add("--freeze-fraction", type=fraction, metavar="F", help="freeze75: freeze at least this share of the parameters (default 0.75)")
     return add
+
+
+def add_data(parser):
+    """--data and --workers."""
+    add = parser.group("data")
+    add("--data", metavar="DIR", help=f"prepared dataset, or 'demo': simulated, made in {DEMO} when it is not there (default {BERTAX} if "
+        "it is there, else the demo)")
+    add("--workers", type=non_negative_int, default=0, metavar="N",
+        help="data-loader workers per process (default 0: load in the main process)")
+    return add
+
+
+def add_optimisation(parser, weight_decay, warmup_steps, least_epochs=1):
+    """Epochs, batches, optimizer, seed. check_run() goes with it."""
+    add = parser.group("optimisation")
+    add("--epochs", type=non_negative_int if least_epochs == 0 else positive_int, default=5, metavar="N",
+        help="at most this many (default 5)" + "; 0 only validates" * (least_epochs == 0))
+    add("--max-steps", type=positive_int, metavar="N", help="stop after this many optimizer steps (default: when the epochs are over)")
+    add("--batch-size", type=positive_int, metavar="B", help="sequences per process and micro-batch (default: as published)")
+    add("--accumulate", type=positive_int, default=1, metavar="N", help="micro-batches per optimizer step (default 1)")
+    add("--lr", type=positive_float, metavar="LR", help="highest learning rate (default: the published one of the model)")
+    add("--weight-decay", type=non_negative_float, default=weight_decay, metavar="W", help=f"AdamW's (default {weight_decay:g})")
+    add("--warmup-steps", type=non_negative_int, metavar="N", help=f"linear warm-up before the cosine (default {warmup_steps})")
+    add("--warmup-ratio", type=fraction, metavar="F", help="the same as a share of all steps, rounded up")
+    parser.set_defaults(default_warmup_steps=warmup_steps)
+    add("--max-grad-norm", type=positive_float, default=1.0, metavar="G", help="clip the gradient's norm to this (default 1.0)")
+    add("--max-bad-steps", type=positive_int, default=3, metavar="N",
+        help="stop at the N-th step whose loss or gradient is not finite; such a step is not applied (default 3)")
+    add("--seed", type=seed, default=42, metavar="N", help="of initial weights, order, masks and dropout (default 42)")
+    return add
+
+
+def add_machine(parser):
+    """Precision, device, activation checkpointing."""
+    add = parser.group("machine")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of matrix multiplications (default fp32, as published)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
+    add("--activation-checkpointing", choices=activation_checkpointing.MODES, default="none",
+        help="compute activations again in the backward pass instead of keeping them: selective keeps the results of matrix "
+             "multiplications, full only each layer's input (default none)")
+    return add
+
+
+def add_output(parser, **out):
+    """The run folder, resuming, saves and log lines. out: what add_argument() takes for --out."""
+    add = parser.group("output")
+    add("--out", metavar="DIR", **out)
+    add("--overwrite", action="store_true", help="replace a run folder that exists")
+    add("--resume", action="store_true", help="continue from last.pt of --out, or start where nothing was saved yet (torchrun's restarts "
+        "and SLURM's requeues do so unasked)")
+    add("--save-every", type=interval, default="10m", metavar="N", help="write last.pt every N steps, or, as 10m, minutes (default 10m)")
+    add("--log-every", type=positive_int, default=20, metavar="STEPS",
+        help="steps between log lines; tail -f RUN/log.jsonl follows them (default 20)")
+    return add
+
+
+def check_run(args, row):
+    """Fill in the model's published learning rate and batch size. Raises InputError for flags that say nothing together."""
+    if args.overwrite and args.resume:
+        raise InputError("--overwrite starts anew and --resume goes on: give one of them")
+    if args.warmup_ratio and args.warmup_steps:
+        raise InputError("--warmup-ratio and --warmup-steps say the same thing: give one of them")
+    default = args.__dict__.pop("default_warmup_steps")
+    if args.warmup_steps is None:
+        args.warmup_steps = 0 if args.warmup_ratio else default
+    if args.max_steps and args.warmup_steps >= args.max_steps:
+        raise InputError(f"--warmup-steps {args.warmup_steps} leaves nothing of --max-steps {args.max_steps}")
+    args.lr = args.lr or row.learning_rate
+    args.batch_size = args.batch_size or row.batch_size
 
 
 def add_classes(parser, when=""):
@@ -54,7 +134,7 @@ def classes_of(args):
     ranks = check_ranks(args.ranks or RANKS, known=None)
     if args.ranks and not args.num_classes:
         raise InputError("--ranks names what --num-classes counts: give both (a prepared folder has its own)")
-    numbers = args.num_classes or (4, 57, 1884)
+    numbers = args.num_classes or tuple(STUDY_CLASSES.values())
     if len(numbers) != len(ranks):
         raise InputError(f"--num-classes has {len(numbers)} numbers for {len(ranks)} ranks ({' '.join(ranks)}): --ranks names others")
     return dict(zip(ranks, numbers))

@@ -10,6 +10,7 @@ Beside the two files export.py puts heads.safetensors, labels.json and taxa.json
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -26,9 +27,26 @@ from taxa.runtime.files import UNREADABLE, read_text, write_json
 CONFIG, ADAPTERS = "adapter_config.json", "adapter_model.safetensors"
 HEADS, LABELS, REST = "heads.safetensors", "labels.json", "taxa.json"
 PREFIX = "base_model.model."
-# What PEFT can say and we do not compute: key of adapter_config.json -> values that mean "not asked for".
-ONLY = {"bias": ("none",), "use_rslora": (False,), "use_dora": (False,), "lora_bias": (False,), "fan_in_fan_out": (False,),
-        "rank_pattern": ({},), "alpha_pattern": ({},), "layer_replication": ()}
+OUR_HEAD = re.compile(r"base_model\.model\.(heads\.[^.]+\.(?:weight|bias))")
+# The heads of transformers' classes, which PEFT saves beside the adapters when its task_type asks for them, under any wrapper.
+OTHER_HEAD = re.compile(r"base_model\.model\.(?:\w+\.)??((?:classifier|score|qa_outputs)(?:\.[\w.]+)?)\.(?:weight|bias)")
+# any wrapper's prefix before the encoder: base_model.model.esm.encoder..., base_model.model.backbone.encoder...
+ADAPTER = re.compile(r"base_model\.model\.(?:.+?\.)??(encoder\..+)\.(lora_[AB](?=\.weight)|ia3_l)(?:\.weight)?")
+
+# adapter_config.json: what is computed here. Every other key must say what PEFT takes for "not asked for": null, false or nothing.
+TOLD_BY_TENSORS = {"target_modules", "exclude_modules", "feedforward_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
+NO_MATTER = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+COMPUTED = {  # key -> (PEFT's default, what it may be)
+    "lora": {"r": (8, lambda r: type(r) is int and r > 0),
+             "lora_alpha": (8, lambda alpha: _is_number(alpha) and math.isfinite(alpha)),
+             "lora_dropout": (0.0, lambda p: _is_number(p) and 0 <= p < 1),
+             "use_rslora": (False, lambda value: type(value) is bool),
+             "bias": ("none", lambda value: value == "none"),
+             # how A and B began, from base weights that stay as they were; PiSSA, OLoRA, CorDA, LoftQ and others change those
+             "init_lora_weights": (True, lambda value: type(value) is bool or value in ("gaussian", "eva", "orthogonal"))},
+    "ia3": {"init_ia3_weights": (True, lambda value: type(value) is bool)}}
+# keys that say how something works that is not asked for, with PEFT's defaults, which are not "nothing"
+UNUSED = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 
 
 def write_adapters(folder, backbone, settings, base):
@@ -46,7 +64,8 @@ def write_adapters(folder, backbone, settings, base):
     config = {"peft_type": settings["strategy"].upper(), "task_type": None, "inference_mode": True,
               "base_model_name_or_path": base.get("hub"), "revision": base.get("revision"), "target_modules": names}
     if settings["strategy"] == "lora":
-        config |= {"r": settings["r"], "lora_alpha": settings["lora_alpha"], "lora_dropout": settings["lora_dropout"], "bias": "none"}
+        config |= {"r": settings["r"], "lora_alpha": settings["lora_alpha"], "lora_dropout": settings["lora_dropout"], "bias": "none",
+                   "use_rslora": settings.get("rslora", False)}
     else:
         config["feedforward_modules"] = inputs
     write_json(folder / CONFIG, config)
@@ -54,37 +73,30 @@ def write_adapters(folder, backbone, settings, base):
 
 
 def read_adapters(folder):
-    """A PEFT folder of ours or of the library -> (settings, state): what inject() takes, {our parameter name: tensor}.
+    """A PEFT folder of ours or of the library -> (settings, state): what inject_adapters() takes, {our parameter name: tensor}.
 
-    The state has the heads too where the folder has them. Targets are full module names, told from the tensors. Raises InputError for
-    a folder that is none, and for what LoRA and (IA)3 here do not compute (DoRA, ranks per layer, adapters outside the encoder).
+    The state has the heads too where the folder has ours; other_heads() names those of other classes. Targets are full module names, told
+    from the tensors. Raises InputError for a folder that is none, and for whatever it asks for that is not computed here (COMPUTED).
     """
     folder = Path(folder)
     config, tensors = _json(folder / CONFIG), _tensors(folder / ADAPTERS)
-    kind = str(config.get("peft_type") if isinstance(config, dict) else None).lower()
-    if kind not in ("lora", "ia3"):
-        raise InputError(f"{folder / CONFIG}: peft_type is {kind}; only LORA and IA3 can be read")
-    for key, allowed in ONLY.items():
-        if config.get(key) is not None and config[key] not in allowed:
-            raise InputError(f"{folder / CONFIG}: {key} is {config[key]!r}, which is not computed here")
+    kind, config = read_config(folder / CONFIG, config)
     state, found = {}, {}  # found: {module name: {"lora_A", "lora_B" or "ia3_l": tensor}}
     for key, tensor in tensors.items():
-        # any wrapper's prefix before the encoder: base_model.model.esm.encoder..., base_model.model.backbone.encoder...
-        adapter = re.fullmatch(r"base_model\.model\.(?:.+?\.)??(encoder\..+)\.(lora_[AB](?=\.weight)|ia3_l)(?:\.weight)?", key)
-        head = re.fullmatch(r"base_model\.model\.(heads\.[^.]+\.(?:weight|bias))", key)
+        adapter, head = ADAPTER.fullmatch(key), OUR_HEAD.fullmatch(key)
         if head:
             state[head[1]] = tensor
         elif adapter and (adapter[2] == "ia3_l") == (kind == "ia3") and tensor.dim() == 2:
             found.setdefault(adapter[1], {})[adapter[2]] = tensor
-        else:
+        elif not OTHER_HEAD.fullmatch(key):
             raise InputError(f"{folder / ADAPTERS}: {key} is no {kind} adapter on a Linear of the encoder")
     if not found:
         raise InputError(f"{folder / ADAPTERS}: no adapters in it")
     if (folder / HEADS).exists():
         state = {f"heads.{name}": tensor for name, tensor in _tensors(folder / HEADS).items()}
     if kind == "lora":
-        settings = {"strategy": kind, "r": config.get("r"), "lora_alpha": float(config.get("lora_alpha") or 0),
-                    "lora_dropout": float(config.get("lora_dropout") or 0), "targets": list(found)}
+        settings = {"strategy": kind, "r": config["r"], "lora_alpha": float(config["lora_alpha"]),
+                    "lora_dropout": float(config["lora_dropout"]), "rslora": config["use_rslora"], "targets": list(found)}
         for name, pair in found.items():
             if pair.keys() != {"lora_A", "lora_B"} or not len(pair["lora_A"]) == pair["lora_B"].shape[1] == settings["r"]:
                 raise InputError(f"{folder / ADAPTERS}: {name} is no pair lora_A (r, in), lora_B (out, r) of r = {settings['r']}")
@@ -99,6 +111,29 @@ def read_adapters(folder):
         settings["feedforward_targets" if on_input else "targets"].append(name)
         state[f"backbone.{split_target(name)[0]}.ia3_l"] = vector
     return settings, state
+
+
+def read_config(path, config):
+    """adapter_config.json, as read -> ("lora" or "ia3", {key of COMPUTED: value}). Raises InputError, by name, for what is not computed."""
+    kind = str(config.get("peft_type") if isinstance(config, dict) else None).lower()
+    if kind not in COMPUTED:
+        raise InputError(f"{path}: peft_type is {kind}; only LORA and IA3 can be read")
+    computed = COMPUTED[kind]
+    for key, value in config.items():
+        if key in TOLD_BY_TENSORS | NO_MATTER or (key in UNUSED and value == UNUSED[key]):
+            continue
+        if not computed[key][1](value) if key in computed else value not in (None, False, {}, [], ""):
+            raise InputError(f"{path}: {key} is {value!r}, which is not computed here")
+    return kind, {key: config.get(key, default) for key, (default, _) in computed.items()}
+
+
+def _is_number(value):
+    return type(value) in (int, float)
+
+
+def other_heads(folder):
+    """The names of classifiers that are saved beside the adapters of a folder and are none of ours, sorted."""
+    return sorted({head[1] for head in map(OTHER_HEAD.fullmatch, _tensors(Path(folder) / ADAPTERS)) if head})
 
 
 def _without_ones(name, vector, ours):
@@ -144,6 +179,18 @@ def write_rest(folder, content):
     write_json(folder / REST, {key: value for key, value in content.items() if key not in ("state", "classes")})
 
 
+def read_labels(folder):
+    """{rank: [{"taxid", "name"}, ...]} of a folder of export.py. Raises InputError for a folder without, or with another labels.json."""
+    classes = _json(Path(folder) / LABELS)
+    try:
+        rows = [(row["taxid"], row["name"]) for table in classes.values() for row in table]
+    except (AttributeError, KeyError, TypeError):
+        rows = None
+    if not rows or any(type(name) is not str or not (taxid is None or type(taxid) is int) for taxid, name in rows):
+        raise InputError(f"{Path(folder) / LABELS}: not the class tables that export.py writes")
+    return classes
+
+
 def read_checkpoint(folder):
     """The content of the checkpoint that export.py --adapters wrote into `folder`, as checkpoint.read() gives it."""
     folder = Path(folder)
@@ -155,7 +202,7 @@ def read_checkpoint(folder):
 
 
 def start_from(classifier, folder, state, base, classes):
-    """Copy the state of read_adapters(folder) into a classifier with those adapters. Returns one line for the user: what the heads are.
+    """Copy the state of read_adapters(folder) into a classifier with those adapters. Returns a line for the user: what heads are taken.
 
     The heads are taken only where the folder's class tables are `classes`, taxid by taxid. Raises InputError for adapters of another
     shape, or trained on other base weights than `base` where the folder names them.
@@ -174,7 +221,9 @@ def start_from(classifier, folder, state, base, classes):
         classifier.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise InputError(f"{folder}: its adapters do not fit this model: {' '.join(str(error).split())}") from None
-    return f"starts from the adapters of {folder}; heads are " + (f"not taken ({why})" if why else "taken: the classes are the same")
+    others = other_heads(folder)
+    return (f"starts from the adapters of {folder}; heads are " + (f"not taken ({why})" if why else "taken: the classes are the same")
+            + (f"; {', '.join(others)} in it: left" if others else ""))
 
 
 def _class_ids(classes):

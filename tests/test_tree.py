@@ -16,9 +16,9 @@ import train
 from taxa.backbones import FAMILIES, MODELS, backbone_config, get_model
 from taxa.errors import InputError
 from taxa.measure.flops import parts
-from taxa.measure.tree.__main__ import main
+from taxa.measure.tree import main
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.strategies import inject, settings_from_flags, train_only, trainable_names
+from taxa.strategies import inject_adapters, settings_from_flags, train_only, trainable_names
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = {"superkingdom": 4, "phylum": 5, "genus": 6}
@@ -29,7 +29,7 @@ def built(name, strategy, protocol, device="cpu", **flags):
     settings = settings_from_flags(name, strategy, protocol, **flags)
     with torch.device(device):
         classifier = TaxonClassifier(FAMILIES[get_model(name).family].model(backbone_config(name)), CLASSES)
-        inject(classifier, settings)
+        inject_adapters(classifier, settings)
     return classifier, settings, trainable_names(classifier, settings)
 
 
@@ -145,6 +145,6 @@ def test_the_standard_librarys_inspect_is_not_shadowed():
 
 def test_python_dash_m(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["-", "--model", "tiny-nt", "--strategy", "full"])
-    monkeypatch.delitem(sys.modules, "taxa.measure.tree.__main__")  # or runpy would warn that it is there already
+    monkeypatch.delitem(sys.modules, "taxa.measure.tree")  # or runpy would warn that it is there already
     runpy.run_module("taxa.measure.tree", run_name="__main__", alter_sys=True)
     assert capsys.readouterr().out.startswith("tiny-nt, full")

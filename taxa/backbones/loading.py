@@ -1,0 +1,160 @@
+"""load_backbone(): the two architectures with weights from the hub, from a folder in the hub's format, or from a seed."""
+
+import contextlib
+import logging
+import re
+import sys
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from taxa.backbones.table import FAMILIES, MODELS, Model, checked_config, get_model, table_name
+from taxa.data.tokens import NTTokenizer, get_tokenizer
+from taxa.errors import InputError
+from taxa.random_init import reinitialize
+from taxa.runtime.files import UNREADABLE, read_json
+
+
+def find_model(name, weights=None, revision=None):
+    """The row of a model as a user names it. ORG/NAME is looked up in the folder `weights`, else on the hub at `revision` (or main):
+    config.json tells the family and the sizes, tokenizer.json the tokens of a DNABERT; the row's revision is the commit found.
+
+    Fetches those small files and nothing else, and none for a model of the table. Raises InputError as get_model and load_backbone do,
+    and for a vocabulary that is not the Nucleotide Transformer's 6-mers.
+    """
+    name = name if isinstance(name, Model) else table_name(name)
+    if isinstance(name, Model) or name in MODELS:
+        return get_model(name)
+    if Path(name).is_dir():
+        raise InputError(f"--model {name} is a folder: give the model's name or hub id ORG/NAME, and the folder as --weights {name}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return get_model(name)  # says which names there are
+    if weights:
+        read_config(weights)  # says what is wrong with the folder
+    config = _model_file(name, revision, weights, "config.json")
+    if config is None:
+        raise InputError(f"--model {name}: cannot fetch its config.json from the hub; with no network, give --weights DIR with its files")
+    revision = None if weights else config.parent.name  # the hub's cache has a folder per commit
+    row = get_model(name, read_json(config))._replace(revision=revision)
+    if row.family == "nt":
+        vocabulary = _model_file(name, revision, weights, "vocab.txt")
+        entries = vocabulary.read_text(encoding="utf-8").split() if vocabulary else NTTokenizer().vocabulary
+        if row.sizes.get("vocab_size", 4107) != len(entries) or entries != NTTokenizer().vocabulary:
+            raise InputError(f"{name}: its vocabulary is not the Nucleotide Transformer v2's 4,107 entries, and no other is built here")
+        return row
+    file = _model_file(name, revision, weights, "tokenizer.json")
+    return row._replace(tokenizer=get_tokenizer("bpe", file).name, tokenizer_file=str(file)) if file else row
+
+
+def _model_file(hub, revision, weights, name):
+    """The path of a small file of a model outside the table, in the folder or fetched from the hub; None when there is none."""
+    if weights:
+        return Path(weights) / name if (Path(weights) / name).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        with _quiet_transformers():
+            return Path(hf_hub_download(hub, name, revision=revision))
+    except EntryNotFoundError:  # not in the repository, or not in the cache of a machine without a network
+        return None
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise InputError(f"cannot fetch {name} of {hub} from the hub ({_first_line(error)}); with no network, give --weights DIR") from None
+
+
+def backbone_config(name, weights=None):
+    """The config of a model: the table's sizes, or those of DIR/config.json when weights=DIR."""
+    row = find_model(name, weights)
+    family = FAMILIES[row.family]
+    if weights is None:
+        return family.config(**row.sizes)
+    return checked_config(family, read_config(weights), Path(weights) / "config.json")
+
+
+def read_config(weights):
+    """The values of DIR/config.json. Raises InputError when it is not there or no JSON."""
+    if not Path(weights).is_dir():
+        raise InputError(f"--weights {weights}: no such folder; give a folder with config.json and model.safetensors or pytorch_model.bin")
+    if not (Path(weights) / "config.json").is_file():
+        raise InputError(f"--weights {weights}: no config.json in it")
+    return read_json(Path(weights) / "config.json")
+
+
+def load_backbone(name, weights=None, revision=None, pretrained=True):
+    """Build one backbone, float32, on the CPU (or the default device).
+
+    name: a name in MODELS, ORG/NAME, or a row. weights: a folder in the hub's format, which then decides the sizes (only the family
+    comes from the name). revision: another revision of the hub's repository than the pinned one. pretrained=False: no file of weights
+    is read and nothing is downloaded; weights ~ N(0, initializer_range) from torch's random state.
+    Returns a PreTrainedModel: (input_ids (B, T), attention_mask (B, T)) -> last_hidden_state (B, T, H).
+    Raises InputError for an unknown name, a missing or foreign folder, and keys that are missing or unexpected.
+    """
+    row = find_model(name, weights, revision)
+    family = FAMILIES[row.family]
+    if not pretrained:
+        config = backbone_config(row, weights)
+        with torch.device("meta"):  # so that nothing but reinitialize() draws: the same seed, the same weights in any transformers
+            backbone = family.model(config)
+        return reinitialize(backbone.to_empty(device="cpu"), config.initializer_range)
+    if weights is not None:
+        source, arguments, config = str(weights), {"local_files_only": True}, backbone_config(row, weights)
+    elif row.hub is not None:
+        source, arguments = row.hub, {"revision": revision or row.revision}
+        config = checked_config(family, _hub_config(source, **arguments), f"{source} config.json")
+    elif row.packaged is not None:
+        source, arguments, config = str(row.packaged), {"local_files_only": True}, backbone_config(row, row.packaged)
+    else:
+        raise InputError(f"{name} has no published weights: give --weights DIR, or --strategy random")
+    return _from_pretrained(family, source, arguments, config)
+
+
+def _hub_config(source, revision):
+    try:
+        with _quiet_transformers():
+            values, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    except OSError as error:
+        raise InputError(f"cannot fetch {source} at revision {revision} from the hub ({_first_line(error)}); "
+                         "with no network, give --weights DIR with its files") from None
+    return values
+
+
+def _from_pretrained(family, source, arguments, config):
+    """transformers' from_pretrained, with every missing and every unexpected key accounted for by name."""
+    try:
+        with _quiet_transformers():
+            model, info = family.model.from_pretrained(
+                source, config=config, output_loading_info=True, weights_only=True, ignore_mismatched_sizes=True,
+                torch_dtype=torch.float32, **arguments)  # transformers 5 would take the dtype of the file and round the rest to it
+    except UNREADABLE as error:
+        raise InputError(f"cannot load weights from {source}: {_first_line(error)}") from None
+    prefix = family.model.base_model_prefix + "."
+    unexpected = {key.removeprefix(prefix) for key in info["unexpected_keys"]} - family.module.dropped_keys(config)
+    problems = {"missing": info["missing_keys"], "unexpected": unexpected, "of another shape": info["mismatched_keys"]}
+    problems = [f"{kind}: {', '.join(sorted(map(str, keys)))}" for kind, keys in problems.items() if keys]
+    if problems:
+        raise InputError(f"weights from {source} do not fit: {'; '.join(problems)}")
+    return model.float()  # transformers 4 keeps half-precision tensors of the file as they are
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    """No load report and no retry warnings: we say ourselves, by name, what does not fit. Bars only where someone watches."""
+    hub_logger = logging.getLogger("huggingface_hub")
+    before = transformers_logging.get_verbosity(), hub_logger.level, transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    hub_logger.setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before[0])
+        hub_logger.setLevel(before[1])
+        if before[2]:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

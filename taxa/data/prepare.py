@@ -1,0 +1,253 @@
+"""Sequences and their labels -> a prepared dataset folder, in five steps: index, label, split, tokenize, write. prepare() calls them.
+
+The input is a FastaSource or a TableSource (taxa.data.sources): the steps see no difference.
+
+Shapes: N records of the input, K of them kept, R ranks.
+"""
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from taxa import RANKS
+from taxa.data.dataset import RECORD, TokenWriter, write_manifest
+from taxa.data.fasta import batches, read_sequences
+from taxa.data.grammar import normalize
+from taxa.data.simulate import simulate
+from taxa.data.sources import FastaSource
+from taxa.data.splits import SPLITS, copies, find_ids, read_ids, split_by_genus, write_ids
+from taxa.data.taxonomy import renumber
+from taxa.data.tokens import nt_tokenizer
+from taxa.errors import InputError
+from taxa.runtime.files import new_folder, save_array, sha256
+from taxa.runtime.progress import progress
+from taxa.runtime.workers import available_cores, in_order
+
+LENGTH, TEST, VALIDATION, SEED, DEMO_SEQUENCES = 1500, 0.02, 0.10, 42, 4000  # defaults: the study's, but for the demo's size
+
+
+class Records(NamedTuple):
+    """Which records of the indexed files are meant: all N, or the K that are kept. In the order of the files."""
+
+    indexes: list  # of Index: one for each file, whole
+    source: np.ndarray  # (N,) number of the file
+    record: np.ndarray  # (N,) number of the record in it, from 0 on
+
+    def of_file(self, number):
+        """(n,) numbers of the records in one file."""
+        return self.record[slice(*np.searchsorted(self.source, (number, number + 1)))]
+
+    def column(self, name):
+        """(N,) a column of the indexes."""
+        return np.concatenate([getattr(index, name)[self.of_file(number)] for number, index in enumerate(self.indexes)])
+
+
+class Labels(NamedTuple):
+    """What is kept, and of which class it is."""
+
+    records: Records  # K of them
+    y: np.ndarray  # (K, R) uint16: place in the class table of each rank
+    classes: dict  # {rank: class table [{"taxid", "name"}, ...]}
+    dropped: list  # [{"file", "reason", "sequences", "taxids"}, ...]
+    taxdump: dict  # {"file", "date", "sha256"}, or None
+
+
+def prepare(source, out, mapped=map, length=LENGTH, test=TEST, validation=VALIDATION, seed=SEED, group=None, test_ids=None):
+    """Write labels, records, nt tokens and the manifest of a source into the empty folder `out`. Returns the manifest.
+
+    mapped: maps a function over jobs (taxa.runtime.workers); what is written does not depend on it. length: bases of the sequences that
+    are kept, None for any but 0. test, validation: shares of each class of the last rank. group: a compiled regular expression; sequences
+    of a class whose headers agree in what it finds stay in one split. test_ids: a test_ids.txt; the test split is these sequences.
+    Raises InputError for input that is wrong, of which nothing is left, or that leaves a split of groups empty.
+    """
+    ids = read_ids(test_ids) if test_ids else None
+    with tempfile.TemporaryDirectory(dir=out, prefix=".scratch-") as scratch:
+        records = index(source, Path(scratch), mapped, group)
+        labels = label(source, records, length, Path(scratch))
+        pinned = find_pinned(source, labels.records, mapped, test_ids, ids) if test_ids else None
+        if source.classes:  # an external test set: all of it
+            pinned = np.ones(len(labels.y), dtype=bool)
+        part = split(labels, test, validation, seed, group, pinned)
+        digest, changed = tokenize(source, labels.records, part, out, mapped)
+    settings = {"length": length, "test": test, "validation": validation, "seed": seed,
+                **({"group": group.pattern} if group else {}), **source.settings}
+    found = {"test_ids": {"file": Path(test_ids).name, "sha256": sha256(test_ids), "sequences": len(ids),
+                          "found": int(pinned.sum())}} if test_ids else {}
+    return write(source, labels, part, digest, changed, settings, found, out, mapped)
+
+
+def prepare_demo(out):
+    """Simulate the demo corpus and prepare it in a new folder `out`, to the byte as `prepare.py --demo --out OUT` does.
+
+    Returns the manifest. Raises InputError where `out` exists and is not empty.
+    """
+    with new_folder(out) as folder, in_order(available_cores()) as mapped:
+        return prepare(simulated_source(folder), folder, mapped)
+
+
+def simulated_source(out, sequences=DEMO_SEQUENCES, seed=SEED, length=LENGTH, ranks=RANKS):
+    """The FastaSource of a small corpus that is simulated in out/source."""
+    paths = simulate(Path(out) / "source", sequences, seed, length)
+    return FastaSource(paths["fasta"], paths["taxdump"], ranks)
+
+
+# ---------------------------------------------------------------- index
+
+def index(source, scratch, mapped, group):
+    """Find where each record is, its label and its length. Returns Records, N of them."""
+    indexes = source.index(scratch, mapped, group)
+    return Records(indexes, np.repeat(np.arange(len(indexes)), [len(each.taxid) for each in indexes]),
+                   np.concatenate([np.arange(len(each.taxid)) for each in indexes]))
+
+
+# ---------------------------------------------------------------- label
+
+def label(source, records, length, scratch):
+    """Look up each distinct label once, drop what has no class at some rank or is of another length, number the classes. Returns Labels."""
+    given, lengths = records.column("taxid"), records.column("length")
+    distinct, which = np.unique(given, return_inverse=True)
+    found, rows, taxdump = source.labels(distinct.tolist(), scratch)
+    reasons = ["", "no letters" if length is None else f"length is not {length}",
+               *sorted({each.reason for each in found.values() if each.reason})]
+    reason = np.array([reasons.index(found[t].reason or "") for t in distinct.tolist()])[which]
+    reason[lengths == 0 if length is None else lengths != length] = 1
+    dropped = drop_report(source.files, records.source, given, reason, reasons)
+    kept = np.flatnonzero(reason == 0)
+    if not len(kept):
+        why = ", ".join(f"{row['sequences']} in {row['file']}: {row['reason']}" for row in dropped)
+        raise InputError(f"no sequence is left of {len(given)} ({why})")
+    y, classes = np.empty((len(kept), len(source.ranks)), dtype="<u2"), {}
+    for column, rank in enumerate(source.ranks):
+        of_distinct = np.array([found[t].taxids[column] or 0 for t in distinct.tolist()])
+        present, y[:, column] = np.unique(of_distinct[which[kept]], return_inverse=True)
+        classes[rank] = [rows[rank][t] for t in present.tolist()]
+        if len(present) > np.iinfo(y.dtype).max:
+            raise InputError(f"{len(present)} classes of rank {rank}: labels are 16-bit, at most {np.iinfo(y.dtype).max}")
+    if source.classes:
+        y, classes = renumber(y, classes, source.classes), source.classes
+    return Labels(Records(records.indexes, records.source[kept], records.record[kept]), y, classes, dropped, taxdump)
+
+
+def drop_report(files, source, label, reason, reasons):
+    """Rows {"file", "reason", "sequences", "taxids"} for everything that was not kept. source, label, reason: (N,)."""
+    rows = []
+    for number, path in enumerate(files):
+        for code in range(1, len(reasons)):
+            where = (source == number) & (reason == code)
+            if where.any():
+                rows.append({"file": path.name, "reason": reasons[code], "sequences": int(where.sum()),
+                             "taxids": len(np.unique(label[where]))})
+    return rows
+
+
+# ---------------------------------------------------------------- split
+
+def split(labels, test, validation, seed, group, pinned):
+    """Assign each kept sequence to a split (taxa.data.splits). Returns (K,) uint8, an index into SPLITS.
+
+    pinned: (K,) bool, the test split, or None. Raises InputError for a `group` that leaves a split empty.
+    """
+    groups = labels.records.column("group") if group else None
+    part = split_by_genus(labels.y[:, -1], seed, test, validation, groups, pinned)
+    empty = [name for number, name in enumerate(SPLITS) if not (part == number).any()]
+    if group and empty:
+        pairs = np.unique(np.stack((labels.y[:, -1], np.unique(groups, return_inverse=True)[1])), axis=1)  # (2, P) class, group
+        rank, most = list(labels.classes)[-1], np.bincount(pairs[0]).max()
+        raise InputError(f"--group '{group.pattern}' leaves nothing for {' and '.join(empty)}: no {rank} has more than {most} "
+                         f"group{'s' if most > 1 else ''}; a group is never divided, so a {rank} takes part in the test split from two "
+                         "groups on, in validation from three on: give a REGEX that finds smaller groups, or leave out --group")
+    return part
+
+
+def find_pinned(source, records, mapped, test_ids, ids):
+    """(K,) bool: which records are among the `ids` of the file test_ids. Raises InputError if none is."""
+    taxid, digest = source.taxids(records.column("taxid")), np.concatenate(list(mapped(digest_batch, jobs(source, records))))
+    pinned = find_ids(ids, taxid, digest, copies(taxid, digest))
+    if not pinned.any():
+        raise InputError(f"--test-ids {test_ids}: none of its {len(ids)} sequences is among the {len(digest)} kept")
+    return pinned
+
+
+# ---------------------------------------------------------------- tokenize
+
+def tokenize(source, records, part, out, mapped):
+    """Write the nt tokens of each split in one pass over the bases. Returns (digest of each sequence's bases (K,) uint64, how many bases
+    of each file became N, a list). records: K of them; part: (K,), as split() gives it."""
+    changed, digest, at = [0] * len(source.files), np.empty(len(part), dtype=np.uint64), 0
+    for name in SPLITS:
+        (out / name).mkdir()
+    writers = [TokenWriter(out, name, nt_tokenizer().name) for name in SPLITS]
+    with writers[0], writers[1], writers[2], progress(None, "nt tokens", len(part), "sequences", True) as bar:
+        for number, became_n, digests, ids, counts in mapped(encode_batch, jobs(source, records)):
+            changed[number] += became_n
+            here = slice(at, at := at + len(counts))
+            digest[here] = digests
+            for split_number, writer in enumerate(writers):
+                mine = part[here] == split_number
+                writer.append(ids[np.repeat(mine, counts)], counts[mine])
+            bar.update(len(counts))
+    return digest, changed
+
+
+def jobs(source, records):
+    """Yield (number of the file, Index of some records, what names them in an error): what one call of encode_batch reads."""
+    for number, whole in enumerate(records.indexes):
+        numbers = records.of_file(number)
+        kept = whole.take(numbers)
+        for some in batches(kept):
+            yield number, kept.take(some), source.where(number, numbers[some], kept.taxid[some])
+
+
+def read_batch(job):
+    """(bases in ACGTN, how many became N, digest of each sequence's bases (n,) uint64) of a job."""
+    _, some, where = job
+    bases, changed = normalize(read_sequences(some), some.length, where)
+    ends = np.cumsum(some.length).tolist()
+    digests = b"".join([hashlib.blake2b(bases[end - length:end], digest_size=8).digest()
+                        for end, length in zip(ends, some.length.tolist())])
+    return bases, changed, np.frombuffer(digests, dtype=">u8").astype(np.uint64)
+
+
+def digest_batch(job):
+    """(n,) uint64: the digest of each sequence's bases, of a job."""
+    return read_batch(job)[2]
+
+
+def encode_batch(job):
+    """(number of the file, bases changed to N, digests, nt ids joined, ids per sequence) of a job."""
+    bases, changed, digests = read_batch(job)
+    return job[0], changed, digests, *nt_tokenizer().encode(bases, job[1].length)
+
+
+# ---------------------------------------------------------------- write
+
+def write(source, labels, part, digest, changed, settings, found, out, mapped):
+    """Write labels, where each sequence comes from, the ids of the test split and the manifest. Returns the manifest."""
+    records, y, classes = labels.records, labels.y, labels.classes
+    taxid = source.taxids(records.column("taxid"))
+    for number, name in enumerate(SPLITS):
+        rows = part == number
+        save_array(out / name / "labels.npy", y[rows])
+        save_array(out / name / "records.npy", np.rec.fromarrays((records.source[rows], records.record[rows], taxid[rows]), dtype=RECORD))
+    in_test, in_train = part == SPLITS.index("test"), part == SPLITS.index("train")
+    write_ids(out / "test_ids.txt", taxid[in_test], digest[in_test], copies(taxid, digest)[in_test])
+    manifest = {
+        "sequences": len(part),
+        "splits": {name: int((part == number).sum()) for number, name in enumerate(SPLITS)},
+        "superkingdoms": {row["name"]: int((y[:, source.ranks.index("superkingdom")] == i).sum())
+                          for i, row in enumerate(classes.get("superkingdom", []))},
+        "settings": settings,
+        "sources": [{"file": path.name, "bytes": path.stat().st_size, "sha256": hexadecimal, "sequences": len(each.taxid),
+                     "letters_changed_to_N": became_n}
+                    for path, hexadecimal, each, became_n in zip(source.files, mapped(sha256, source.files), records.indexes, changed)],
+        "taxdump": labels.taxdump,
+        "dropped": labels.dropped,
+        "repeated": {"sequences": len(part) - len(np.unique(digest)),
+                     "test_in_train": int(np.isin(digest[in_test], digest[in_train]).sum())},
+        **found,
+        "classes": classes,
+    }
+    return write_manifest(out, manifest, nt_tokenizer())

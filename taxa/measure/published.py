@@ -1,0 +1,24 @@
+"""The trainable fractions that the published code reports, from shapes alone."""
+
+from taxa.backbones import get_model
+from taxa.backbones.published import published_sizes
+from taxa.freeze import frozen_names
+from taxa.inject import adapter_names
+from taxa.strategies import classifier_on_meta, settings_from_flags
+
+
+def published_fraction(model, strategy, num_classes, r=None):
+    """The trainable fraction that the published code reports for a row of the supplement's table.
+
+    LoRA and (IA)3: adapters over everything, since the heads do not train there. "Everything" counts the tensors that the loss never uses.
+    """
+    if strategy in ("full", "random"):
+        return 1.0
+    settings = settings_from_flags(model, strategy, protocol="published", r=r)
+    classifier = classifier_on_meta(get_model(model), num_classes, settings)
+    sizes, parameters = published_sizes(classifier), dict(classifier.named_parameters())
+    adapters = sum(parameters[name].numel() for name in adapter_names(classifier))
+    total = sum(sizes.values()) + adapters
+    if strategy == "freeze75":
+        return 1 - sum(sizes[name] for name in frozen_names(sizes)) / total
+    return adapters / total
