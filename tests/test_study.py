@@ -249,6 +249,25 @@ def test_wrong_flags(words, message, here):
     assert not (here / "runs").exists()
 
 
+@pytest.mark.parametrize("name, runs", [("paper_mini", 44), ("paper_mini_quick", 25), ("heads", 90), ("slurm_trial", 3)])
+def test_the_grids_that_come_with_the_project(name, runs):
+    plan = plan_of("--grid", str(ROOT / "examples" / f"{name}.csv"), "--set", "--epochs 1 --batch-size 16")
+    assert len(plan) == runs
+    for each in plan:
+        args = train.parse_args(grid.words_of(each.flags))
+        assert args.batch_size == 16 and (args.weights is not None) == (args.model == "tiny-dnabert" and args.strategy != "random")
+    if name == "heads":
+        assert sum(each.flags.get("max-steps") == "200" for each in plan) == 30 == sum("/real" in each.flags["data"] for each in plan)
+
+
+def test_the_miniature_pretrains_on_genomes_of_its_own():
+    """The Makefile's simulated data: a genus needs three sequences to be in all splits, and no seed of the pretraining is the study's."""
+    made = re.findall(r"call genomes,data/paper-mini/([\w-]+),(\d+),(\d+),(\d+)", (ROOT / "Makefile").read_text())
+    assert [name for name, *_ in made] == ["few", "many", "few-quick", "pretraining", "pretraining-quick"]
+    assert all(int(sequences) / int(genera) >= 3 for _, genera, sequences, _ in made)
+    assert {seed for name, _, _, seed in made if "pretraining" in name}.isdisjoint(seed for name, *_, seed in made if "few" in name)
+
+
 # ---------------------------------------------------------------- the queue
 
 def test_it_goes_on_where_it_stopped_and_names_other_settings(here, capsys):
