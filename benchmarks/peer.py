@@ -44,22 +44,22 @@ class PeerClassifier(nn.Module):
         return {rank: head(pooled) for rank, head in self.heads.items()}
 
 
-def peer_config(ours):
+def peer_config(ours, attention="eager"):
     """transformers' EsmConfig with the sizes of one of our NucleotideTransformerConfig."""
     return EsmConfig(
         vocab_size=ours.vocab_size, hidden_size=ours.hidden_size, num_hidden_layers=ours.num_hidden_layers,
         num_attention_heads=ours.num_attention_heads, intermediate_size=ours.intermediate_size,
         max_position_embeddings=ours.max_position_embeddings, layer_norm_eps=ours.layer_norm_eps, pad_token_id=ours.pad_token_id,
         mask_token_id=2, position_embedding_type="rotary", token_dropout=False, emb_layer_norm_before=False, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, tie_word_embeddings=False, attn_implementation="eager")
+        attention_probs_dropout_prob=0.0, tie_word_embeddings=False, attn_implementation=attention)
 
 
-def make_peer(classifier, settings):
+def make_peer(classifier, settings, attention="eager"):
     """The peer of one of our classifiers that has no adapters yet, in train mode, with its weights, adapted and frozen by `settings`.
 
     Returns the peer. Raises ValueError when a weight of the classifier has no counterpart.
     """
-    peer = PeerClassifier(peer_config(classifier.backbone.config), {rank: head.out_features for rank, head in classifier.heads.items()})
+    peer = PeerClassifier(peer_config(classifier.backbone.config, attention), {rank: head.out_features for rank, head in classifier.heads.items()})
     state = {("esm.esm." + key.removeprefix("backbone.") if key.startswith("backbone.") else key): p
              for key, p in classifier.state_dict().items()}
     unknown = peer.load_state_dict(state, strict=False).unexpected_keys

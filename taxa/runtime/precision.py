@@ -41,7 +41,8 @@ def product_dtype(x):
 def compile_in_place(model, layers, how, device):
     """torch.compile a model where it stands; no name changes. how, of COMPILE:
 
-        layers      each layer by itself: equal layers share one compilation, whatever the batch and the length; starts in seconds
+        layers      each layer by itself: equal layers share one compilation, which starts in seconds; a second shape of batch is compiled
+                    for any shape, and nothing after it
         model       the whole model as one graph: fewer launches, which small batches need; starts in half a minute
         cudagraphs  the same, replayed as CUDA graphs, one for each shape of batch; for CUDA and few shapes
 
@@ -55,6 +56,6 @@ def compile_in_place(model, layers, how, device):
                          "CUDA: install that, or leave out --compile") from None
     if how == "layers":
         for layer in layers:
-            layer.compile(fullgraph=True, dynamic=True)
+            layer.compile(fullgraph=True)
     else:
         model.compile(mode="reduce-overhead" if how == "cudagraphs" else None)
