@@ -12,8 +12,8 @@ study=(python study.py --grid examples/slurm_trial.csv --data "$trial/data" --se
 
 "${study[@]}" --out "$trial/slurm" --slurm "$trial/study.sbatch"
 job=$(sbatch --parsable --cpus-per-task=1 --time=30 "$trial/study.sbatch")
-second=$trial/slurm/tiny-nt-ia3-lr0.03-max-steps60-seed42
-until [ "$(cat "$second/log.jsonl" 2> /dev/null | wc -l)" -ge 15 ]; do sleep 0.2; done
+second=$trial/slurm/tiny-nt-ia3-lr0.03-max-steps30-seed42
+until [ "$(cat "$second/log.jsonl" 2> /dev/null | wc -l)" -ge 8 ]; do sleep 0.2; done
 squeue --job "$job" --array
 scontrol requeue "${job}_2"
 echo "requeued ${job}_2 after $(wc -l < "$second/log.jsonl") lines of its log"
@@ -21,8 +21,8 @@ until [ -z "$(squeue --noheader --job "$job" 2> /dev/null)" ]; do sleep 2; done
 grep -h "resumed\|saved" "$second.txt"
 "${study[@]}" --out "$trial/slurm" --status
 
-"${study[@]}" --out "$trial/local"
-for run in "$trial"/local/*/; do cmp "$run/metrics.json" "$trial/slurm/$(basename "$run")/metrics.json"; done
+"${study[@]}" --out "$trial/local" --jobs 2
+for run in "$trial"/local/*; do [ ! -d "$run" ] || cmp "$run/metrics.json" "$trial/slurm/$(basename "$run")/metrics.json"; done
 for kind in slurm local; do
     python report.py "$trial/$kind" --out "$trial/report-$kind"
     cut -d, -f1-14 "$trial/report-$kind/table.csv" > "$trial/table-$kind.csv"  # without epoch_seconds

@@ -1,5 +1,6 @@
 """study.py: the plan, the queue with all that can happen to it, SLURM's script. train.py is a stand-in but where its numbers matter."""
 
+import fcntl
 import json
 import os
 import re
@@ -51,6 +52,10 @@ if flags["model"] == "full-disk":
     sys.exit(2)
 if flags["model"] == "taken":
     sys.exit("torch.OutOfMemoryError: CUDA out of memory.")
+if flags["model"] == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open(out + "/log.jsonl", "w").close()
+    time.sleep(60)
 if flags["model"] == "crash":
     os.kill(os.getpid(), signal.SIGKILL)
 stopping = []
@@ -245,6 +250,25 @@ def test_wrong_flags(words, message, here):
     assert not (here / "runs").exists()
 
 
+@pytest.mark.parametrize("name, runs", [("paper_mini", 44), ("paper_mini_quick", 25), ("heads", 90), ("slurm_trial", 3)])
+def test_the_grids_that_come_with_the_project(name, runs):
+    plan = plan_of("--grid", str(ROOT / "examples" / f"{name}.csv"), "--set", "--epochs 1 --batch-size 16")
+    assert len(plan) == runs
+    for each in plan:
+        args = train.parse_args(grid.words_of(each.flags))
+        assert args.batch_size == 16 and (args.weights is not None) == (args.model == "tiny-dnabert" and args.strategy != "random")
+    if name == "heads":
+        assert sum(each.flags.get("max-steps") == "200" for each in plan) == 30 == sum("/real" in each.flags["data"] for each in plan)
+
+
+def test_the_miniature_pretrains_on_genomes_of_its_own():
+    """The Makefile's simulated data: a genus needs three sequences to be in all splits, and no seed of the pretraining is the study's."""
+    made = re.findall(r"call genomes,data/paper-mini/([\w-]+),(\d+),(\d+),(\d+)", (ROOT / "Makefile").read_text())
+    assert [name for name, *_ in made] == ["few", "many", "few-quick", "pretraining", "pretraining-quick"]
+    assert all(int(sequences) / int(genera) >= 3 for _, genera, sequences, _ in made)
+    assert {seed for name, _, _, seed in made if "pretraining" in name}.isdisjoint(seed for name, *_, seed in made if "few" in name)
+
+
 # ---------------------------------------------------------------- the queue
 
 def test_it_goes_on_where_it_stopped_and_names_other_settings(here, capsys):
@@ -256,10 +280,10 @@ def test_it_goes_on_where_it_stopped_and_names_other_settings(here, capsys):
     before = metrics()
     assert len(before) == 4
     log = here / "runs" / "tiny-nt-ia3-lr0.2-seed43.txt"
-    assert log.read_text().splitlines() == ["exit status 0"]
+    assert re.fullmatch(r"\$ .*train.py --model .*\nexit status 0\n", log.read_text())
     (here / "runs" / "tiny-nt-ia3-lr0.2-seed43" / "metrics.json").unlink()
     main("--seeds", "2")
-    assert metrics() == before and log.read_text().splitlines() == ["exit status 0"] * 2  # that one alone ran again
+    assert metrics() == before and log.read_text().count("exit status 0\n") == 2  # that one alone ran again
 
     with pytest.raises(InputError, match="tiny-nt-full-lr0.1-seed42 was run with --epochs None, and now it is 3"):
         main("--set", "--epochs 3")
@@ -299,6 +323,12 @@ def test_a_run_that_fails_stops_no_other(here, capsys):
     assert "failed: taken-full-lr1-seed42: torch.OutOfMemoryError: CUDA out of memory." in printed
     assert "failed: crash-full-lr1-seed42: ended by SIGKILL (out of memory?)" in printed and "1/4 done, 0 running, 3 failed" in printed
     assert list(metrics()) == ["tiny-nt-full-lr1-seed42"]
+    with open("runs/taken-full-lr1-seed42.txt", "a") as log:
+        log.write("$ python train.py, started again\n")
+    assert grid.state(Path("runs/taken-full-lr1-seed42")) == ("running", "")
+    with open("runs/taken-full-lr1-seed42.txt", "a") as log:
+        log.write("exit status 1\n")
+    assert grid.state(Path("runs/taken-full-lr1-seed42")) == ("failed", "it printed nothing")
     main("--status")
     table = capsys.readouterr().out
     assert "1 done" in table and "3 failed" in table and "No space left on device" in table
@@ -326,19 +356,32 @@ def test_ctrl_c_saves_and_a_second_study_is_refused(here, capsys):
     assert len(metrics()) == 3
 
 
+def test_a_second_ctrl_c_does_not_wait(here):
+    write_grid("deaf,full,1")
+    queue_of_one = start()
+    wait_for(lambda: Path("runs/deaf-full-lr1-seed42/log.jsonl").exists())
+    queue_of_one.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        queue_of_one.wait(1)
+    queue_of_one.send_signal(signal.SIGINT)
+    assert queue_of_one.wait(10) == 130
+    with open("runs/deaf-full-lr1-seed42/.lock") as lock:
+        fcntl.lockf(lock.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)  # nobody holds it: the run is gone
+
+
 def test_killed_twice_it_ends_as_one_that_was_not(here):
     write_grid(*(f"tiny-nt,{strategy},{lr}" for strategy in ("full", "ia3", "lora") for lr in (0.1, 0.2)))
     main("--seeds", "2", "--jobs", "4")
     Path("runs").rename("undisturbed")
     rng = np.random.RandomState(0)
-    for number in range(2):
-        killed = start("--seeds", "2", "--jobs", "2", STEPS="3", PAUSE="0.1")
-        wait_for(lambda: list(Path("runs").glob("*/log.jsonl")))
-        time.sleep(rng.uniform(0, 0.5))
+    for _ in range(2):
+        logs = len(list(Path("runs").glob("*/log.jsonl")))
+        killed = start("--seeds", "2", "--jobs", "2", PAUSE="0.7")  # a step that is longer than it takes to start again
+        wait_for(lambda: len(list(Path("runs").glob("*/log.jsonl"))) > logs)
+        time.sleep(rng.uniform(0, 0.3))
         killed.kill()
         killed.wait()
         assert len(metrics()) < 12
-    time.sleep(0.1)
     main("--seeds", "2", "--jobs", "2")
     assert len(metrics()) == 12 and metrics() == metrics("undisturbed")
     assert "in use" not in "".join(path.read_text() for path in Path("runs").glob("*.txt"))  # nothing was left behind

@@ -219,7 +219,7 @@ def _same(text, value):
 
 
 def output(folder):
-    """The file beside a run's folder to which what it prints is appended; then the line "exit status N"."""
+    """The file beside a run's folder: for every start a line "$ COMMAND", what that printed, and, once it has ended, "exit status N"."""
     return folder.with_name(folder.name + ".txt")
 
 
@@ -242,7 +242,7 @@ def last_words(folder):
     try:
         with open(output(folder), "rb") as file:
             file.seek(max(0, file.seek(0, 2) - 20_000))
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            lines = [line.strip() for line in file.read().decode(errors="replace").rpartition("\n$ ")[2].splitlines() if line.strip()]
     except FileNotFoundError:
         return None, ""
     status = re.fullmatch(r"exit status (-?\d+)", lines.pop()) if lines else None
@@ -255,7 +255,7 @@ def last_words(folder):
         errors = [line for line in lines if re.match(pattern, line)]
         if errors:
             return status, errors[-1]
-    return status, " / ".join(lines[-3:]) or "it printed nothing"
+    return status, " / ".join(lines[1:][-3:]) or "it printed nothing"
 
 
 def share_done(folder):

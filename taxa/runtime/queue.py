@@ -4,6 +4,7 @@ import collections
 import ctypes
 import fcntl
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ STOPPED = Saved.status
 
 
 class Job(NamedTuple):
-    """A command. log: the file to which what it prints is appended, and when it has ended the line "exit status N"."""
+    """A command. log: the file to which a line "$ COMMAND" is appended, what it prints, and when it has ended the line "exit status N"."""
 
     name: str
     command: list
@@ -80,6 +81,11 @@ def run_jobs(jobs, slots, signals, held, watch):
     waiting, running, statuses, told = collections.deque(jobs), {}, {}, False
     try:
         while running or (waiting and signals.received is None):
+            for number, (job, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[number]
+                    statuses[job.name] = STOPPED if told and process.returncode else process.returncode
+                    note(job.log, f"exit status {statuses[job.name]}\n")
             for number, slot in enumerate(slots):
                 if number not in running and waiting and signals.received is None:
                     job = waiting.popleft()
@@ -88,11 +94,6 @@ def run_jobs(jobs, slots, signals, held, watch):
                     except OSError as error:  # a disk so full that not even the log can be opened
                         statuses[job.name] = 2
                         print(f"{job.name}: {error.filename or job.command[0]}: {error.strerror}", file=sys.stderr, flush=True)
-            for number, (job, process) in list(running.items()):
-                if process.poll() is not None:
-                    del running[number]
-                    statuses[job.name] = STOPPED if told and process.returncode else process.returncode
-                    note(job.log, f"exit status {statuses[job.name]}\n")
             if signals.received is not None and not told:
                 told = True
                 for _, process in running.values():
@@ -117,6 +118,7 @@ def start(job, slot, held):
             if os.getppid() != parent:
                 os._exit(1)
 
+    note(job.log, f"$ {shlex.join(job.command)}\n")
     with open(job.log, "ab") as log:
         return subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | slot,
                                 start_new_session=True, pass_fds=[held.fileno()], preexec_fn=end_with_the_queue)

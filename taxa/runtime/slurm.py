@@ -35,14 +35,15 @@ COMMANDS
 )
 eval "out=${{command##* --out }}"
 [ -e "$out/metrics.json" ] && exit 0
+echo "\$ $command" >> "$out.txt"
 export MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-1}}
 
 # One task per process, on its own GPU, without torchrun, which would turn status 75 into 1. exec: the signal must reach python.
 srun --kill-on-bad-exit=1 bash -c "export RANK=\$SLURM_PROCID LOCAL_RANK=\$SLURM_LOCALID WORLD_SIZE=\$SLURM_NTASKS; exec $command" \
     >> "$out.txt" 2>&1
 status=$?
-[ $status -eq 75 ] && exec scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
 echo "exit status $status" >> "$out.txt"
+[ $status -eq 75 ] && exec scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
 exit $status
 """
 
