@@ -23,7 +23,7 @@ class LoRALinear(nn.Linear):
     def __init__(self, linear, r, lora_alpha, lora_dropout=0.0, rslora=False):
         share_linear(self, linear)
         self.r, self.lora_alpha = r, lora_alpha
-        self.scaling = lora_alpha / (math.sqrt(r) if rslora else r)
+        self.scaling = lora_alpha / r if not rslora else lora_alpha / math.sqrt(r)
         self.lora_dropout = lora_dropout
         self.lora_A = nn.Parameter(linear.weight.new_empty(r, linear.in_features))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, r))
