@@ -78,7 +78,7 @@ MORUS = [("Chordata", "Morus", "bassanus"), ("Streptophyta", "Morus", "alba"), (
 def labelled_rows(tmp_path, labels, ranks, name="t.csv", times=12):
     """Prepare a table with each of these labels a few times. Returns the PreparedDataset."""
     random = np.random.RandomState(1)
-    table = [("".join(random.choice(list("ACGT"), 40)), *label) for _ in range(times) for label in labels]
+    table = [("".join(random.choice(list("ACGT"), 40)), *label[:len(ranks)]) for _ in range(times) for label in labels]
     path = write(tmp_path / name, table, header=("dna", *ranks))
     return prepared(path, tmp_path / f"out-{name}", ranks=ranks)
 
