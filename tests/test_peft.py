@@ -309,7 +309,8 @@ def test_an_external_test_set_is_labelled_by_the_classes_of_a_run(what, runs, de
     given = run / "ckpt.pt" if what == "ckpt.pt" else exported(run, tmp_path / "x", *(["--adapters"] if what == "adapters" else []))
     source = demo / "source"
     prepare.main(["--fasta", str(source / "Archaea_db.fa"), str(source / "Viruses_db.fa"),
-                  "--taxdump", str(source / "taxdmp_simulated.zip"), "--classes-of", str(given), "--workers", "1", "--out", str(tmp_path / "data")])
+                  "--taxdump", str(source / "taxdmp_simulated.zip"), "--classes-of", str(given), "--workers", "1",
+                  "--out", str(tmp_path / "data")])
     data, whole = PreparedDataset(tmp_path / "data"), PreparedDataset(demo)
     assert data.classes == whole.classes
     there = {name: n for name, n in whole.manifest["superkingdoms"].items() if name in ("Archaea", "Viruses")}
