@@ -90,7 +90,7 @@ def main(argv=None):
 
 
 def tokens_of(trained, data):
-    """The name that the tokenizer of a checkpoint, {"name", "digest", ...}, has in the data; the checkpoint's where the data has none of it.
+    """The name that the data have for the tokenizer of a checkpoint, {"name", "digest", ...}; the checkpoint's own where they lack it.
 
     Raises InputError where the data's tokens of that name are of another vocabulary.
     """

@@ -231,7 +231,8 @@ def report(manifest, out):
               .format_map(manifest["repeated"]))
     if "test_ids" in manifest:
         print("test split: {found:,} of the {sequences:,} sequences of {file}".format_map(manifest["test_ids"]))
-    origin = f"taxonomy of {manifest['taxdump']['date'] or 'unknown date'}" if manifest["taxdump"] else f"labels of {manifest['sources'][0]['file']}"
+    dump = manifest["taxdump"]
+    origin = f"taxonomy of {dump['date'] or 'unknown date'}" if dump else f"labels of {manifest['sources'][0]['file']}"
     print(f"digest {manifest['digest'][:16]}, {origin}")
 
 

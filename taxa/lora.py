@@ -23,7 +23,7 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, linear, r, lora_alpha, lora_dropout=0.0, rslora=False):
         share_linear(self, linear)
-        self.r, self.scaling = r, lora_alpha / (math.sqrt(r) if rslora else r)  # rsLoRA: Kalajdzievski 2023
+        self.r, self.scaling = r, lora_alpha / (math.sqrt(r) if rslora else r)  # rslora: Kalajdzievski 2023
         self.lora_dropout = nn.Dropout(lora_dropout)
         self.lora_A = nn.Parameter(linear.weight.new_empty(r, linear.in_features))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, r))

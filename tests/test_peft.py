@@ -4,6 +4,7 @@ import copy
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,7 @@ from torch import nn
 
 import evaluate
 import export
+import prepare
 import train
 from taxa import recompute
 from taxa.backbones import load_backbone
@@ -298,6 +300,50 @@ def test_a_query_third_that_peft_has_trained_is_kept(runs, tmp_path):
     checkpoint.rebuild(checkpoint.read(folder))
 
 
+# ------------------------------------------------------------------ data labelled by the classes of a run
+
+
+@pytest.mark.parametrize("what", ["ckpt.pt", "adapters", "merged"])
+def test_an_external_test_set_is_labelled_by_the_classes_of_a_run(what, runs, demo, tmp_path):
+    run = runs["tiny-nt", "lora"]
+    given = run / "ckpt.pt" if what == "ckpt.pt" else exported(run, tmp_path / "x", *(["--adapters"] if what == "adapters" else []))
+    source = demo / "source"
+    prepare.main(["--fasta", str(source / "Archaea_db.fa"), str(source / "Viruses_db.fa"),
+                  "--taxdump", str(source / "taxdmp_simulated.zip"), "--classes-of", str(given), "--workers", "1",
+                  "--out", str(tmp_path / "data")])
+    data, whole = PreparedDataset(tmp_path / "data"), PreparedDataset(demo)
+    assert data.classes == whole.classes
+    there = {name: n for name, n in whole.manifest["superkingdoms"].items() if name in ("Archaea", "Viruses")}
+    assert data.manifest["superkingdoms"] == {"Archaea": 0, "Bacteria": 0, "Eukaryota": 0, "Viruses": 0} | there
+    assert data.manifest["splits"] == {"train": 0, "validation": 0, "test": sum(there.values())}
+    assert data.manifest["settings"]["classes_of"] == given.name
+    of_taxid = {int(t): row.tolist() for split in ("train", "validation", "test") for t, row in zip(
+        np.load(demo / split / "records.npy")["taxid"], np.load(demo / split / "labels.npy"))}
+    for taxid, row in zip(np.load(data.folder / "test" / "records.npy")["taxid"], np.load(data.folder / "test" / "labels.npy")):
+        assert row.tolist() == of_taxid[int(taxid)]
+    if what == "ckpt.pt":
+        found = evaluate.main([str(given), "--data", str(data.folder), "--out", str(tmp_path / "found")])
+        assert found["sequences"] == sum(there.values()) and found["averaged_over"]["superkingdom"] == {"present": 2, "classes": 4}
+
+
+def test_what_is_of_no_class_of_the_run_is_dropped_and_counted(runs, demo, tmp_path):
+    folder = exported(runs["tiny-nt", "lora"], tmp_path / "x", "--adapters")
+    labels = json.loads((folder / "labels.json").read_text())
+    virus = next(row for row in labels["superkingdom"] if row["name"] == "Viruses")
+    labels["superkingdom"].remove(virus)
+    (folder / "labels.json").write_text(json.dumps(labels))
+    arguments = ["--fasta", *map(str, sorted((demo / "source").glob("*.fa"))), "--taxdump", str(demo / "source" / "taxdmp_simulated.zip"),
+                 "--classes-of", str(folder), "--workers", "1", "--out"]
+    prepare.main([*arguments, str(tmp_path / "data")])
+    data = PreparedDataset(tmp_path / "data")
+    assert data.classes == labels
+    viruses = PreparedDataset(demo).manifest["superkingdoms"]["Viruses"]
+    assert [(row["reason"], row["sequences"]) for row in data.manifest["dropped"]] == [("superkingdom not of --classes-of", viruses)]
+    for flag, value in (("--ranks", "genus"), ("--test", "0.1"), ("--group", "^.")):
+        with pytest.raises(InputError, match=f"{flag} does nothing here"):
+            prepare.main([*arguments, str(tmp_path / "other"), flag, value])
+
+
 # ------------------------------------------------------------------ the merged network
 
 
@@ -401,7 +447,19 @@ QUERY = "base_model.model.encoder.layer.0.attention.self.query"
 
 @pytest.mark.parametrize("config, tensors, message", [
     ({"peft_type": "PREFIX_TUNING"}, {}, "peft_type is prefix_tuning"),
-    ({"use_rslora": True}, {}, "use_rslora is True"),
+    ({"use_rslora": 1}, {}, "use_rslora is 1"),
+    ({"lora_alpha": None}, {}, "lora_alpha is None"),
+    ({"lora_alpha": float("nan")}, {}, "lora_alpha is nan"),
+    ({"lora_dropout": 1.5}, {}, "lora_dropout is 1.5"),
+    ({"r": True}, {}, "r is True"),
+    ({"init_lora_weights": "pissa_niter_4"}, {}, "init_lora_weights is 'pissa_niter_4'"),
+    ({"init_lora_weights": "corda"}, {}, "init_lora_weights is 'corda'"),
+    ({"use_qalora": True}, {}, "use_qalora is True"),
+    ({"target_parameters": ["query.weight"]}, {}, "target_parameters"),
+    ({"trainable_token_indices": [1]}, {}, "trainable_token_indices"),
+    ({"a_key_of_tomorrow": True}, {}, "a_key_of_tomorrow is True, which is not computed here"),
+    ({}, {"base_model.model.encoder.layer.0.LayerNorm.weight": torch.ones(32)}, "LayerNorm.weight is no lora adapter"),
+    ({}, {"base_model.model.embeddings.word_embeddings.weight": torch.ones(9, 32)}, "word_embeddings.weight is no lora adapter"),
     ({"rank_pattern": {"query": 8}}, {}, "rank_pattern"),
     ({"bias": "all"}, {}, "bias is 'all'"),
     ({"r": 3}, {}, "of r = 3"),
@@ -409,13 +467,129 @@ QUERY = "base_model.model.encoder.layer.0.attention.self.query"
     ({}, {f"{QUERY}.lora_magnitude_vector": torch.ones(32)}, "is no lora adapter"),
     ({}, {"base_model.model.pooler.dense.lora_A.weight": torch.ones(2, 32)}, "is no lora adapter"),
     ({}, {f"{QUERY}.ia3_l": torch.ones(32, 1)}, "is no lora adapter"),
-    ({"peft_type": "IA3"}, {}, "is no ia3 adapter"),
+    ({"peft_type": "IA3"}, {}, "r is 2, which is not computed here"),
+    ({"peft_type": "IA3", "r": None, "lora_alpha": None, "bias": None}, {}, "is no ia3 adapter"),
 ])
 def test_a_folder_that_is_refused(config, tensors, message, runs, tmp_path):
     folder = exported(runs["tiny-nt", "lora"], tmp_path / "out", "--adapters")
     broken(folder, config, tensors)
     with pytest.raises(InputError, match=message):
         peft_format.read_adapters(folder)
+
+
+@pytest.mark.parametrize("config", [peft.LoraConfig(), peft.IA3Config()])
+def test_every_key_that_the_library_writes_is_computed_or_refused(config):
+    """As the library has it: its defaults pass; any key of it that is not listed as computed, or of no matter, is refused by name."""
+    defaults = json.loads(json.dumps(config.to_dict(), default=list))
+    kind, found = peft_format.read_config("here", defaults)
+    assert kind == config.peft_type.lower()
+    assert found == {key: defaults[key] for key in peft_format.COMPUTED[kind]}  # and so what is missing from a folder is the default
+    assert peft_format.read_config("here", {"peft_type": kind}) == (kind, found)
+    listed = peft_format.NO_MATTER | peft_format.TOLD_BY_TENSORS
+    assert not listed & found.keys()
+    for key in defaults.keys() - listed:
+        with pytest.raises(InputError, match=f"^here: {key} is 'something', which is not computed here$"):
+            peft_format.read_config("here", defaults | {key: "something"})
+
+
+def saved_by_peft(folder, name="tiny-nt", wrapped="", train=(), **config):
+    """Save adapters of random values with the library. Returns its network, bare of the wrapper, and the backbone as it was."""
+    backbone = scrambled(name)
+    model = Wrapped(copy.deepcopy(backbone), wrapped) if wrapped else copy.deepcopy(backbone)
+    for head in train:
+        setattr(model, head, nn.Linear(backbone.config.hidden_size, 3))
+    theirs = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "target_modules": TARGETS[name, "lora", "corrected"][0], **config}))
+    torch.manual_seed(4)
+    for key, p in theirs.named_parameters():
+        if "lora_B" in key:
+            nn.init.normal_(p, std=0.2)
+    theirs.save_pretrained(folder)
+    inner = theirs.base_model.model
+    return (getattr(inner, wrapped) if wrapped else inner).eval(), backbone
+
+
+def ours_of(folder, backbone):
+    """(the backbone with a folder's adapters, the line for the user)."""
+    settings, state = peft_format.read_adapters(folder)
+    ours = TaxonClassifier(backbone, (4, 5, 6))
+    inject(ours, settings)
+    return ours.eval().backbone, peft_format.start_from(ours, folder, state, {}, {})
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("config", [{"use_rslora": True, "lora_alpha": 3}, {"init_lora_weights": "gaussian"},
+                                    {"init_lora_weights": "orthogonal"}, {"init_lora_weights": False}, {"r": 8, "lora_alpha": 8}])
+def test_what_we_compute_is_what_the_library_computes(config, name, tmp_path):
+    theirs, backbone = saved_by_peft(tmp_path, name, **config)
+    ours, _ = ours_of(tmp_path, backbone)
+    ids, mask = batch()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids, mask), theirs(ids, mask), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"), ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
+    ({"use_dora": True}, "use_dora is True"), ({"rank_pattern": {"query": 2}}, "rank_pattern"), ({"lora_bias": True}, "lora_bias is True"),
+    ({"alpha_pattern": {"query": 2}}, "alpha_pattern"), ({"bias": "lora_only"}, "bias is 'lora_only'"),
+])
+def test_what_the_library_saves_and_we_do_not_compute_is_refused(config, message, tmp_path):
+    saved_by_peft(tmp_path, **config)
+    with pytest.raises(InputError, match=f"adapter_config.json: {message}"):
+        peft_format.read_adapters(tmp_path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_our_rslora_is_the_librarys(name, tmp_path):
+    backbone = scrambled(name)
+    ours = TaxonClassifier(copy.deepcopy(backbone), (4, 5, 6))
+    settings = settings_from_flags(name, "lora", r=4, lora_alpha=8.0, rslora=True)
+    inject(ours, settings)
+    for module in ours.modules():
+        if isinstance(module, LoRALinear):
+            assert module.scaling == 4.0  # 8 / sqrt(4)
+            nn.init.normal_(module.lora_B, std=0.2)
+    peft_format.write_adapters(tmp_path, ours.backbone, settings, {})
+    assert peft_format.read_adapters(tmp_path)[0]["rslora"] is True
+    theirs = peft.PeftModel.from_pretrained(backbone, str(tmp_path)).eval()
+    ids, mask = batch()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids, mask), ours.eval().backbone(ids, mask), rtol=0, atol=1e-5)
+
+
+def test_settings_from_before_rslora_are_read():
+    settings = settings_from_flags("tiny-nt", "lora")
+    assert settings.pop("rslora") is False
+    ours = TaxonClassifier(scrambled("tiny-nt"), (4, 5, 6))
+    inject(ours, settings)
+    assert {module.scaling for module in ours.modules() if isinstance(module, LoRALinear)} == {32.0 / 4}
+
+
+@pytest.mark.parametrize("wrapped", ["", "esm"])
+@pytest.mark.parametrize("heads", [("classifier",), ("score", "classifier")])
+def test_another_classifier_beside_the_adapters_is_named_and_left(heads, wrapped, tmp_path):
+    theirs, backbone = saved_by_peft(tmp_path, wrapped=wrapped, train=heads, modules_to_save=list(heads))
+    assert any("classifier.weight" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    ours, line = ours_of(tmp_path, backbone)
+    assert line.endswith(f"heads are not taken (none with a labels.json in it); {', '.join(sorted(heads))} in it: left")
+    ids, mask = batch()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids, mask), theirs(ids, mask), rtol=0, atol=1e-5)
+
+
+def test_a_part_of_the_encoder_trained_whole_is_refused(tmp_path):
+    saved_by_peft(tmp_path, wrapped="esm", modules_to_save=["word_embeddings"])
+    with pytest.raises(InputError, match="word_embeddings.weight is no lora adapter on a Linear of the encoder"):
+        peft_format.read_adapters(tmp_path)
+
+
+def test_labels_json_is_checked(tmp_path):
+    for text, message in [("{}", "not the class tables"), ("[1]", "not the class tables"), ('{"genus": [{"taxid": "x", "name": "G"}]}',
+                          "not the class tables"), ("{", "not readable as JSON"), (None, "no such file")]:
+        (tmp_path / "labels.json").unlink(missing_ok=True)
+        if text is not None:
+            (tmp_path / "labels.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            peft_format.read_labels(tmp_path)
 
 
 def test_wrong_input_of_train_adapters(runs, demo, weights, tmp_path):

@@ -70,7 +70,7 @@ def test_published_settings_of_every_run(model, strategy, protocol):
     settings = settings_from_flags(model, strategy, protocol)
     expected = {"strategy": strategy, "protocol": protocol, "heads": "frozen" if published and strategy in ("lora", "ia3") else "train"}
     if strategy == "lora":
-        expected |= {"r": 4, "lora_alpha": 32.0, "lora_dropout": 0.1,
+        expected |= {"r": 4, "lora_alpha": 32.0, "lora_dropout": 0.1, "rslora": False,
                      "targets": ["attention.self.query", "attention.self.value"] if nt else ["attention.self.Wqkv"]}
     if strategy == "ia3" and published:
         expected |= {"targets": ["attention.self.query", "attention.self.value"] if nt else ["attention.self.Wqkv"],

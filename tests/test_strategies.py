@@ -200,11 +200,11 @@ def test_train_only_refuses_a_name_that_is_no_parameter(name):
 # ------------------------------------------------------------------ flags
 
 
-VALUES = {"r": 8, "lora_alpha": 16.0, "lora_dropout": 0.0, "targets": ["attention.output.dense"],
+VALUES = {"r": 8, "lora_alpha": 16.0, "lora_dropout": 0.0, "rslora": True, "targets": ["attention.output.dense"],
           "feedforward_targets": ["attention.output.dense"], "freeze_fraction": 0.5}
 ACCEPTED = {  # strategy -> the flags that it reads; every other one is refused
     "full": set(), "random": set(), "freeze75": {"freeze_fraction"}, "ia3": {"targets", "feedforward_targets"},
-    "lora": {"r", "lora_alpha", "lora_dropout", "targets"},
+    "lora": {"r", "lora_alpha", "lora_dropout", "rslora", "targets"},
 }
 
 
@@ -261,7 +261,7 @@ def test_heads_table_is_complete():
 
 def test_defaults_are_the_published_ones():
     assert settings_from_flags("nt50m", "lora") == {
-        "strategy": "lora", "protocol": "corrected", "r": 4, "lora_alpha": 32.0, "lora_dropout": 0.1,
+        "strategy": "lora", "protocol": "corrected", "r": 4, "lora_alpha": 32.0, "lora_dropout": 0.1, "rslora": False,
         "targets": ["attention.self.query", "attention.self.value"], "heads": "train"}
     assert settings_from_flags("dnaberts", "lora")["targets"] == ["attention.self.Wqkv"]
     assert settings_from_flags("nt50m", "ia3") == {

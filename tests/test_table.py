@@ -14,6 +14,7 @@ import train
 from taxa.data.dataset import PreparedDataset
 from taxa.data.splits import SPLITS, split_by_genus
 from taxa.data.table import read_table
+from taxa.data.taxonomy import keep_classes
 from taxa.data.tokens import NTTokenizer
 from taxa.errors import InputError
 
@@ -39,8 +40,8 @@ def write(path, table, delimiter=",", header=("id", "dna", "phylum", "sub family
 
 
 def prepared(path, out, *more, ranks=RANKS):
-    prepare.main(["--table", str(path), "--sequence-column", "dna", "--ranks", *ranks, "--any-length", "--out", str(out), "--workers", "1",
-                  *map(str, more)])
+    prepare.main(["--table", str(path), "--sequence-column", "dna", *(["--ranks", *ranks] if ranks else []), "--any-length", "--out",
+                  str(out), "--workers", "1", *map(str, more)])
     return PreparedDataset(out)
 
 
@@ -77,7 +78,7 @@ MORUS = [("Chordata", "Morus", "bassanus"), ("Streptophyta", "Morus", "alba"), (
 def labelled_rows(tmp_path, labels, ranks, name="t.csv", times=12):
     """Prepare a table with each of these labels a few times. Returns the PreparedDataset."""
     random = np.random.RandomState(1)
-    table = [("".join(random.choice(list("ACGT"), 40)), *label) for _ in range(times) for label in labels]
+    table = [("".join(random.choice(list("ACGT"), 40)), *label[:len(ranks)]) for _ in range(times) for label in labels]
     path = write(tmp_path / name, table, header=("dna", *ranks))
     return prepared(path, tmp_path / f"out-{name}", ranks=ranks)
 
@@ -96,6 +97,15 @@ def test_a_label_is_known_by_its_place_not_by_its_name_alone(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "t.csv: genus: one name at several places is a class at each: Morus (Chordata), Morus (Streptophyta)\n" in out
     assert "species: one name" in out and "phylum: one name" not in out
+
+
+def test_names_of_given_classes_are_kept_to(tmp_path):
+    """The other Morus is not in the second table, and still its own is the class that the first table had."""
+    first = labelled_rows(tmp_path, MORUS, ("phylum", "genus"))
+    path = write(tmp_path / "u.csv", [("ACGT", *label[:2]) for label in MORUS[1:]], header=("dna", "phylum", "genus"))
+    found = read_table(path, "dna", ("phylum", "genus"), tmp_path, first.classes)
+    assert list(found.names["genus"].values()) == ["Homo", "Morus (Streptophyta)", "Pan"] and found.notes == []
+    assert {label.reason for label in keep_classes(found.labels, first.classes, found.names).values()} == {None}
 
 
 def test_a_name_that_would_be_another_labels_is_refused(tmp_path):
@@ -177,8 +187,18 @@ def test_a_run_on_labels_of_ones_own(tmp_path, weights, capsys):
         predict.main([str(checkpoint), str(tmp_path / "reads.fa"), "--format", "kraken", "--out", str(tmp_path / "found.txt")])
     renamed = [(*row[:2], row[2].replace("Other", "Another"), row[3]) for row in rows(120)]
     other = prepared(write(tmp_path / "u.csv", renamed), tmp_path / "other")
-    with pytest.raises(InputError, match="different classes: phylum has 3 .* 2 of them in only one"):
+    with pytest.raises(InputError, match="different classes: phylum has 3 in the checkpoint and 3 in the data, 1 in the checkpoint "
+                                         r"only .Other.; 1 in the data only .Another.: prepare.py --classes-of"):
         evaluate.main([str(checkpoint), "--data", str(other.folder), "--out", str(tmp_path / "else")])
+    external = prepared(tmp_path / "u.csv", tmp_path / "external", "--classes-of", checkpoint, ranks=None)
+    assert external.classes == data.classes
+    outside = sum(row[2] == "Another" for row in renamed)
+    assert [(row["reason"], row["sequences"]) for row in external.manifest["dropped"]] == [("phylum not of --classes-of", outside)]
+    assert external.manifest["splits"] == {"train": 0, "validation": 0, "test": 120 - outside}
+    found = evaluate.main([str(checkpoint), "--data", str(external.folder), "--out", str(tmp_path / "else")])
+    assert found["sequences"] == 120 - outside
+    assert found["averaged_over"] == {"phylum": {"present": 2, "classes": 3}, "sub family": {"present": 3, "classes": 4}}
+    assert "mean over the classes that are in the split, 2 of 3 phylum, 3 of 4 sub family" in capsys.readouterr().out
 
 
 HEADER = "id,dna,phylum,sub family\n"

@@ -13,9 +13,10 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from taxa.data.taxonomy import Dump, check_ranks, label_taxids
+from taxa.data.taxonomy import Dump, check_ranks, keep_classes, label_taxids, renumber
 from taxa.data.taxonomy import Label as LabelAt
 from taxa.errors import InputError
 
@@ -520,6 +521,33 @@ def test_superkingdom_is_told_by_taxid_whatever_its_rank_is_called(tmp_path):
         assert label(tmp_path, dump_texts(), ranks=ranks)[:2] == label(tmp_path / "new", dump_texts(renamed), ranks=ranks)[:2]
     assert label(tmp_path / "new", dump_texts(renamed), [562, 12059], ranks=("domain",))[0] == {
         562: LabelAt((2,)), 12059: LabelAt((None,), "no domain")}
+
+
+CLASSES = {"phylum": [{"taxid": 1224, "name": "P"}, {"taxid": 28890, "name": "M"}, {"taxid": 7711, "name": "C"}],
+           "genus": [{"taxid": 561, "name": "E"}, {"taxid": 9605, "name": "H"}]}
+
+
+def test_labels_outside_given_classes_are_dropped_by_the_first_rank_that_is_not_among_them(tmp_path):
+    labels = label(tmp_path, dump_texts(), [562, 8001, 2209, 138950, 9606, 9999], ranks=("phylum", "genus"))[0]
+    found = keep_classes(labels, CLASSES)
+    assert {taxid: found[taxid].reason for taxid in labels} == {
+        562: None, 8001: None, 2209: "genus not of --classes-of", 138950: "phylum not of --classes-of", 9606: None, 9999: "unknown taxid"}
+    assert all(found[taxid].taxids == labels[taxid].taxids for taxid in labels)
+
+
+def test_classes_of_taxa_and_of_names_do_not_mix():
+    names = {"phylum": [{"taxid": None, "name": "P"}]}
+    with pytest.raises(InputError, match="--classes-of: its classes are labels of a table, without taxids: give --table"):
+        keep_classes({1: LabelAt((1,))}, names)
+    with pytest.raises(InputError, match="--classes-of: its classes are NCBI's taxa, .*: give --fasta and --taxdump"):
+        keep_classes({1: LabelAt((1,))}, {"phylum": CLASSES["phylum"]}, {"phylum": {1: "P"}})
+
+
+def test_class_numbers_of_some_tables_in_others_that_hold_more():
+    found = {"phylum": [CLASSES["phylum"][1], CLASSES["phylum"][2]], "genus": CLASSES["genus"][::-1]}
+    y = np.array([[0, 1], [1, 0], [1, 1]], dtype="<u2")
+    again = renumber(y, found, CLASSES)
+    assert again.dtype == y.dtype and again.tolist() == [[1, 0], [2, 1], [2, 0]]
 
 
 @pytest.mark.parametrize("ranks, message", [

@@ -10,7 +10,8 @@ import pytest
 
 from taxa.data import simulate
 from taxa.data.grammar import normalize
-from taxa.data.tokens import TINY_BPE, TOKENIZERS, BPETokenizer, NTTokenizer, get_tokenizer, nt_vocabulary, train_bpe
+from taxa.data.tokens import (DNABERT_DIGEST, TINY_BPE, TOKENIZERS, BPETokenizer, NTTokenizer, digests, get_tokenizer, nt_vocabulary,
+                              train_bpe)
 from taxa.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -206,6 +207,76 @@ def test_digest_is_of_vocabulary_and_merges_alone(tmp_path, tiny):
     document["model"]["merges"].pop()
     (tmp_path / "other.json").write_text(json.dumps(document))
     assert BPETokenizer("dnabert", tmp_path / "other.json").digest != tiny.digest
+
+
+def respelled(document, change):
+    """A tokenizer.json's document with the same meaning, or with a little of another."""
+    document = json.loads(json.dumps(document))
+    model, pairs = document["model"], [m.split(" ") if isinstance(m, str) else m for m in document["model"]["merges"]]
+    model["merges"] = [" ".join(pair) for pair in pairs] if change == "strings" else pairs
+    if change in ("ignore_merges", "pairs and new keys"):
+        model["ignore_merges"] = change == "ignore_merges"
+    if change == "of 2023":
+        document["model"] = {**{key: value for key, value in model.items() if key not in ("byte_fallback", "ignore_merges")},
+                             "merges": [" ".join(pair) for pair in pairs]}
+    if change == "empty prefix":
+        model |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    if change == "two merges swapped":
+        model["merges"][5], model["merges"][6] = pairs[6], pairs[5]
+    if change == "two ids swapped":
+        model["vocab"]["AA"], model["vocab"]["CT"] = model["vocab"]["CT"], model["vocab"]["AA"]
+    if change == "another [UNK]":
+        model["unk_token"] = "[MASK]"
+    if change == "dropout":
+        model["dropout"] = 0.1
+    return document
+
+
+OLD = lambda document: hashlib.sha256(json.dumps(document["model"], sort_keys=True).encode()).hexdigest()  # the digest at first
+
+
+@pytest.mark.parametrize("name", ["tiny", "hub"])
+@pytest.mark.parametrize("change", ["strings", "pairs", "pairs and new keys", "of 2023", "empty prefix"])
+def test_one_meaning_has_one_digest_however_it_is_spelled(name, change, tmp_path):
+    document = json.loads(dnabert_file(name).read_text())
+    first, other = BPETokenizer(name, dnabert_file(name)), respelled(document, change)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    again = BPETokenizer(name, tmp_path / "tokenizer.json")
+    assert again.digest == first.digest
+    assert encode_all(again, BPE_SEQUENCES) == encode_all(first, BPE_SEQUENCES)
+    assert OLD(other) in {again.digest, *again.old_digests}
+    assert OLD(document) in {again.digest, *again.old_digests}  # what a checkpoint of that time says
+    if change != "empty prefix":  # which no version of the library makes of this file by itself
+        assert OLD(other) in {first.digest, *first.old_digests}
+
+
+@pytest.mark.parametrize("change", ["two merges swapped", "two ids swapped", "another [UNK]", "dropout", "ignore_merges"])
+def test_another_meaning_has_another_digest(change, tiny, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(respelled(json.loads(TINY_BPE.read_text()), change)))
+    other = BPETokenizer("tiny", tmp_path / "tokenizer.json")
+    assert {other.digest, *other.old_digests}.isdisjoint({tiny.digest, *tiny.old_digests})
+
+
+@pytest.mark.parametrize("name", ["tiny", "hub"])
+def test_what_tokenizers_and_transformers_save_again_is_the_same_tokenizer(name, tmp_path):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    first = BPETokenizer(name, dnabert_file(name))
+    Tokenizer.from_file(str(dnabert_file(name))).save(str(tmp_path / "saved.json"))
+    PreTrainedTokenizerFast(tokenizer_file=str(dnabert_file(name))).save_pretrained(tmp_path)
+    for path in (tmp_path / "saved.json", tmp_path / "tokenizer.json"):
+        assert BPETokenizer(name, path).digest == first.digest
+    if name == "hub":
+        assert first.digest == DNABERT_DIGEST == OLD(json.loads(hub_file().read_text()))  # it never changed
+        for path in (hub_file(), tmp_path / "saved.json", tmp_path / "tokenizer.json"):
+            assert get_tokenizer("bpe", path).name == "dnabert"
+
+
+def test_records_of_a_tokenizer_from_before_and_now(tiny):
+    old, now = {"digest": OLD(json.loads(TINY_BPE.read_text()))}, {"digest": tiny.digest, "old_digests": list(tiny.old_digests)}
+    assert old["digest"] != tiny.digest
+    assert digests(old) & digests(now) and not digests(old) & digests({"digest": NT.digest})
 
 
 BAD_FILES = {  # bytes, or a change to the shipped file's document

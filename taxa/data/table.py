@@ -2,7 +2,9 @@
 
 The table has a header row, one column of sequences and one column of labels per rank; other columns are ignored. Labels are any
 text; there is no taxonomy behind them, but the columns are ranks: a label is what its name and those of the ranks before it say, so a
-genus Morus in two phyla is two classes, "Morus (Chordata)" and "Morus (Streptophyta)". RFC 4180 by Python's csv module; gzip by the first two bytes; read once, row by row.
+genus Morus in two phyla is two classes, "Morus (Chordata)" and "Morus (Streptophyta)".
+
+RFC 4180 by Python's csv module; gzip by the first two bytes; read once, row by row.
 """
 
 import array

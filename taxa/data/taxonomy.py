@@ -141,8 +141,8 @@ class Dump:
                     pass
         folders = sorted({name.removesuffix("nodes.dmp") for name in names if name.split("/")[-1] == "nodes.dmp"})
         if len(folders) > 1:
-            raise InputError(f"{self.path}: nodes.dmp is in it more than once ({', '.join(f'{folder}nodes.dmp' for folder in folders[:3])}): "
-                             "give one dump")
+            raise InputError(f"{self.path}: nodes.dmp is in it more than once ({', '.join(f'{folder}nodes.dmp' for folder in folders[:3])}"
+                             "): give one dump")
         self._members = {name: names[folder + name] for folder in folders for name in MEMBERS if folder + name in names}
         for name in ("nodes.dmp", "names.dmp"):
             if name not in self._members:
@@ -176,7 +176,8 @@ class Dump:
                                      f"iconv -f LATIN1 -t UTF-8 makes it so if it is Latin-1") from None
 
     def integers(self, name, count):
-        """Yield (line number, line, its first `count` fields as integers); InputError names a line without them, or that ends not in '|'."""
+        """Yield (line number, line, its first `count` fields as integers); InputError names a line without them or without '|' at its end.
+        """
         for number, line in enumerate(self.lines(name), start=1):  # millions of them: no more is parsed than is needed
             fields = line.split("|", count)
             try:
@@ -253,8 +254,8 @@ class Dump:
         other = [f"taxid {taxid} is {names[taxid]!r}, not {SUPERKINGDOMS[taxid]}" for taxid in sorted(known)
                  if names[taxid].casefold() not in SUPERKINGDOM_NAMES[taxid]]
         if superkingdoms and (other or not known):
-            raise InputError(f"{self.path}: {'; '.join(other) or 'no taxid 2, 2157, 2759 or 10239'}: superkingdom is told by NCBI's taxids, "
-                             "which this dump does not have; --ranks phylum genus works without")
+            raise InputError(f"{self.path}: {'; '.join(other) or 'no taxid 2, 2157, 2759 or 10239'}: superkingdom is told by NCBI's "
+                             "taxids, which this dump does not have; --ranks phylum genus works without")
         nodes, respelled = [], set()
         for number, line, (taxid, parent) in self.integers("nodes.dmp", 2):
             if taxid in needed:
