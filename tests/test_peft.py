@@ -512,7 +512,7 @@ def ours_of(folder, backbone):
     """(the backbone with a folder's adapters, the line for the user)."""
     settings, state = peft_format.read_adapters(folder)
     ours = TaxonClassifier(backbone, (4, 5, 6))
-    inject(ours, settings)
+    inject_adapters(ours, settings)
     return ours.eval().backbone, peft_format.start_from(ours, folder, state, {}, {})
 
 
@@ -543,7 +543,7 @@ def test_our_rslora_is_the_librarys(name, tmp_path):
     backbone = scrambled(name)
     ours = TaxonClassifier(copy.deepcopy(backbone), (4, 5, 6))
     settings = settings_from_flags(name, "lora", r=4, lora_alpha=8.0, rslora=True)
-    inject(ours, settings)
+    inject_adapters(ours, settings)
     for module in ours.modules():
         if isinstance(module, LoRALinear):
             assert module.scaling == 4.0  # 8 / sqrt(4)
@@ -560,7 +560,7 @@ def test_settings_from_before_rslora_are_read():
     settings = settings_from_flags("tiny-nt", "lora")
     assert settings.pop("rslora") is False
     ours = TaxonClassifier(scrambled("tiny-nt"), (4, 5, 6))
-    inject(ours, settings)
+    inject_adapters(ours, settings)
     assert {module.scaling for module in ours.modules() if isinstance(module, LoRALinear)} == {32.0 / 4}
 
 
