@@ -88,21 +88,21 @@ class _Lines:
 
     def __iter__(self):
         self.file.seek(self.first)
-        at = self.first
+        at, ends = self.first, self.ends
         for line in self.file:
             if line.startswith(b">"):
                 if at >= self.stop:
                     break
                 self.see_header(line)
                 at += len(line)
-                self.ends.append(at)
+                ends.append(at)
             else:
                 end = line.translate(None, LETTERS)
-                if end != b"\n" and not (end in (b"\r\n", b"") and line.endswith(end)) or not self.ends:
+                if end != b"\n" and not (end in (b"\r\n", b"") and line.endswith(end)) or not ends:
                     raise _Irregular
                 at += len(line)
-                if len(end) < len(line):
-                    self.ends[-1] = at - len(end)
+                if end != line:
+                    ends[-1] = at - len(end)
             yield line
 
     def tell(self):
