@@ -19,7 +19,7 @@ from test_help import parser_of
 import study
 import train
 from taxa.backbones import MODELS
-from taxa.errors import InputError, Saved, Stop
+from taxa.errors import InputError, Stop
 from taxa.results import grid, rates
 from taxa.results.run_folders import published_rows, read_run
 from taxa.runtime import queue
