@@ -507,4 +507,4 @@ def test_a_part_of_the_training_split_is_its_sequences(dataset):
     for name, tensor in part[[2, 0, 1]].items():
         assert torch.equal(tensor, whole[rows[[2, 0, 1]]][name])
     assert np.array_equal(part.records([1, 4]), np.load(folder / "train" / "records.npy")[rows[[1, 4]]])
-    assert len(data.split("test", "nt")) == len(contents["test"][0]) and len(data.split("validation", "nt")) == len(contents["validation"][0])
+    assert all(len(data.split(name, "nt")) == len(contents[name][0]) for name in ("validation", "test"))

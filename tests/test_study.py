@@ -14,15 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from test_help import parser_of
+
 import study
 import train
 from taxa.backbones import MODELS
-from taxa.errors import InputError, Saved, Stop
+from taxa.errors import InputError, Stop
 from taxa.results import grid, rates
 from taxa.results.published import published_rows
 from taxa.results.run_folders import read_run
 from taxa.runtime import queue
 from taxa.strategies import PROTOCOLS
+from taxa.training.flags import MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -301,6 +304,13 @@ def test_it_goes_on_where_it_stopped_and_names_other_settings(here, capsys):
     (here / "data" / "manifest.json").write_text(json.dumps({"digest": "d2"}))
     with pytest.raises(InputError, match="was run on other data"):
         main()
+
+
+def test_what_may_differ_is_what_train_lets_differ():
+    """Every flag of train.py: either its resume refuses another value, or study.py lets it differ (epochs, which may grow, it does not)."""
+    flags = {action.dest for action in parser_of("train", pytest.MonkeyPatch())._actions} - {"help"}
+    mine = {flag.replace("-", "_") for flag in grid.MAY_DIFFER} & flags
+    assert mine - {"dry_run", "num_classes"} == ({*MAY_CHANGE} | {"batch_size", "accumulate"}) & flags - {"dry_run", "num_classes"}
 
 
 def test_sequences_per_step_are_compared_as_a_product(here):

@@ -25,7 +25,8 @@ OF_THE_STUDY = ("data", "resume", "overwrite", "dry-run", "num-classes", "out") 
 PATHS = ("data", "weights", "adapters", "out")  # their values may hold spaces
 # Flags that may differ between a run that is there and the plan: paths (the data are compared by checksum), what changes no number, and
 # batch-size and accumulate, whose product with the number of processes is compared.
-MAY_DIFFER = (*OF_THE_STUDY, "weights", "workers", "device", "save-every", "log-every", "max-bad-steps", "batch-size", "accumulate")
+MAY_DIFFER = (*OF_THE_STUDY, "weights", "workers", "device", "activation-checkpointing", "save-every", "log-every", "max-bad-steps",
+              "batch-size", "accumulate")
 STOPPED = Saved.status
 FRESH = 600  # seconds: what wrote a line since then is running
 
