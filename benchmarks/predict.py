@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # before this folder, whose predict.py is this file
 
 import predict  # noqa: E402
-from taxa import checkpoint  # noqa: E402
+from taxa.training import checkpoint  # noqa: E402
 from taxa.backbones import FAMILIES, backbone_config, get_model  # noqa: E402
 from taxa.data.reads import read_ahead, records, slices  # noqa: E402
 from taxa.data.tokens import NTTokenizer  # noqa: E402

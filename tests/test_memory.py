@@ -34,7 +34,8 @@ def nbytes(tensors):
 
 
 @pytest.mark.parametrize("name, strategy, B, T, mode", [
-    *((*case, mode) for mode in MODES for case in (("tiny-nt", "full", 16, 128), ("tiny-nt", "lora", 16, 128), ("tiny-dnabert", "ia3", 8, 128))),
+    *(("tiny-nt", strategy, 16, 128, mode) for strategy in ("full", "lora") for mode in MODES),
+    *(("tiny-dnabert", "ia3", 8, 128, mode) for mode in MODES),
     ("tiny-nt", "full", 1, 16, "none"), ("tiny-nt", "freeze75", 16, 128, "selective"), ("nt50m", "freeze75", 1, 64, "none")])
 def test_the_parts_add_up_to_the_allocators_own_peak(name, strategy, B, T, mode):
     run = Run(name, strategy, B, T, mode)
@@ -68,7 +69,7 @@ def test_what_checkpointing_keeps_is_its_own_part():
     for mode, units in (("full", 2), ("selective", 2 * (7 + 2 * 2))):
         most = Run("tiny-nt", "full", B, T, mode).memory()["most"]
         assert units <= most["checkpointed"] / (B * T * H * 4) <= 1.07 * units  # cos and sin besides
-        assert most["LayerNorm"] / (B * T * H * 4) == pytest.approx(2, rel=0.02)  # the last one is in no layer: its input and its result
+        assert most["LayerNorm"] / (B * T * H * 4) == pytest.approx(1, rel=0.02)  # the last one is in no layer: its input
 
 
 def test_a_saved_tensor_belongs_to_the_module_that_saved_it():

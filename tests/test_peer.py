@@ -52,18 +52,30 @@ def test_step_benchmark(tmp_path, capsys, monkeypatch):
     rows = step.main(["--model", "tiny-nt", "--batch-size", "2", "--tokens", "20", "--rounds", "1", "--out", str(tmp_path / "step.json")])
     written = json.loads((tmp_path / "step.json").read_text())
     assert written["rows"] == rows and {"machine", "versions", "date", "rounds"} < written.keys()
-    assert [(row["impl"], row["strategy"], row["r"]) for row in rows] == [
-        (impl, strategy, r) for strategy, r in step.VARIANTS for impl in ("peer", "ours")]
-    by = {(row["impl"], row["strategy"], row["r"]): row for row in rows}
-    assert by["peer", "full", None]["vs_peer_full"] == by["ours", "full", None]["vs_own_full"] == 1
-    for strategy, r in step.VARIANTS:
-        assert by["ours", strategy, r]["saved_mb_per_sequence"] < by["peer", strategy, r]["saved_mb_per_sequence"]
+    by = {(row["impl"], row["strategy"], row["r"], row["activation_checkpointing"]): row for row in rows}
+    assert tuple(by) == step.VARIANTS and len(by) == len(rows)
+    assert by["peer", "full", None, "none"]["vs_peer_full"] == by["ours", "full", None, "none"]["vs_own_full"] == 1
+    limit = {key: row["over_product_limit"] / row["median_s"] for key, row in by.items()}  # 1 / seconds that the products need
+    for strategy, r in step.STRATEGIES:
+        assert limit["peer", strategy, r, "none"] == pytest.approx(limit["ours", strategy, r, "none"], rel=0.02)
+    assert limit["ours", "freeze75", None, "none"] > limit["ours", "ia3", None, "none"] > limit["ours", "full", None, "none"]
+    for strategy, r in (("full", None), ("lora", 4), ("ia3", None)):
+        none, selective, full = (by["ours", strategy, r, mode]["saved_mb_per_sequence"] for mode in step.MODES)
+        assert none > selective > full
     assert "saved MB/seq" in capsys.readouterr().out
     monkeypatch.setattr(step, "RESULTS", tmp_path / "committed.json")
     step.main(["--model", "tiny-nt", "--batch-size", "1", "--tokens", "5", "--rounds", "1"])
     assert not step.RESULTS.exists()  # other sizes than the committed ones are written only where --out says
     with pytest.raises(step.InputError, match="Nucleotide Transformer"):
         step.main(["--model", "tiny-dnabert"])
+
+
+def test_memory_alone_is_measured_as_beside_the_time(tmp_path):
+    flags = ["--model", "tiny-nt", "--batch-size", "2", "--tokens", "20"]
+    rows = step.main([*flags, "--memory"])
+    timed = step.main([*flags, "--rounds", "1"])
+    for row, other in zip(rows, timed, strict=True):
+        assert row.items() <= other.items() and "median_s" not in row
 
 
 def test_loader_benchmark(capsys):
