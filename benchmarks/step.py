@@ -71,7 +71,7 @@ class Variant:
             self.model = classifier.train()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         # the peer's is what the HF Trainer calls adamw_torch, its default when the study ran
-        self.optimizer = adamw(parameters, lr) if impl == "ours" else torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+        self.optimizer = adamw(self.model, lr) if impl == "ours" else torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
 
     def step(self, batch):
         training_step(self.model, self.optimizer, batch)
