@@ -103,7 +103,9 @@ def made(cell, device):
         plain, _ = build(cell["model"], settings_from_flags(cell["model"], "full"), STUDY_CLASSES, torch.device("cpu"), lr)
         model = make_peer(plain, settings, "sdpa" if cell["impl"] == "peer-sdpa" else "eager").to(device)
         optimizer = adamw(model, lr)
-    if cell["compile"]:
+    if cell["compile"] == "cudagraphs":  # one recording for each shape of batch, so train.py, whose shapes vary, does not offer it
+        model.compile(mode="reduce-overhead")
+    elif cell["compile"]:
         compile_in_place(model, model.backbone.encoder.layer, cell["compile"], device)
     return model, optimizer
 
