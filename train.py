@@ -155,8 +155,6 @@ def train(w, run, args, row, settings, start=None):
     """Train, validate after every epoch, stop, test; returns the test metrics. start: {name: tensor} of --adapters."""
     set_precision(args.precision, w.device)
     data = open_data(w, args, row)
-    if args.data_fraction:
-        data.keep_part(args.data_fraction, args.seed)
     splits = {name: data.split(name, row.tokenizer) for name in SPLITS}
     per_step, steps_per_epoch, total_steps, warmup_steps = planned_steps(args, len(splits["train"]), w.size)
 
@@ -187,8 +185,7 @@ def train(w, run, args, row, settings, start=None):
     if last:
         checkpoint.load_state(model, last["state"], names)
         load_adamw(optimizer, last["optimizer"], model)
-    ddp = DistributedDataParallel(model, device_ids=[w.device.index] if w.device.type == "cuda" else None,
-                                  gradient_as_bucket_view=True) if w.size > 1 else model
+    ddp = DistributedDataParallel(model, w.device_ids, gradient_as_bucket_view=True) if w.size > 1 else model
     lineages = np.unique(splits["train"].labels, axis=0).tolist()  # class numbers, one per taxonomic level, that occur together
     announce(run, args, settings, base, model, data.digest, len(splits["train"]), (total_steps, per_step), started)
 

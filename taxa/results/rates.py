@@ -7,22 +7,19 @@ serves any r. Nothing else is carried over to what was not measured, but where t
 does, and DNABERT-S has DNABERT-2's network.
 """
 
-import json
-from pathlib import Path
-
 from taxa import ASSETS
 from taxa.errors import InputError
 from taxa.runtime.cli import Parser, run
+from taxa.runtime.files import read_json
 
 RATES = ASSETS / "measured_rates.json"
 SAME_STEP = {"random": "full", "dnaberts": "dnabert2"}
 COLUMNS = ("model", "strategy", "precision", "compile", "sequences_per_s")
-STUDY_SEQUENCES = 4_560_000  # training sequences of the study, by its own numbers
 
 
 def read_rates():
     """The rows of the package's table: dicts of device, date, model, strategy, precision, compile, sequences_per_s."""
-    return json.loads(RATES.read_text(encoding="utf-8"))
+    return read_json(RATES)
 
 
 def hours(flags, sequences, card, rates, processes=1):
@@ -59,7 +56,7 @@ def main(argv=None):
     add("--date", required=True, metavar="YYYY-MM-DD", help="when it was measured")
     args = parser.parse_args(argv)
     try:
-        rows = table_of(json.loads(Path(args.document).read_text(encoding="utf-8")), args.date)
+        rows = table_of(read_json(args.document), args.date)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{args.document} is not a document of benchmarks/gpu.py --out") from None
     RATES.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
