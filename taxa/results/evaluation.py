@@ -6,9 +6,9 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 from taxa.data.dataset import on_device
+from taxa.data.opening import load_batches
 from taxa.data.taxonomy import class_id
 from taxa.errors import InputError
 from taxa.results.decode import JointDecoder, fit_temperature, log_probabilities
@@ -47,8 +47,7 @@ def batch_logits(w, model, split, batches, precision="fp32", workers=0):
     model: the bare classifier, not its DDP wrapper. Leaves it in eval mode.
     """
     model.eval()
-    loader = DataLoader(split, batch_size=None, sampler=batches, num_workers=workers, pin_memory=w.device.type == "cuda")
-    for rows, batch in zip(progress(batches, f"{split.name}", unit="batch"), loader):
+    for rows, batch in zip(progress(batches, f"{split.name}", unit="batch"), load_batches(split, batches, workers, w.device)):
         batch = on_device(batch, w.device)
         with autocast(w.device, precision):
             logits = model(batch["input_ids"], batch["attention_mask"])
