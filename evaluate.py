@@ -82,11 +82,20 @@ def main(argv=None):
             print(details(metrics), flush=True)
             if data.digest != trained_on["digest"]:
                 print(f"note: {data.folder} is not the dataset of the run: its {args.split} split may hold sequences trained on")
+                note_length(args.checkpoint, content, data, args.split)
             write_tables(out, metrics, outcome, data.classes)
             if temperature:
                 write_json(out / "temperature.json", {"temperature": temperature, "state_digest": checkpoint.state_digest(content["state"]),
                                                       "split": "validation", "sequences": used, "dataset_digest": data.digest})
     return metrics
+
+
+def note_length(path, content, data, split):
+    """Say so in one line when the sequences of a split are of another length than those that the checkpoint was trained on."""
+    trained, here = checkpoint.window_of(content, path), data.window(split)
+    if here["length"] > trained["length"] or (here != trained and not trained["varied"]):
+        print(f"note: {path} was trained on sequences of {checkpoint.window_text(trained)}; those of the {split} split of {data.folder} "
+              f"have {checkpoint.window_text(here)}")
 
 
 def tokens_of(trained, data):

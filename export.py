@@ -8,6 +8,7 @@ Without --adapters the adapters are merged into the weights, for good. The folde
   config.json, model.safetensors   the backbone, under the names of the hub's checkpoints; train.py --weights reads it again
   heads.safetensors                RANK.weight (classes, hidden size), RANK.bias (classes)
   labels.json                      {rank: [{"taxid", "name"}, ...]}: row i of a head is entry i
+  taxa.json                        model, settings, tokenizer, precision, length of the training sequences ("window")
   README.md                        model card: data, strategy, settings, metrics, licence of the base weights
 
 With --adapters it holds, in place of the first two,
@@ -21,6 +22,7 @@ and train.py --adapters DIR trains on from it, as it does from a folder that the
 import json
 from pathlib import Path
 
+import torch
 from transformers import PretrainedConfig
 
 from taxa.backbones import FAMILIES, MODELS, get_model
@@ -29,6 +31,7 @@ from taxa.inject import merge_adapters
 from taxa.results.evaluation import table
 from taxa.runtime.cli import Parser, run
 from taxa.runtime.files import new_folder, save_tensors, write_json
+from taxa.runtime.precision import autocast
 from taxa.training import checkpoint, peft_format
 
 
@@ -53,17 +56,47 @@ def main(argv=None):
         raise InputError(f"{args.checkpoint}: --strategy {content['settings']['strategy']} has no adapters: leave out --adapters")
     if args.overwrite and Path(args.out).is_dir() and any(Path(args.out).iterdir()) and not (Path(args.out) / peft_format.LABELS).exists():
         raise InputError(f"{args.out} is no folder of export.py, so --overwrite does not replace it: give another --out")
+    difference = None
     with new_folder(args.out, args.overwrite) as folder:
         if args.adapters:
             peft_format.write_adapters(folder, checkpoint.skeleton(content).backbone, content["settings"], content["base"])
             peft_format.write_rest(folder, content)
         else:
-            backbone = merge_adapters(checkpoint.rebuild(content, args.weights)).backbone
-            write_backbone(folder, backbone, FAMILIES[get_model(content["model"], content["config"]).family])
+            classifier = checkpoint.rebuild(content, args.weights)
+            difference = largest_difference(classifier, content)
+            write_backbone(folder, classifier.backbone, FAMILIES[get_model(content["model"], content["config"]).family])
+            write_json(folder / peft_format.REST, {name: content[name] for name in ("model", "settings", "tokenizer", "precision")}
+                       | {"window": checkpoint.window_of(content)})
         peft_format.write_heads(folder, content)
-        (folder / "README.md").write_text(model_card(content, metrics_beside(args.checkpoint), args.adapters), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(content, metrics_beside(args.checkpoint), args.adapters, difference), encoding="utf-8")
         files = sorted(f"{path.name} ({path.stat().st_size:,} bytes)" for path in folder.iterdir())
     print(f"{args.out}: {', '.join(files)}")
+
+
+def random_tokens(content):
+    """(4, T) token ids drawn at random, with T as for a training sequence in 6-mers, at most 512."""
+    T = min(checkpoint.window_of(content)["length"] // 6 + 1, 512)
+    return torch.randint(content["config"]["vocab_size"], (4, T), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def largest_difference(classifier, content):
+    """Merge a classifier's adapters, and say in a line of the card how far its logits move, in the precision of the run.
+
+    Raises InputError when they are not finite.
+    """
+    ids = random_tokens(content)
+    logits = []
+    for change in (lambda model: model, merge_adapters):
+        change(classifier)
+        with autocast(ids.device, content["precision"]):
+            logits.append(torch.cat([z.float() for z in classifier(ids).values()], dim=1))
+    before, after = logits
+    if not (before.isfinite().all() and after.isfinite().all()):
+        raise InputError("the checkpoint's logits of random sequences are not finite: there is nothing to publish in it")
+    return (f"on {ids.shape[0]} random sequences of {ids.shape[1]} tokens, in {content['precision']} on a CPU, the largest difference of a "
+            f"logit of this model from the checkpoint's is {float((after - before).abs().max()):.3g} (logits up to "
+            f"{float(before.abs().max()):.3g})")
 
 
 def write_backbone(folder, backbone, family):
@@ -135,8 +168,8 @@ def base_of(content):
     return [], f"Trained from scratch: {what}, so no base licence applies."
 
 
-def model_card(content, tested, adapters):
-    """README.md: a header as the hub reads it, and what a user must know before trusting the weights."""
+def model_card(content, tested, adapters, difference=None):
+    """README.md: a header as the hub reads it, and what a user must know before trusting the weights. difference: a line on merging."""
     header, base = base_of(content)
     settings, classes = content["settings"], content["classes"]
     load = (LOAD_ADAPTERS if adapters else LOAD_MERGED).format(model=content["model"], ranks=list(classes))
@@ -156,8 +189,10 @@ def model_card(content, tested, adapters):
         "## Training", "",
         f"- data: digest {content['data']['digest']}",
         f"- tokenizer: {content['tokenizer']['name']}, digest {content['tokenizer']['digest']}",
+        f"- sequences of {checkpoint.window_text(checkpoint.window_of(content))}",
         *(f"- {name}: {' '.join(value) if isinstance(value, list) else value}" for name, value in settings.items()),
-        f"- precision {content['precision']}, best epoch {content['epoch']}", "",
+        f"- precision {content['precision']}, best epoch {content['epoch']}",
+        *([f"- exported: {difference}"] if difference else []), "",
         "## Metrics", "",
         *("\n".join(["```", table(metrics), "```", ""]) for metrics in (content["metrics"], tested) if metrics),
         "## Use", "", load, "", note]).rstrip() + "\n"

@@ -21,7 +21,7 @@ from taxa.errors import InputError
 from taxa.results.decode import JointDecoder, log_probabilities
 from taxa.results.writers import FORMATS, LineWriter, VectorWriter
 from taxa.runtime.cli import Parser, fraction, positive_int, run
-from taxa.runtime.distributed import sum_over_ranks, world
+from taxa.runtime.distributed import exit_together, sum_over_ranks, world
 from taxa.runtime.files import replacing
 from taxa.runtime.precision import PRECISIONS, autocast, set_precision
 from taxa.runtime.progress import progress
@@ -32,7 +32,8 @@ BATCHES_PER_SLICE = 8  # windows are sorted by length within so many batches; so
 MANUAL = """
 Input. FASTA (sequences over any number of lines) or FASTQ (four lines a record), told by the first character; plain, gzip, bgzip, bzip2
   or xz, told by the first bytes. docs/DATA.md says what is read as what, here as in prepare.py: U is T, white space and gaps are nothing,
-  anything else outside ACGTN becomes N and is counted. A read of up to --window letters is one sequence for the network. A longer one is cut into
+  anything else outside ACGTN becomes N and is counted. A read of up to --window bases (as many as the longest sequence trained on) is
+  one sequence for the network. A longer one is cut into
   windows every --window letters, the last moved back to end with the read, and the logits of its windows are averaged. The network sees a
   read as it is written, never its reverse complement. A window without a single A, C, G or T is left out, and a read that has no other is
   unclassified.
@@ -78,7 +79,7 @@ def parse_args(argv=None):
     add("--weights", metavar="DIR", help="folder with the base weights (default: where the run took them from)")
     add("--tokenizer-file", metavar="PATH", help="tokenizer.json of the model (default for DNABERT: the hub's)")
     add("--temperature", metavar="FILE", help="temperature.json of this checkpoint (default: probabilities as the heads give them)")
-    add("--window", type=positive_int, metavar="BP", default=1500, help="bases that the network sees at a time (default 1500)")
+    add("--window", type=positive_int, metavar="BP", help="bases that the network sees at a time (default: the longest trained on)")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=positive_int, metavar="B", help="windows per batch (default: the run's)")
     add("--precision", choices=PRECISIONS, help="of matrix products (default: the run's)")
@@ -189,8 +190,18 @@ def main(argv=None):
         model = checkpoint.rebuild(content, args.weights).to(w.device)
         forward = Forward(w, model, JointDecoder(content["lineages"], w.device), precision, temperature, args.top_k, bool(args.embeddings))
         stream = itertools.chain.from_iterable(records(path) for path in args.reads)
-        pieces = slices(stream, tokenizer, args.window, args.batch_size or content["batch_size"], BATCHES_PER_SLICE, w.rank, w.size)
+        window = args.window or checkpoint.window_of(content, w.is_main and args.checkpoint)["length"]
+        pieces = slices(stream, tokenizer, window, args.batch_size or content["batch_size"], BATCHES_PER_SLICE, w.rank, w.size)
         return predict(w, args, forward, LineWriter(args, content["classes"], content["lineages"]), read_ahead(pieces))
+
+
+def check_finite(w, reads, found):
+    """Raise InputError, on all processes, for a read of which the network says NaN."""
+    finite = torch.stack([found[name].isfinite().all(dim=1) for name in found if name.endswith("probability")]).all(dim=0)
+    bad = [read.header for read, good in zip(reads, finite.tolist()) if read.windows and not good]
+    if bad:
+        exit_together(w, InputError(f"{len(bad):,} reads get probabilities that are not finite, the first '{bad[0]}': this network says "
+                                    "nothing of them; try --precision fp32, or another checkpoint"))
 
 
 def predict(w, args, forward, writer, pieces):
@@ -215,6 +226,7 @@ def predict(w, args, forward, writer, pieces):
                 reads, found, event = pending
                 if event:
                     event.synchronize()
+                check_finite(w, reads, found)
                 if w.is_main:
                     out.write(writer.lines(reads, found))
                     out.flush()

@@ -123,7 +123,7 @@ def checkpoint_of(model, names, args, row, settings, base, data, lineages, epoch
     """The content of ckpt.pt: what training changed, and everything needed to rebuild the rest."""
     return {"model": args.model, "config": model.backbone.config.to_dict(), "base": base, "settings": settings,
             "state": checkpoint.changed_state(model, names), "classes": data.classes, "lineages": lineages,
-            "data": {"folder": str(data.folder.resolve()), "digest": data.digest},
+            "data": {"folder": str(data.folder.resolve()), "digest": data.digest}, "window": data.window("train"),
             "tokenizer": {"name": row.tokenizer, **data.manifest["tokenizers"][row.tokenizer]},
             "precision": args.precision, "batch_size": args.batch_size, "epoch": epoch, "metrics": metrics}
 

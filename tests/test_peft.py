@@ -334,7 +334,8 @@ def test_what_is_of_no_class_of_the_run_is_dropped_and_counted(runs, demo, tmp_p
 def test_merged_folder(model, run, runs, demo, weights, tmp_path):
     """The hub's keys in a plain safetensors file; loaded as --weights; the same logits; the card's own lines run."""
     folder = exported(runs[model, run], tmp_path / "out")
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "heads.safetensors", "labels.json", "README.md"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "model.safetensors", "heads.safetensors", "labels.json", "taxa.json", "README.md"}
     content, (ids, mask) = checkpoint.read(runs[model, run] / "ckpt.pt"), small_batch(demo, model)
     prefix = {"tiny-nt": "esm.", "tiny-dnabert": "bert."}[model]
     hub = {key for key in load_file(weights[model] / "model.safetensors") if key.startswith(prefix)}

@@ -180,6 +180,22 @@ class PreparedDataset:
         labels = _mapped(self.folder / "train" / "labels.npy", ndim=2)[:, -1]
         self._part = stratified_subset(labels, fraction, seed)
 
+    def window(self, split):
+        """{"length": bases of the longest sequence of a split, "varied": whether others have another length}.
+
+        The manifest says one length for all; where it keeps any, the nt tokens are read, which spell the bases.
+        """
+        length = self.manifest.get("settings", {}).get("length")
+        if length is not None:
+            return {"length": length, "varied": False}
+        nt, longest, shortest = nt_tokenizer(), 0, 2**63
+        offsets, ids = TokenSplit(self.folder, split, "nt", nt.pad_token_id, self.num_classes).arrays()
+        for start in range(0, len(offsets) - 1, JOB):
+            part = offsets[start:start + JOB + 1]
+            lengths = np.add.reduceat(nt.letters(ids[part[0]:part[-1]]), part[:-1] - part[0])
+            longest, shortest = max(longest, int(lengths.max())), min(shortest, int(lengths.min()))
+        return {"length": longest, "varied": shortest < longest}
+
     def has_tokens(self, tokenizer):
         return tokenizer in self.manifest["tokenizers"]
 

@@ -1,9 +1,10 @@
 """A prepared dataset as a run needs it: which folder, the demo and missing tokens, its batches, and where a step's sequences came from."""
 
 import os
+import shutil
 from pathlib import Path
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from taxa.data.dataset import PreparedDataset, micro_batches
 from taxa.data.splits import SPLITS
@@ -13,6 +14,7 @@ from taxa.runtime.distributed import main_first
 from taxa.runtime.progress import progress
 
 BERTAX, DEMO = "data/bertax", "data/demo"
+SHARED_MEMORY = "/dev/shm"
 
 
 def data_folder(data):
@@ -63,8 +65,37 @@ def check_vocabulary(tokenizer, ids, entries):
 
 def load(split, plan, workers, device):
     """Iterate over the batches of micro_batches()' plan, one per micro-batch, made by `workers` processes beside this one (0: in it)."""
-    return iter(DataLoader(split, batch_size=None, sampler=[rows for micros, _ in plan for rows, _ in micros], num_workers=workers,
-                           pin_memory=device.type == "cuda"))
+    return load_batches(split, [rows for micros, _ in plan for rows, _ in micros], workers, device)
+
+
+def load_batches(split, batches, workers, device):
+    """Yield split[rows] for each list of rows in `batches`, made by `workers` processes beside this one (0: in it).
+
+    Raises InputError when the shared memory through which they hand them over is too small.
+    """
+    loader = DataLoader(_Shared(split) if workers else split, batch_size=None, sampler=batches, num_workers=workers,
+                        pin_memory=device.type == "cuda")
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in ("shared memory", "Bus error")):
+            raise
+        size = shutil.disk_usage(SHARED_MEMORY).total if Path(SHARED_MEMORY).is_dir() else 0
+        raise InputError(f"--workers {workers}: {SHARED_MEMORY}, of {size / 2**20:,.1f} MiB, is too small for their batches: fewer workers, "
+                         "--workers 0, or a larger one (docker run --shm-size)") from None
+
+
+class _Shared(Dataset):
+    """A split whose batches are in shared memory when the worker has made them.
+
+    DataLoader would put them there in a thread of the worker, where an error is printed and the batch lost, and the run waits for ever.
+    """
+
+    def __init__(self, split):
+        self.split = split
+
+    def __getitem__(self, rows):
+        return {name: tensor.share_memory_() for name, tensor in self.split[rows].items()}
 
 
 def step_records(split, seed, epoch, position, per_step, sources=None):

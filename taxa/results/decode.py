@@ -65,7 +65,7 @@ LOWEST, HIGHEST = 0.05, 20.0  # temperatures outside do not come from a model th
 
 
 def fit_temperature(logits, labels):
-    """The temperature T that minimises the mean cross-entropy of logits / T: logits (N, C), labels (N,) -> float.
+    """The temperature T that minimises the mean cross-entropy of logits / T: logits (N, C), finite, labels (N,) -> float.
 
     In 1/T the cross-entropy is convex, with slope mean(E_p[z] - z_label), so the zero of the slope is found by bisection. Without a
     minimum between 0.05 and 20 (every label is the argmax, say) the nearer end is returned.

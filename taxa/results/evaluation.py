@@ -6,13 +6,14 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 from taxa.data.dataset import on_device
+from taxa.data.opening import load_batches
 from taxa.data.taxonomy import class_id
+from taxa.errors import InputError
 from taxa.results.decode import JointDecoder, fit_temperature, log_probabilities
 from taxa.results.metrics import BINS, confusion_matrix, expected_calibration_error, per_class, rank_metrics
-from taxa.runtime.distributed import sum_over_ranks
+from taxa.runtime.distributed import exit_together, sum_over_ranks
 from taxa.runtime.files import replacing, write_json
 from taxa.runtime.precision import autocast
 from taxa.runtime.progress import progress
@@ -46,8 +47,7 @@ def batch_logits(w, model, split, batches, precision="fp32", workers=0):
     model: the bare classifier, not its DDP wrapper. Leaves it in eval mode.
     """
     model.eval()
-    loader = DataLoader(split, batch_size=None, sampler=batches, num_workers=workers, pin_memory=w.device.type == "cuda")
-    for rows, batch in zip(progress(batches, f"{split.name}", unit="batch"), loader):
+    for rows, batch in zip(progress(batches, f"{split.name}", unit="batch"), load_batches(split, batches, workers, w.device)):
         batch = on_device(batch, w.device)
         with autocast(w.device, precision):
             logits = model(batch["input_ids"], batch["attention_mask"])
@@ -63,7 +63,8 @@ def own_batches(w, rows, batch_size):
 def run_split(w, model, split, batch_size, precision="fp32", workers=0, *, lineages, temperature=None):
     """Predict every sequence of a split -> Outcome.
 
-    lineages: (L, R) class numbers to decode over jointly. temperature: {rank: T} for Outcome.scaled.
+    lineages: (L, R) class numbers to decode over jointly. temperature: {rank: T} for Outcome.scaled. Raises InputError, on all processes,
+    when the loss of a sequence is not finite.
     """
     N, R = split.labels.shape
     decoder = JointDecoder(lineages, w.device)
@@ -80,20 +81,35 @@ def run_split(w, model, split, batch_size, precision="fp32", workers=0, *, linea
             joint[rows] = decoder.lineages[decoder.scores(log_probs).argmax(dim=1)].cpu()
     predicted = sum_over_ranks(w, predicted)  # every row is non-zero on one process only: the sums are exact
     plain, *scaled = [Probabilities(*(sum_over_ranks(w, column).numpy() for column in of_setting)) for of_setting in columns]
+    for found in (plain, *scaled):
+        check_finite_rows(w, split, torch.from_numpy(found.nll), "loss")
     return Outcome(float(plain.nll.sum() / max(N, 1)), np.asarray(split.labels), predicted.numpy(), plain, *scaled)
+
+
+def check_finite_rows(w, split, rows, what):
+    """Raise InputError, on all processes, unless the numbers (N, any) of a split's sequences are finite: of NaN there is no metric."""
+    bad = int((~rows.isfinite().all(dim=1)).sum())
+    if bad:
+        exit_together(w, InputError(f"{bad:,} of {len(rows):,} sequences of the {split.name} split have a {what} that is not finite: this "
+                                    "network says nothing of them; it was trained with too high a --lr, or needs --precision fp32"))
 
 
 @torch.no_grad()
 def split_temperature(w, model, split, batch_size, precision="fp32", workers=0):
-    """({rank: temperature}, sequences used): one temperature per rank, fitted on at most 20,000 evenly spaced sequences of a split."""
+    """({rank: temperature}, sequences used): one temperature per rank, fitted on at most 20,000 evenly spaced sequences of a split.
+
+    Raises InputError, on all processes, when a logit is not finite.
+    """
     used = list(range(0, len(split), -(-len(split) // TEMPERATURE_SEQUENCES) or 1))
     found = {rank: torch.zeros(len(used), head.out_features) for rank, head in model.heads.items()}
     place = {row: i for i, row in enumerate(used)}
     for rows, _, logits in batch_logits(w, model, split, own_batches(w, used, batch_size), precision, workers):
         for rank, z in logits.items():
             found[rank][[place[row] for row in rows]] = z.float().cpu()
+    found = {rank: sum_over_ranks(w, z) for rank, z in found.items()}
+    check_finite_rows(w, split, torch.cat(list(found.values()), dim=1), "logit")
     labels = torch.from_numpy(split.labels[used].astype(np.int64))
-    return {rank: fit_temperature(sum_over_ranks(w, z), labels[:, i]) for i, (rank, z) in enumerate(found.items())}, len(used)
+    return {rank: fit_temperature(z, labels[:, i]) for i, (rank, z) in enumerate(found.items())}, len(used)
 
 
 def confusions(truth, predicted, num_classes):
@@ -150,7 +166,8 @@ def details(metrics):
     """What metrics.json says beyond table(): classes averaged over, joint decoding and calibration, with temperatures where fitted."""
     temperature, width = metrics.get("scaled", {}).get("temperature"), _width(metrics["ranks"])
     averaged = ", ".join(f"{n['present']:,} of {n['classes']:,} {rank}" for rank, n in metrics["averaged_over"].items())
-    lines = [f"balanced accuracy: mean over the classes that are in the split, {averaged}", f"{metrics['inconsistent_lineages']:.1%} of the predictions put together ranks of different lineages; decoded jointly:",
+    lines = [f"balanced accuracy: mean over the classes that are in the split, {averaged}",
+             f"{metrics['inconsistent_lineages']:.1%} of the predictions put together ranks of different lineages; decoded jointly:",
              *_lines("rank", metrics["joint"]["ranks"])]
     if temperature:
         lines += ["decoded jointly, with the temperatures:", *_lines("rank", metrics["scaled"]["joint"]["ranks"])]

@@ -2,14 +2,18 @@
 
 import contextlib
 import datetime
+import ipaddress
+import json
 import os
 import socket
 import time
 import uuid
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout  # torch's own, without which a group joins as slowly as it waits
 
 from taxa.errors import InputError, Stop
 
@@ -17,6 +21,9 @@ from taxa.errors import InputError, Stop
 # Peers wait this long for each other within a step, and for rank 0, which may tokenize millions of sequences. A process that dies is
 # noticed at once, since its connections close; the limits are for one that hangs.
 STEP_LIMIT, PATIENCE = datetime.timedelta(minutes=10), datetime.timedelta(hours=12)
+JOIN_LIMIT = datetime.timedelta(minutes=1)  # to connect, once all are known to be there
+INTERFACES = ("set GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME for GPUs, to the network interface that the machines reach each other by "
+              "(ip addr lists them, eth0 say), or mend the machine's name in /etc/hosts")
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Timed out waiting", "Socket Timeout")
 
 
@@ -48,26 +55,25 @@ def world(device="auto"):
 
     device: auto, cpu or cuda.
 
-    Raises InputError for --device cuda without CUDA.
+    Raises InputError for --device cuda without CUDA, for two processes that share a GPU, and, like Stop, for processes that cannot connect.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
-    if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
-            raise InputError(f"process {device.index} of this machine has no GPU of its own: it has {torch.cuda.device_count()}; start "
-                             "as many processes as GPUs, or use --device cpu")
-        torch.cuda.set_device(device)
-    joins, again = size > 1 and not dist.is_initialized(), False
+    device = _own_gpu() if device == "cuda" else torch.device(device)
+    joins, again, patient = size > 1 and not dist.is_initialized(), False, None
     try:
         if joins:
             store, again = _own_store(rank, size)
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP_LIMIT)
-        yield World(rank, size, device, dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None, again)
+            address = _check_addresses(store, rank, size)
+        if size > 1:
+            patient = _connect(rank, size, device, store, address) if joins else dist.new_group(backend="gloo", timeout=PATIENCE)
+        w = World(rank, size, device, patient, again)
+        if joins and device.type == "cuda":
+            _check_gpus(w)
+        yield w
     except RuntimeError as error:
         if size == 1 or not any(sign in str(error) for sign in LOST):
             raise
@@ -100,6 +106,85 @@ def _own_store(rank, size):
             return dist.PrefixStore(start, store), False
         time.sleep(0.05)
     raise RuntimeError("Timed out waiting for rank 0")
+
+
+def _own_gpu():
+    """The GPU of this process: number LOCAL_RANK, or the only one that it sees, as SLURM's --gpus-per-task=1 has it."""
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    device = torch.device("cuda", 0 if count == 1 else local)
+    if device.index >= count:
+        raise InputError(f"process {local} of this machine has no GPU of its own: it has {count}; start as many processes as GPUs, or use "
+                         "--device cpu")
+    torch.cuda.set_device(device)
+    return device
+
+
+def _host():
+    """What tells this machine from others, which may have the same name."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else uuid.getnode()}"
+
+
+def _check_gpus(w):
+    """Raise InputError, on all processes, when two of a host compute on one physical GPU, by whatever number each knows it."""
+    of_ranks, seen = [None] * w.size, {}
+    dist.all_gather_object(of_ranks, (_host(), str(torch.cuda.get_device_properties(w.device).uuid)), group=w.patient)
+    for rank, gpu in enumerate(of_ranks):
+        if gpu in seen:
+            exit_together(w, InputError(f"ranks {seen[gpu]} and {rank} have one GPU between them, {gpu[1]} of {gpu[0].split()[0]}: start "
+                                        "as many processes as GPUs, or use --device cpu"))
+        seen[gpu] = rank
+
+
+def _address():
+    """Where gloo lets the other processes find this one: at GLOO_SOCKET_IFNAME, else at the first address of the host's name that is its
+    own, else at loopback."""
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return os.environ["GLOO_SOCKET_IFNAME"]
+    with contextlib.suppress(OSError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as here:
+                here.bind(address)
+                return address[0]
+    return "127.0.0.1"
+
+
+def _check_addresses(store, rank, size):
+    """Returns _address(). Raises InputError, on every process, when one of several hosts advertises its loopback address, as where
+    /etc/hosts gives its name 127.0.1.1: the others would look for it on themselves, and wait."""
+    mine = _address()
+    store.set(f"address/{rank}", json.dumps([_host(), mine]))
+    told = [json.loads(store.get(f"address/{other}")) for other in range(size)]
+    if len({host for host, _ in told}) > 1:
+        for other, (host, address) in enumerate(told):
+            if _is_loopback(address):
+                store.set(f"address/read/{rank}", "")
+                if rank == 0:  # in whose process the store may be
+                    store.wait([f"address/read/{reader}" for reader in range(size)])
+                raise InputError(f"rank {rank} advertises the address {mine}, and rank {other} on {host.split()[0]} {address}, where no "
+                                 f"other machine finds it: {INTERFACES}")
+    return mine
+
+
+def _is_loopback(address):
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:  # the name of an interface
+        return False
+
+
+def _connect(rank, size, device, store, address):
+    """Make the default group and return the patient one. Raises Stop, with the address that this process is known by, after a minute."""
+    limit = STEP_LIMIT if device.type == "cuda" else JOIN_LIMIT  # NCCL connects at the first collective
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
+        patient = dist.new_group(backend="gloo", timeout=JOIN_LIMIT)
+    except RuntimeError as error:
+        raise Stop(f"rank {rank}, known to the others as {address}, could not connect to them within {JOIN_LIMIT.seconds} s "
+                   f"({str(error).splitlines()[0]}): if no process ended before it, {INTERFACES}") from None
+    _set_pg_timeout(STEP_LIMIT)
+    _set_pg_timeout(PATIENCE, patient)
+    return patient
 
 
 def exit_together(w, stop):

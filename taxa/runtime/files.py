@@ -156,7 +156,10 @@ def read_json(path, hint=""):
 
 
 def write_json(path, value):
-    """Write one JSON document, indented, under a temporary name and then renamed. Raises InputError for NaN and infinity, which no JSON has."""
+    """Write one JSON document, indented, under a temporary name and then renamed.
+
+    Raises InputError for NaN and infinity, which JSON does not have.
+    """
     try:
         text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError:

@@ -10,6 +10,7 @@ carries its own proof, torch.load still reads it, and a byte that changed on a d
 import hashlib
 import os
 import pickletools
+import sys
 import zipfile
 from pathlib import Path
 
@@ -27,6 +28,7 @@ CHECKPOINT, RESUME_STATE, VERSION = "taxa checkpoint", "taxa resume state", 1
 SEAL, SEAL_BYTES = b"taxa sha256 ", 12 + 64  # the comment: these letters, then the digest in hex
 ITEM_BYTES = {f"torch {kind}Storage": size for kind, size in {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4,
                                                               "Short": 2, "Char": 1, "Byte": 1, "Bool": 1}.items()}
+OLD_WINDOW = {"length": 1500, "varied": False}  # of checkpoints that do not say it: what was then predict.py's default
 SEED_OF_UNPUBLISHED = 0  # of the random base weights that stand in where a model has no published ones
 
 
@@ -173,7 +175,8 @@ def check_storages(path):
             size = numbers * ITEM_BYTES[storage]
             member = f"{pickled.removesuffix('data.pkl')}data/{key}".lower()
             if kind != "storage" or not 0 <= size <= sizes[member]:
-                raise InputError(f"{path}: not a checkpoint of train.py: it claims a tensor of {size:,} bytes where it has {sizes[member]:,}")
+                raise InputError(f"{path}: not a checkpoint of train.py: it claims a tensor of {size:,} bytes, and holds "
+                                 f"{sizes[member]:,} of them")
         if name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
@@ -214,6 +217,27 @@ def read(path, format=CHECKPOINT):
     if isinstance(state, dict):
         check_finite(path, {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)})
     return content
+
+
+def window_of(content, source=None):
+    """{"length": bases of the longest training sequence, "varied": whether others were shorter} of a checkpoint.
+
+    Older ones do not say: OLD_WINDOW, with a line on stderr where `source`, the file, is given. Raises InputError for what is no length.
+    """
+    window = content.get("window")
+    if window is None:
+        if source:
+            print(f"note: {source} is older and does not say how long its training sequences were: taken to be {window_text(OLD_WINDOW)}",
+                  file=sys.stderr, flush=True)
+        return OLD_WINDOW
+    if not isinstance(window, dict) or type(window.get("length")) is not int or window["length"] < 1:
+        raise InputError(f"{source or 'the checkpoint'}: its window is {window}, which is no length of training sequences")
+    return window
+
+
+def window_text(window):
+    """window_of() in words."""
+    return f"{'up to ' * window['varied']}{window['length']:,} bases"
 
 
 def skeleton(content):

@@ -1,0 +1,219 @@
+"""Numbers that are not finite: refused by name where they are read, and never a table, a temperature or a JSON document."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_train import command
+
+import evaluate
+import export
+import predict
+import pretrain
+import train
+from taxa.backbones import load_backbone
+from taxa.errors import InputError
+from taxa.results.evaluation import split_temperature
+from taxa.runtime.files import check_finite, save_tensors, write_json
+from taxa.runtime.distributed import World
+from taxa.training import checkpoint
+
+BAD = [float("nan"), float("inf"), -float("inf")]
+
+
+def test_the_first_tensor_that_is_not_finite_is_named():
+    good = {"a": torch.zeros(3), "whole numbers": torch.arange(3), "none": torch.zeros(0), "largest": torch.tensor([3.4e38] * 9)}
+    check_finite("here", good)  # whose sum is infinite
+    for bad in BAD:
+        with pytest.raises(InputError, match="^here: b.weight is not finite: 1 of its 4 numbers"):
+            check_finite("here", {**good, "b.weight": torch.tensor([1, 2, 3, bad]), "c": torch.tensor([bad])})
+
+
+@pytest.fixture(scope="module")
+def runs(short, weights, tmp_path_factory):
+    """{strategy: run folder} of a step each."""
+    root = tmp_path_factory.mktemp("runs")
+    for strategy in ("lora", "full"):
+        train.main(command("tiny-nt", strategy, short, weights, root / strategy, "--max-steps", "1", "--batch-size", "32"))
+    return {strategy: root / strategy for strategy in ("lora", "full")}
+
+
+def spoilt(run, path, name, value):
+    content = checkpoint.read(run / "ckpt.pt")
+    content["state"][name].view(-1)[1] = value
+    checkpoint.save(path, content)
+    return str(path)
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("name", ["backbone.encoder.layer.1.attention.self.query.lora_B", "heads.phylum.bias"])
+def test_an_adapter_or_a_head_of_a_checkpoint(name, value, runs, tmp_path):
+    path = spoilt(runs["lora"], tmp_path / "ckpt.pt", name, value)
+    (tmp_path / "reads.fa").write_text(">a\nACGTACGTACGT\n")
+    message = f"ckpt.pt: {re.escape(name)} is not finite: 1 of its "
+    for run in (lambda: evaluate.main([path, "--out", str(tmp_path / "out")]), lambda: export.main([path, "--out", str(tmp_path / "out")]),
+                lambda: export.main([path, "--adapters", "--out", str(tmp_path / "out")]),
+                lambda: predict.main([path, str(tmp_path / "reads.fa"), "--out", str(tmp_path / "out")])):
+        with pytest.raises(InputError, match=message):
+            run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_and_heads_of_a_folder(runs, short, weights, tmp_path):
+    for file, name in (("adapter_model.safetensors", "layer.0.attention.self.value.lora_A.weight"), ("heads.safetensors", "genus.weight")):
+        folder = tmp_path / file
+        export.main([str(runs["lora"] / "ckpt.pt"), "--adapters", "--out", str(folder)])
+        tensors = load_file(folder / file)
+        key, = (key for key in tensors if key.endswith(name))
+        tensors[key].view(-1)[0] = float("nan")
+        save_tensors(folder / file, tensors)
+        arguments = command("tiny-nt", "lora", short, weights, tmp_path / "run", "--adapters", str(folder))
+        arguments = [a for a in arguments if a not in ("--r", "4", "--lora-dropout", "0")]
+        for run in (lambda: train.main(arguments), lambda: evaluate.main([str(folder)])):
+            with pytest.raises(InputError, match=f"{file}: {re.escape(key)} is not finite"):
+                run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_base_weights(short, weights, tmp_path):
+    tensors = load_file(weights["tiny-nt"] / "model.safetensors")
+    tensors["esm.encoder.layer.1.output.dense.weight"][3, 5] = float("inf")
+    (tmp_path / "w").mkdir()
+    save_file(tensors, tmp_path / "w" / "model.safetensors")
+    (tmp_path / "w" / "config.json").write_text((weights["tiny-nt"] / "config.json").read_text())
+    message = "weights from .*w: encoder.layer.1.output.dense.weight is not finite"
+    for run in (lambda: load_backbone("tiny-nt", tmp_path / "w"),
+                lambda: train.main(command("tiny-nt", "ia3", short, {"tiny-nt": tmp_path / "w"}, tmp_path / "run")),
+                lambda: pretrain.main(["--model", "tiny-nt", "--data", str(short), "--weights", str(tmp_path / "w"), "--warmup-steps", "1", "--out",
+                                       str(tmp_path / "run")])):
+        with pytest.raises(InputError, match=message):
+            run()
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------ finite weights that overflow
+
+
+@pytest.fixture
+def overflowing(runs, tmp_path):
+    """A checkpoint of finite numbers whose logits are not: the path."""
+    content = checkpoint.read(runs["full"] / "ckpt.pt")
+    for name in content["state"]:
+        if name.startswith("heads.") and name.endswith("weight"):
+            content["state"][name] = torch.full_like(content["state"][name], 3e38)
+    checkpoint.save(tmp_path / "ckpt.pt", content)
+    return tmp_path / "ckpt.pt"
+
+
+@pytest.mark.parametrize("flags, what", [([], "loss"), (["--temperature"], "logit"), (["--split", "validation"], "loss")])
+def test_no_table_and_no_temperature_of_them(flags, what, overflowing, capsys):
+    with pytest.raises(InputError, match=rf"\d+ of \d+ sequences of the (test|validation) split have a {what} that is not finite"):
+        evaluate.main([str(overflowing), *flags, "--out", str(overflowing.parent / "out")])
+    assert "balanced accuracy" not in capsys.readouterr().out and not list((overflowing.parent / "out").glob("*"))
+
+
+@pytest.mark.parametrize("format", ["tsv", "jsonl", "kraken"])
+def test_no_prediction_of_them(format, overflowing):
+    (overflowing.parent / "reads.fa").write_text(">n\nNNN\n>first read\nACGTACGTACGT\n>b\nACGT\n")
+    with pytest.raises(InputError, match="^2 reads get probabilities that are not finite, the first 'first read'"):
+        predict.main([str(overflowing), str(overflowing.parent / "reads.fa"), "--format", format, "--out",
+                      str(overflowing.parent / "out")])
+    assert not (overflowing.parent / "out").exists()
+
+
+def test_no_folder_to_publish_of_them(overflowing):
+    with pytest.raises(InputError, match="logits of random sequences are not finite"):
+        export.main([str(overflowing), "--out", str(overflowing.parent / "out")])
+    assert [path.name for path in overflowing.parent.iterdir()] == ["ckpt.pt"]
+
+
+def test_a_temperature_that_has_a_minimum_is_still_found(runs, short):
+    """The check takes nothing from networks that are in order."""
+    found = evaluate.main([str(runs["full"] / "ckpt.pt"), "--temperature"])
+    assert all(0.05 < T < 20 for T in found["scaled"]["temperature"].values())
+
+
+def test_split_temperature_does_not_end_at_its_lower_bound_for_nan(short):
+    class Split:
+        name, labels = "validation", torch.zeros(4, 1).long().numpy()
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, rows):
+            return {"input_ids": torch.zeros(len(rows), 2).long(), "attention_mask": torch.ones(len(rows), 2).long(),
+                    "labels": torch.zeros(len(rows), 1).long()}
+
+    class Model(torch.nn.Module):
+        heads = {"genus": torch.nn.Linear(2, 3)}
+
+        def forward(self, ids, mask):
+            return {"genus": torch.tensor([[0.0, 1.0, float("nan")]]).expand(len(ids), 3)}
+
+    with pytest.raises(InputError, match="4 of 4 sequences of the validation split have a logit that is not finite"):
+        split_temperature(World(0, 1, torch.device("cpu")), Model(), Split(), 2)
+
+
+@pytest.mark.parametrize("when", ["validation", "test"])
+def test_a_run_whose_loss_is_not_finite_ends_with_2_and_no_metrics(when, short, weights, tmp_path, monkeypatch):
+    """In the validation no checkpoint is written; in the test no table."""
+    run_split = train.run_split
+
+    def spoil(w, model, split, *arguments, **more):
+        if split.name == when:
+            with torch.no_grad():
+                model.heads["genus"].weight.fill_(3e38)
+        return run_split(w, model, split, *arguments, **more)
+
+    monkeypatch.setattr(train, "run_split", spoil)
+    with pytest.raises(InputError, match=f"of the {when} split have a loss that is not finite.*--lr"):
+        train.main(command("tiny-nt", "full", short, weights, tmp_path / "run", "--max-steps", "1", "--batch-size", "32"))
+    assert (tmp_path / "run" / "ckpt.pt").exists() == (when == "test") and not (tmp_path / "run" / "metrics.json").exists()
+    for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda text: pytest.fail(f"{text} in {line}"))
+
+
+# ------------------------------------------------------------------ documents
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_no_json_document_holds_them(value, tmp_path):
+    write_json(tmp_path / "metrics.json", {"loss": 1.0})
+    with pytest.raises(InputError, match="metrics.json is not written: a number in it is NaN or infinite"):
+        write_json(tmp_path / "metrics.json", {"ranks": [{"loss": value}]})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"loss": 1.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+
+
+@pytest.mark.parametrize("precision, low, high", [("fp32", 0, 1e-4), ("bf16", 1e-4, 1)])
+def test_the_card_says_how_far_merging_moves_the_logits(precision, low, high, runs, tmp_path):
+    """Against the exported folder as a user loads it, on the same sequences, in the precision of the run."""
+    content = checkpoint.read(runs["lora"] / "ckpt.pt") | {"precision": precision}
+    torch.manual_seed(0)
+    for name in content["state"]:
+        if name.endswith("lora_B"):
+            content["state"][name].normal_(std=0.3)
+    checkpoint.save(tmp_path / "ckpt.pt", content)
+    export.main([str(tmp_path / "ckpt.pt"), "--out", str(tmp_path / "out")])
+    ids = export.random_tokens(content)
+    assert ids.shape == (4, 16) and len(set(ids.flatten().tolist())) > 50  # 90 bases: 15 6-mers and <cls>
+    exported = checkpoint.TaxonClassifier(load_backbone("tiny-nt", tmp_path / "out"), {r: len(t) for r, t in content["classes"].items()})
+    exported.heads.load_state_dict(load_file(tmp_path / "out" / "heads.safetensors"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        pairs = zip(exported.eval()(ids).values(), checkpoint.rebuild(content)(ids).values())
+        expected = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
+    found = re.search(rf"on 4 random sequences of 16 tokens, in {precision} on a CPU, .* is ([-0-9.e]+) \(logits up to",
+                      (tmp_path / "out" / "README.md").read_text())
+    assert float(found[1]) == pytest.approx(expected, rel=1e-2) and low < expected < high
+
+
+def test_a_file_of_tensors_is_never_written_in_place(tmp_path):
+    """Tensors loaded from a file may be mapped from it; the old bytes stay what they were under another name."""
+    path, other = tmp_path / "a.safetensors", tmp_path / "link"
+    save_tensors(path, {"a": torch.zeros(1000)})
+    other.hardlink_to(path)
+    before, loaded = other.read_bytes(), load_file(path)
+    save_tensors(path, {"a": torch.ones(1000)})
+    assert other.read_bytes() == before and (loaded["a"] == 0).all() and (load_file(path)["a"] == 1).all()

@@ -1,0 +1,215 @@
+"""Machines as they come: one GPU visible per process, a name that means loopback, no locks, no shared memory, no fcntl."""
+
+import datetime
+import errno
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import ROOT, command
+
+import train
+from taxa.data.dataset import PreparedDataset
+from taxa.data.opening import load_batches
+from taxa.errors import InputError
+from taxa.runtime import distributed, files
+
+# Two ranks that print what world() gives them, as processes of their own, with stand-ins for torch's functions.
+RANKS = """
+import sys, os, json, datetime, time
+sys.path[:0] = [ROOT, ROOT + "/tests"]
+import torch
+from runs import ranks
+from taxa.runtime import distributed
+case = json.loads(sys.argv[1])
+real = torch.distributed.init_process_group
+
+def main():
+    rank = int(os.environ["RANK"])
+    with open(f"{sys.argv[2]}/{rank}", "w") as own:
+        for stream in (1, 2):
+            os.dup2(own.fileno(), stream)
+    if "uuids" in case:
+        os.environ["LOCAL_RANK"] = str(rank)
+        torch.cuda.is_available, torch.cuda.set_device = lambda: True, lambda device: None
+        torch.cuda.device_count = lambda: case["visible"]
+        torch.cuda.get_device_properties = lambda device: type("P", (), {"uuid": case["uuids"][rank]})
+        torch.distributed.init_process_group = lambda backend, **more: real("gloo", **more)
+    if "names" in case:
+        distributed._host = lambda: case["names"][rank]
+        distributed._address = lambda: case["addresses"][rank]
+    if case.get("absent") == rank:
+        distributed._connect = lambda *_: (time.sleep(6), os._exit(0))
+    if "seconds" in case:
+        distributed.JOIN_LIMIT = datetime.timedelta(seconds=case["seconds"])
+    with distributed.world("cuda" if "uuids" in case else "cpu") as w:
+        if "wait" in case and rank == 1:
+            time.sleep(case["wait"])
+        distributed.barrier(w)
+        print("on", w.device, flush=True)
+
+for child in ranks(2, main):
+    os.waitpid(child, 0)
+"""
+
+
+def two_ranks(**case):
+    """What two ranks print, a line of ours each: where they compute, or why they end."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-c", f"ROOT = {str(ROOT)!r}\n{RANKS}", json.dumps(case), folder], check=True, timeout=120,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"})
+        told = [(Path(folder) / rank).read_text() for rank in "01"]
+    assert "Traceback" not in "".join(told), told
+    return ["".join(line for line in of_rank.splitlines() if line.startswith(("-c", "on "))) for of_rank in told]
+
+
+# ------------------------------------------------------------------ GPUs
+
+
+@pytest.mark.parametrize("visible, local, expected", [(1, 0, 0), (1, 1, 0), (1, 7, 0), (4, 0, 0), (4, 3, 3), (2, 2, None), (0, 0, None)])
+def test_which_gpu_is_a_process_own(visible, local, expected, monkeypatch):
+    """One that is visible is taken whatever the number of the process: SLURM's --gpus-per-task=1."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    if expected is None:
+        with pytest.raises(InputError, match=f"process {local} of this machine has no GPU of its own: it has {visible}"):
+            distributed._own_gpu()
+        assert not chosen
+    else:
+        assert distributed._own_gpu() == torch.device("cuda", expected) == chosen[0]
+
+
+def test_one_visible_gpu_each():
+    assert two_ranks(visible=1, uuids=["GPU-a", "GPU-b"]) == ["on cuda:0", "on cuda:0"]
+    assert two_ranks(visible=2, uuids=["GPU-a", "GPU-b"]) == ["on cuda:0", "on cuda:1"]
+
+
+def test_two_processes_that_share_a_gpu_are_found():
+    first, second = two_ranks(visible=1, uuids=["GPU-a", "GPU-a"])
+    assert "error: ranks 0 and 1 have one GPU between them, GPU-a of " in first and "as many processes as GPUs" in first and not second
+    of_two = {"names": ["one 1", "two 2"], "addresses": ["10.0.0.1", "10.0.0.2"]}  # machines
+    assert two_ranks(visible=1, uuids=["GPU-a", "GPU-a"], **of_two) == ["on cuda:0", "on cuda:0"]
+
+
+# ------------------------------------------------------------------ addresses
+
+
+@pytest.mark.parametrize("addresses", [["10.0.0.1", "127.0.1.1"], ["127.0.1.1", "10.0.0.2"], ["::1", "10.0.0.2"], ["127.0.0.1"] * 2])
+def test_a_name_that_means_loopback_is_told_at_once_on_every_rank(addresses):
+    at = next(i for i, address in enumerate(addresses) if address.startswith(("127", "::")))
+    for rank, line in enumerate(two_ranks(names=["one 1", "two 2"], addresses=addresses)):
+        assert f"rank {rank} advertises the address {addresses[rank]}, and rank {at} on {['one', 'two'][at]} {addresses[at]}, where" in line
+        assert "GLOO_SOCKET_IFNAME" in line and "NCCL_SOCKET_IFNAME" in line
+
+
+def test_loopback_is_no_matter_on_one_machine_nor_where_an_interface_is_named():
+    assert two_ranks(names=["one 1", "one 1"], addresses=["127.0.1.1", "127.0.1.1"]) == ["on cpu", "on cpu"]
+    assert two_ranks(names=["one 1", "two 2"], addresses=["10.0.0.1", "eth0"]) == ["on cpu", "on cpu"]
+
+
+def test_which_address_is_advertised(monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    of_name = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("203.0.113.9", "127.0.1.1", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: of_name)
+    assert distributed._address() == "127.0.1.1"  # the first is of another machine: nothing here can listen at it
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: of_name[:1])
+    assert distributed._address() == "127.0.0.1"
+
+    def unknown(*_, **__):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert distributed._address() == "127.0.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    assert distributed._address() == "eth7"
+
+
+def test_a_process_that_cannot_connect_says_so_after_the_limit():
+    """The other one is there, but never connects."""
+    line, _ = two_ranks(absent=1, seconds=2, names=["one", "one"], addresses=["10.0.0.1", "10.0.0.2"])
+    assert "rank 0, known to the others as 10.0.0.1, could not connect to them within 2 s" in line and "GLOO_SOCKET_IFNAME" in line
+
+
+def test_the_limit_for_joining_is_none_for_waiting():
+    """Once joined, rank 0 may work for long while the others wait."""
+    assert distributed.JOIN_LIMIT <= datetime.timedelta(minutes=1)
+    assert two_ranks(seconds=2, wait=5) == ["on cpu", "on cpu"]
+
+
+# ------------------------------------------------------------------ locks
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL])
+def test_a_folder_without_locks_is_written_with_a_warning(number, tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with files.locked(tmp_path):
+        (tmp_path / "file").write_text("a")
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and f"cannot be locked ({os.strerror(number)})" in line
+    number = errno.EIO
+    with pytest.raises(OSError), files.locked(tmp_path):
+        pass
+
+
+def test_a_python_without_fcntl_names_the_platforms():
+    code = "import sys; sys.modules['fcntl'] = None; sys.argv = ['train.py', '--help']; import train"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.splitlines() == [line for line in done.stderr.splitlines() if "Linux and macOS" in line and "Windows" in line]
+    assert "Linux" in (ROOT / "README.md").read_text() and "Windows" in (ROOT / "README.md").read_text()
+
+
+# ------------------------------------------------------------------ shared memory
+
+
+@pytest.mark.parametrize("message", ["unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)",
+                                     "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"])
+def test_shared_memory_that_is_too_small_is_one_line(message, short, weights, tmp_path, monkeypatch):
+    def share(_):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share)  # the workers are forked, and have it too
+    with pytest.raises(InputError, match=r"^--workers 2: /dev/shm, of [0-9,.]+ MiB, is too small.*--workers 0"):
+        train.main(command("tiny-nt", "ia3", short, weights, tmp_path / "run", "--workers", "2", "--max-steps", "1"))
+
+
+def test_another_error_of_a_worker_stays_what_it_is(short):
+    class Broken(torch.utils.data.Dataset):
+        def __getitem__(self, rows):
+            raise RuntimeError("of another kind")
+
+    with pytest.raises(RuntimeError, match="of another kind"):
+        list(load_batches(Broken(), [[0]], 1, torch.device("cpu")))
+
+
+def test_a_shared_memory_that_fills_ends_the_run(demo, weights, tmp_path):
+    """For true, on a /dev/shm of 64 kB in a namespace of its own; a batch has 128 kB."""
+    if os.geteuid() or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    train.main(command("tiny-nt", "ia3", demo, weights, tmp_path / "run", "--max-steps", "1"))
+    for script, arguments in (
+            ("train.py", command("tiny-nt", "ia3", demo, weights, tmp_path / "other", "--workers", "2", "--batch-size", "32")),
+            ("evaluate.py", [str(tmp_path / "run" / "ckpt.pt"), "--workers", "2", "--batch-size", "32", "--out", str(tmp_path / "out")])):
+        done = subprocess.run(["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64k none /dev/shm && exec "$@"', "sh", sys.executable,
+                               ROOT / script, *arguments], capture_output=True, text=True, timeout=100, cwd=tmp_path,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        line, = [line for line in done.stderr.splitlines() if line.startswith(script)]
+        assert done.returncode == 2 and "--workers 2: /dev/shm, of 0.1 MiB, is too small" in line and "Traceback" not in done.stderr
+
+
+def test_batches_of_workers_are_those_of_the_process_itself(short):
+    split, rows = PreparedDataset(short).split("train", "nt"), [[0, 5, 2], [7], [1, 3]]
+    for one, other in zip(load_batches(split, rows, 0, torch.device("cpu")), load_batches(split, rows, 2, torch.device("cpu")), strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
