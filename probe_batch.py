@@ -181,7 +181,7 @@ def probe(args, label, mode, settings, device, isolated):
 
     def fits(batch):
         lr = row.learning_rate * batch / row.batch_size
-        found = isolated(lambda: measure(args, mode, settings, device, batch, lr))
+        found = isolated(functools.partial(measure, args, mode, settings, device, batch, lr))
         entry = {"batch": batch, "lr": lr, "verdict": "fits" if found else "out of memory"}
         if found:
             step = statistics.median(found["step_s"])

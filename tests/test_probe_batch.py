@@ -1,5 +1,6 @@
 """The search against known ceilings, the memory limit of a child process, and the script as a user runs it."""
 
+import functools
 import json
 import math
 import os
@@ -46,21 +47,24 @@ def test_byte_size_refuses(text):
         byte_size(text)
 
 
-def test_a_child_runs_out_of_memory_and_the_parent_does_not():
-    def take(megabytes):
-        return {"sum": float(torch.ones(megabytes * 250_000).sum())}
+def take(megabytes):
+    return {"sum": float(torch.ones(megabytes * 250_000).sum())}
 
-    assert in_child(lambda: take(20), 64 * 2**20) == {"sum": 5e6}
-    assert in_child(lambda: take(100), 64 * 2**20) is None
+
+def wrong():
+    raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def refused():
+    raise InputError("say it in one line")
+
+
+def test_a_child_runs_out_of_memory_and_the_parent_does_not():
+    assert in_child(functools.partial(take, 20), 64 * 2**20) == {"sum": 5e6}
+    assert in_child(functools.partial(take, 100), 64 * 2**20) is None
 
 
 def test_only_out_of_memory_is_caught():
-    def wrong():
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-    def refused():
-        raise InputError("say it in one line")
-
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         in_child(wrong, 2**28)
     with pytest.raises(InputError, match="^say it in one line$"):
