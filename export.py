@@ -21,7 +21,6 @@ and train.py --adapters DIR trains on from it, as it does from a folder that the
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from taxa.backbones import FAMILIES, MODELS, get_model
@@ -29,7 +28,7 @@ from taxa.errors import InputError
 from taxa.inject import merge_adapters
 from taxa.results.evaluation import table
 from taxa.runtime.cli import Parser, run
-from taxa.runtime.files import new_folder, write_json
+from taxa.runtime.files import new_folder, save_tensors, write_json
 from taxa.training import checkpoint, peft_format
 
 
@@ -75,7 +74,7 @@ def write_backbone(folder, backbone, family):
         del config["auto_map"]  # it names files of a folder, not REPOSITORY--FILE: they are not here
     write_json(folder / "config.json", family.module.FIXED | config | {"model_type": family.config.model_type})
     state = {f"{backbone.base_model_prefix}.{name}": tensor.contiguous() for name, tensor in backbone.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "model.safetensors", state)
 
 
 def metrics_beside(path):

@@ -120,7 +120,7 @@ def test_all_strategies_in_every_mode_as_a_user_runs_them(tmp_path):
     modes = ["none", "selective", "full"]
     stdout, document = probed(tmp_path, "--strategies", "all", "--activation-checkpointing", *modes, "--length", 32, "--batch-sizes", 2, 4,
                               "--plot", tmp_path / "memory.png")
-    assert "published s/epoch to full" in stdout and stdout.count("allocator's peak") == 3
+    assert "published to full" in stdout and stdout.count("allocator's peak") == 3
     assert "batch 4, selective checkpointing" in stdout
     assert "ceiling" not in stdout and "largest: of the sizes that were tried; more may fit" in stdout
     assert [(found["activation_checkpointing"], found["label"]) for found in document["runs"]] == [
@@ -141,7 +141,8 @@ def test_ratios_are_to_full_in_the_same_mode():
         return {"label": label, "strategy": label, "activation_checkpointing": mode, "ceiling": ceiling, "power_of_two": ceiling,
                 "smallest_that_fails": ceiling + 1, "sizes": [{"batch": ceiling, "verdict": "fits", "epoch_s": seconds}]}
 
-    runs = [found("full", "none", 8, 100.0), found("ia3", "none", 8, 50.0), found("full", "full", 64, 200.0), found("ia3", "full", 128, 50.0)]
+    runs = [found("full", "none", 8, 100.0), found("ia3", "none", 8, 50.0),
+            found("full", "full", 64, 200.0), found("ia3", "full", 128, 50.0)]
     lines = probe_batch.summary(probe_batch.parse_args(["--model", "nt50m", "--strategy", "full"]), runs).splitlines()
     assert lines[2].split() == ["ia3", "none", "8", "1.00", "8", "50", "0.50", "0.90"]
     assert lines[4].split() == ["ia3", "full", "128", "2.00", "128", "50", "0.25", "-"]

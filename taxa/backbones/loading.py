@@ -14,7 +14,7 @@ from taxa.backbones.table import FAMILIES, MODELS, Model, checked_config, get_mo
 from taxa.data.tokens import NTTokenizer, get_tokenizer
 from taxa.errors import InputError
 from taxa.random_init import reinitialize
-from taxa.runtime.files import UNREADABLE, read_json
+from taxa.runtime.files import UNREADABLE, check_finite, read_json
 
 
 def find_model(name, weights=None, revision=None):
@@ -135,6 +135,7 @@ def _from_pretrained(family, source, arguments, config):
     problems = [f"{kind}: {', '.join(sorted(map(str, keys)))}" for kind, keys in problems.items() if keys]
     if problems:
         raise InputError(f"weights from {source} do not fit: {'; '.join(problems)}")
+    check_finite(f"weights from {source}", model.state_dict())
     return model.float()  # transformers 4 keeps half-precision tensors of the file as they are
 
 

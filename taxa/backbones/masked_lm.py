@@ -17,13 +17,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import nn
 
 from taxa.backbones import FAMILIES
 from taxa.errors import InputError
 from taxa.random_init import reinitialize
-from taxa.runtime.files import UNREADABLE, replacing, write_json
+from taxa.runtime.files import UNREADABLE, check_finite, save_tensors, write_json
 
 
 class NTHead(nn.Module):
@@ -146,8 +146,7 @@ def save_hub_folder(model, folder, dtype=torch.float32):
         "tie_word_embeddings": model.tied, "torch_dtype": str(dtype).removeprefix("torch.")})
     state = {name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in model.state_dict().items()
              if not (model.tied and name.endswith("decoder.weight"))}
-    with replacing(Path(folder) / "model.safetensors") as temporary:
-        temporary.write_bytes(save(state, metadata={"format": "pt"}))  # save_file would make it readable by its owner alone
+    save_tensors(Path(folder) / "model.safetensors", state)
 
 
 def load_head(model, folder):
@@ -168,4 +167,5 @@ def load_head(model, folder):
         model.head.load_state_dict(state)
     except UNREADABLE as error:
         raise InputError(f"the language-model head in {folder} does not fit: {' '.join(str(error).split())}") from None
+    check_finite(folder, state)
     return True

@@ -11,17 +11,20 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
+from safetensors.torch import save
 
 from taxa.errors import InputError
 
 # What reading a file of weights raises when it is cut short, damaged, or something else altogether.
 UNREADABLE = (pickle.UnpicklingError, SafetensorError, struct.error, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError,
               AttributeError, IndexError, AssertionError)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # said by a file system that has none
 
 
 @contextlib.contextmanager
@@ -95,13 +98,20 @@ def new_folder(path, overwrite=False):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold a lock on a folder, which ends with the process however that ends. Raises InputError when another process holds it."""
+    """Hold a lock on a folder, which ends with the process however that ends; a warning where the file system has none.
+
+    Raises InputError when another process holds it.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder}: another process is writing it") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"warning: {folder} cannot be locked ({error.strerror}): let no other process write it", file=sys.stderr, flush=True)
         yield
     finally:
         os.close(descriptor)
@@ -132,20 +142,45 @@ def read_text(path, limit=1 << 28):
         return file.read()
 
 
-def read_json(path):
-    """The value of a JSON file. Raises InputError, in one line, for a file that is missing, too large, or no JSON in UTF-8."""
+def read_json(path, hint=""):
+    """The value of a JSON file. Raises InputError, in one line, for a file that is missing, too large, or no JSON in UTF-8.
+
+    hint: what to add where the file is missing.
+    """
     try:
         return json.loads(read_text(path))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        raise InputError(f"{path}: no such file" + f"; {hint}" * bool(hint)) from None
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
 
 
 def write_json(path, value):
-    """Write one JSON document, indented, under a temporary name and then renamed."""
+    """Write one JSON document, indented, under a temporary name and then renamed. Raises InputError for NaN and infinity, which no JSON has."""
+    try:
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise InputError(f"{path} is not written: a number in it is NaN or infinite, so what was measured is worth nothing") from None
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def save_tensors(path, tensors):
+    """Write a safetensors file of {name: tensor} under a temporary name and then rename it.
+
+    Never into a file that is there: tensors that were loaded from it may be mapped from its bytes, and would change with them.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file would make it readable by its owner alone
+
+
+def check_finite(source, tensors):
+    """Raise InputError, by name, for the first tensor of {name: tensor} with a NaN or an infinity. source: where they were read."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
+            raise InputError(f"{source}: {name} is not finite: {bad:,} of its {tensor.numel():,} numbers are NaN or infinite; it comes "
+                             "from a run that diverged, or is damaged: take another file")
 
 
 def save_array(path, array):

@@ -9,6 +9,7 @@ carries its own proof, torch.load still reads it, and a byte that changed on a d
 
 import hashlib
 import os
+import pickletools
 import zipfile
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from taxa.backbones import FAMILIES, checked_config, get_model, load_backbone
 from taxa.errors import InputError
 from taxa.model import TaxonClassifier
 from taxa.random_init import reinitialize
-from taxa.runtime.files import UNREADABLE, replacing
+from taxa.runtime.files import UNREADABLE, check_finite, replacing
 from taxa.strategies import classifier_on_meta, inject_adapters, trainable_names
 from taxa.training import peft_format
 
 CHECKPOINT, RESUME_STATE, VERSION = "taxa checkpoint", "taxa resume state", 1
 SEAL, SEAL_BYTES = b"taxa sha256 ", 12 + 64  # the comment: these letters, then the digest in hex
+ITEM_BYTES = {f"torch {kind}Storage": size for kind, size in {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4,
+                                                              "Short": 2, "Char": 1, "Byte": 1, "Bool": 1}.items()}
 SEED_OF_UNPUBLISHED = 0  # of the random base weights that stand in where a model has no published ones
 
 
@@ -145,6 +148,44 @@ def check_seal(path):
                 raise InputError(f"{path}: not a checkpoint of train.py: it unpacks to more than its own size")
 
 
+def check_storages(path):
+    """Raise InputError when the pickle in a checkpoint asks for a storage of more bytes than the member of the zip behind it has.
+
+    Nothing is built: the pickle's instructions are followed with its own strings, numbers and tuples, None in the place of all else, up to
+    each persistent id, ("storage", class, key, location, numbers), as torch.save writes it. (torch 2.6 believes the pickle, and reads on
+    behind what it has.)
+    """
+    with zipfile.ZipFile(path) as archive:
+        sizes = {member.filename.lower(): member.file_size for member in archive.infolist()}  # as torch looks them up
+        pickled, = (member for member in archive.namelist() if member.endswith("/data.pkl"))
+        if len(sizes) < len(archive.namelist()):
+            raise InputError(f"{path}: not a checkpoint of train.py: two of its members have one name")
+        instructions = pickletools.genops(archive.read(pickled))
+    stack, memo = [], {}
+    for operation, argument, _ in instructions:
+        name, taken, given = operation.name, operation.stack_before, operation.stack_after
+        below = taken.index(pickletools.markobject) if pickletools.markobject in taken else None  # of the objects under the mark
+        start = len(stack) - len(taken) if below is None else len(stack) - 1 - stack[::-1].index(pickletools.markobject)
+        values = stack[start:] if below is None else stack[start + 1:]
+        del stack[start - (below or 0):]
+        if name == "BINPERSID":
+            kind, storage, key, _, numbers = values[0]
+            size = numbers * ITEM_BYTES[storage]
+            member = f"{pickled.removesuffix('data.pkl')}data/{key}".lower()
+            if kind != "storage" or not 0 <= size <= sizes[member]:
+                raise InputError(f"{path}: not a checkpoint of train.py: it claims a tensor of {size:,} bytes where it has {sizes[member]:,}")
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "MARK":
+            stack.append(pickletools.markobject)
+        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(values))
+        else:
+            stack += [argument if type(argument) in (str, int) else None] * len(given)
+
+
 def read(path, format=CHECKPOINT):
     """The content of a checkpoint (or of last.pt, or of a folder of export.py --adapters).
 
@@ -154,6 +195,7 @@ def read(path, format=CHECKPOINT):
         return peft_format.read_checkpoint(path)
     try:
         check_seal(path)
+        check_storages(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         hint = "train.py writes ckpt.pt into its run folder" if format == CHECKPOINT else "nothing to resume: leave out --resume"
@@ -168,6 +210,9 @@ def read(path, format=CHECKPOINT):
         raise InputError(f"{path}: not a checkpoint of train.py{hint}")
     if content.get("version") != VERSION:
         raise InputError(f"{path}: checkpoint version {content.get('version')}, but this code reads version {VERSION}")
+    state = content.get("state")
+    if isinstance(state, dict):
+        check_finite(path, {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)})
     return content
 
 

@@ -9,20 +9,19 @@ The names are those of the encoder alone, so PeftModel.from_pretrained(backbone,
 Beside the two files export.py puts heads.safetensors, labels.json and taxa.json, with which the folder is a whole checkpoint again.
 """
 
-import json
 import math
 import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from taxa.data.taxonomy import class_id
 from taxa.errors import InputError
 from taxa.ia3 import IA3Linear, rows_of, split_target
 from taxa.inject import matches
 from taxa.lora import LoRALinear
-from taxa.runtime.files import UNREADABLE, read_text, write_json
+from taxa.runtime.files import UNREADABLE, check_finite, read_json, save_tensors, write_json
 
 CONFIG, ADAPTERS = "adapter_config.json", "adapter_model.safetensors"
 HEADS, LABELS, REST = "heads.safetensors", "labels.json", "taxa.json"
@@ -69,7 +68,7 @@ def write_adapters(folder, backbone, settings, base):
     else:
         config["feedforward_modules"] = inputs
     write_json(folder / CONFIG, config)
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / ADAPTERS, metadata={"format": "pt"})
+    save_tensors(folder / ADAPTERS, {name: tensor.detach().contiguous() for name, tensor in tensors.items()})
 
 
 def read_adapters(folder):
@@ -170,7 +169,7 @@ def is_adapter_folder(path):
 def write_heads(folder, content):
     """heads.safetensors, RANK.weight (C, H) and RANK.bias (C,), and labels.json, the taxid and name of each of its rows."""
     heads = {key.removeprefix("heads."): tensor for key, tensor in content["state"].items() if key.startswith("heads.")}
-    save_file(heads, folder / HEADS, metadata={"format": "pt"})
+    save_tensors(folder / HEADS, heads)
     write_json(folder / LABELS, content["classes"])
 
 
@@ -231,18 +230,15 @@ def _class_ids(classes):
 
 
 def _json(path):
-    try:
-        return json.loads(read_text(path))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a PEFT folder holds {CONFIG} and {ADAPTERS}") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    return read_json(path, f"a PEFT folder holds {CONFIG} and {ADAPTERS}")
 
 
 def _tensors(path):
     try:
-        return {name: tensor.to(torch.float32) for name, tensor in load_file(path).items()}
+        tensors = {name: tensor.to(torch.float32) for name, tensor in load_file(path).items()}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a PEFT folder holds {CONFIG} and {ADAPTERS}, saved as safetensors") from None
     except UNREADABLE as error:
         raise InputError(f"{path}: not readable as safetensors ({error})") from None
+    check_finite(path, tensors)
+    return tensors

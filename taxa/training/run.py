@@ -15,7 +15,6 @@ No random state is stored, because none is carried from step to step: the order 
 seeded anew at every step from (seed, step, rank). So weights, optimizer and a few numbers are all that a run needs to go on bit for bit.
 """
 
-import errno
 import fcntl
 import json
 import math
@@ -35,7 +34,7 @@ from taxa import __version__
 from taxa.errors import InputError, Saved
 from taxa.runtime.cli import interval_of
 from taxa.runtime.distributed import any_process, barrier, exit_together, from_main, same_on_all
-from taxa.runtime.files import read_text, to_disk, write_json
+from taxa.runtime.files import NO_LOCKS, read_json, to_disk, write_json
 from taxa.runtime.progress import print_line
 from taxa.runtime.signals import Signals
 from taxa.training import checkpoint
@@ -46,7 +45,6 @@ LAST, PREVIOUS, LOCK = "last.pt", "last.prev.pt", ".lock"
 LOGS = ("log.jsonl", "bad_steps.jsonl")  # appended to, so cut back on resuming to what they were when last.pt was written
 RUN_FILES = ("args.json", "environment.json", *LOGS, LAST, PREVIOUS, "ckpt.pt", "config.json", "model.safetensors", "metrics*.json",
              "per_class*.csv", "confusion_*.csv", "temperature.json")  # what --overwrite removes
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # said by a file system that has none
 COUNTS = ("bad_steps", "loss_sum", "seen", "seconds")  # what a Run counts and last.pt holds
 
 
@@ -165,11 +163,11 @@ class Run:
 
     def log_validation(self, entry):
         """Log a validation; the next log line begins anew. Raises InputError, on all processes, unless "validation_loss" is finite."""
-        self.log(entry)
-        self.loss_sum, self.seen, self.seconds, self._since = 0.0, 0, 0.0, time.perf_counter()
         if not math.isfinite(entry["validation_loss"]):
             exit_together(self.w, InputError(f"the validation loss is {entry['validation_loss']} after step {entry['step']}: try a lower "
                                              f"--lr than {self.args.lr}"))
+        self.log(entry)
+        self.loss_sum, self.seen, self.seconds, self._since = 0.0, 0, 0.0, time.perf_counter()
 
     def save_due(self, step):
         """Is last.pt to be written after this step: --save-every says so, or the run is about to stop?"""
@@ -216,10 +214,9 @@ class Run:
         """Raise InputError if the folder holds the settings of another run, stopped before its first save."""
         path = self.out / "args.json"
         if path.exists():
-            try:
-                written = dict(json.loads(read_text(path)))
-            except (ValueError, TypeError):
-                raise InputError(f"{path}: not written by a run: give another --out, or --overwrite") from None
+            written = read_json(path)
+            if not isinstance(written, dict):
+                raise InputError(f"{path}: not written by a run: give another --out, or --overwrite")
             check_same(path, {"args": {name: written[name] for name in vars(self.args) if name in written}}, {"args": vars(self.args)})
 
 
