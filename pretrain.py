@@ -158,7 +158,7 @@ def pretrain(w, run, args, row):
         load_adamw(optimizer, last["optimizer"], model)
         step, metrics = last["step"], last.get("metrics")
         first_epoch = last.get("epoch", step // steps_per_epoch)  # older files have no "epoch" and no "metrics"
-    ddp = DistributedDataParallel(model, device_ids=[w.device.index] if w.device.type == "cuda" else None) if w.size > 1 else model
+    ddp = DistributedDataParallel(model, w.device_ids, gradient_as_bucket_view=True) if w.size > 1 else model
     unigram = unigram_losses(splits["train"], model.masking, model.config.vocab_size)
     run.announce([f"{args.model} {'from ' + args.weights if args.weights else 'from random weights'}, language-model head {head}: "
                   f"{sum(p.numel() for p in parameters):,} parameters; {len(splits['train']):,} sequences, {total_steps:,} steps of "

@@ -181,7 +181,7 @@ def probe(args, label, mode, settings, device, isolated):
 
     def fits(batch):
         lr = row.learning_rate * batch / row.batch_size
-        found = isolated(lambda: measure(args, mode, settings, device, batch, lr))
+        found = isolated(functools.partial(measure, args, mode, settings, device, batch, lr))
         entry = {"batch": batch, "lr": lr, "verdict": "fits" if found else "out of memory"}
         if found:
             step = statistics.median(found["step_s"])
@@ -224,8 +224,8 @@ def summary(args, runs):
     """One line per run: ceiling (or largest size tried), largest power of two, time of an epoch there; ratios are to full in its mode."""
     fulls = {found["activation_checkpointing"]: found for found in reversed(runs) if found["strategy"] in ("full", "random")}
     searched = all(found["smallest_that_fails"] for found in runs)  # else --batch-sizes or --max-batch ended before the memory did
-    name = "ceiling" if searched else "largest"
-    lines = [f"{'strategy':<12}{'checkpoints':<12}{name:>9}{'to full':>9}{'2^n':>7}{'s/epoch':>14}{'to full':>9}  published s/epoch to full"]
+    size = "ceiling" if searched else "largest"
+    lines = [f"{'strategy':<12}{'checkpoints':<12}{size:>9}{'to full':>9}{'2^n':>7}{'s/epoch':>14}{'to full':>9}  published to full"]
     for found in runs:
         mode, seconds = found["activation_checkpointing"], epoch_seconds(found)
         full, published = fulls.get(mode), published_ratio(args.model, found["label"]) if mode == "none" else "-"

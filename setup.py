@@ -25,8 +25,8 @@ setup(
         "numpy>=1.26",
         "pyfaidx>=0.8",
         "ete3>=3.1.3,<4",
-        "six",  # ete3 needs it and does not say so
-        "legacy-cgi; python_version >= '3.13'",  # ete3 imports cgi, which Python 3.13 dropped
+        "six>=1.16",  # ete3 needs it and does not say so
+        "legacy-cgi>=2.6; python_version >= '3.13'",  # ete3 imports cgi, which Python 3.13 dropped
         "tqdm>=4.60",
     ],
     extras_require={"test": TEST, "bench": TEST, "report": ["matplotlib>=3.8"]},

@@ -19,9 +19,10 @@ import sys
 import time
 from pathlib import Path
 
+from taxa import STUDY_TRAINING_SEQUENCES
 from taxa.errors import InputError, Saved, Stop, choose, nearest
 from taxa.results import grid
-from taxa.results.rates import STUDY_SEQUENCES, hours, read_rates
+from taxa.results.rates import hours, read_rates
 from taxa.results.run_folders import read_run
 from taxa.runtime.cli import Parser, positive_int, run
 from taxa.runtime.queue import Job, gpus, hold, run_jobs
@@ -122,7 +123,7 @@ def print_plan(args, plan, data):
         if args.num_classes:
             stand_in = {"dry-run": "yes", "num-classes": " ".join(map(str, args.num_classes))}
             typed = each._replace(flags={f: t for f, t in each.flags.items() if f not in ("data", "resume", "out")} | stand_in)
-        sequences = data[each.flags["data"]].get("splits", {}).get("train", STUDY_SEQUENCES)
+        sequences = data[each.flags["data"]].get("splits", {}).get("train", STUDY_TRAINING_SEQUENCES)
         took = hours(each.flags, sequences, card, rates, args.gpus_per_run)
         told = [grid.state(Path(each.flags["out"]))[0]]
         if each.published:

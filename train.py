@@ -56,8 +56,7 @@ def parse_args(argv=None):
         help="stop after this many without a better validation loss (default 3)")
     add = add_machine(parser)
     add("--compile", nargs="?", const="layers", choices=COMPILE, metavar="HOW",
-        help="torch.compile: layers (what --compile alone means; starts in seconds), model (half a minute, faster at small batches) or "
-             "cudagraphs (CUDA and few shapes of batch)")
+        help="torch.compile: layers (what --compile alone means; starts in seconds) or model (half a minute; faster at small batches)")
     add = add_output(parser, help="run folder (default runs/MODEL-STRATEGY...)")
     add("--dry-run", action="store_true", help="print as one JSON line what would train, and stop")
     add_classes(parser, "--dry-run: ")
@@ -156,8 +155,6 @@ def train(w, run, args, row, settings, start=None):
     """Train, validate after every epoch, stop, test; returns the test metrics. start: {name: tensor} of --adapters."""
     set_precision(args.precision, w.device)
     data = open_data(w, args, row)
-    if args.data_fraction:
-        data.keep_part(args.data_fraction, args.seed)
     splits = {name: data.split(name, row.tokenizer) for name in SPLITS}
     per_step, steps_per_epoch, total_steps, warmup_steps = planned_steps(args, len(splits["train"]), w.size)
 
@@ -188,7 +185,7 @@ def train(w, run, args, row, settings, start=None):
     if last:
         checkpoint.load_state(model, last["state"], names)
         load_adamw(optimizer, last["optimizer"], model)
-    ddp = DistributedDataParallel(model, device_ids=[w.device.index] if w.device.type == "cuda" else None) if w.size > 1 else model
+    ddp = DistributedDataParallel(model, w.device_ids, gradient_as_bucket_view=True) if w.size > 1 else model
     lineages = np.unique(splits["train"].labels, axis=0).tolist()  # class numbers, one per taxonomic level, that occur together
     announce(run, args, settings, base, model, data.digest, len(splits["train"]), (total_steps, per_step), started)
 

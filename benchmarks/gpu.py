@@ -7,7 +7,7 @@ Cells, most wanted first, of random weights and tokens at the published batch, w
 
   product    what a lone matrix multiplication, and a lone attention, of the model's own shapes reach, forward and backward
   speed      sequences/s of a whole training step (forward, backward, clip, AdamW), eager or compiled, with or without activation
-             checkpointing; impl peer is benchmarks/peer.py, what the published code does, peer-sdpa the same with transformers' faster attention
+             checkpointing; impl peer is benchmarks/peer.py, what the published code does, peer-sdpa the same with transformers' sdpa
   forward    sequences/s of the forward alone, as evaluate.py and predict.py have it
   ceiling    the largest batch under --memory-limit, predicted from the peaks of two sizes and tried on either side
 
@@ -67,7 +67,8 @@ def cells(tiny):
     nt, more, dnabert = ("tiny-nt", (), "tiny-dnabert") if tiny else ("nt50m", ("nt100m", "nt250m"), "dnabert2")
 
     def make(kind, models, strategies=("full",), precisions=("bf16",), impls=("taxa",), compiled=(None,), modes=("none",)):
-        return [dict(kind=kind, impl=impl, model=model, strategy=strategy, precision=precision, compile=how, activation_checkpointing=mode)
+        return [dict(kind=kind, impl=impl, model=model, strategy=strategy, precision=precision, compile=how,
+                     activation_checkpointing=mode)
                 for model, precision, impl, how, mode, strategy
                 in itertools.product(models, precisions, impls, compiled, modes, strategies)]
 
@@ -103,7 +104,9 @@ def made(cell, device):
         plain, _ = build(cell["model"], settings_from_flags(cell["model"], "full"), STUDY_CLASSES, torch.device("cpu"), lr)
         model = make_peer(plain, settings, "sdpa" if cell["impl"] == "peer-sdpa" else "eager").to(device)
         optimizer = adamw(model, lr)
-    if cell["compile"]:
+    if cell["compile"] == "cudagraphs":  # one recording for each shape of batch, so train.py, whose shapes vary, does not offer it
+        model.compile(mode="reduce-overhead")
+    elif cell["compile"]:
         compile_in_place(model, model.backbone.encoder.layer, cell["compile"], device)
     return model, optimizer
 
@@ -172,7 +175,8 @@ def speed(args, cell, device, rates):
     rate, share = batch_size / found["median_step_s"], None
     lone = rates.get((cell["model"] if cell["model"] in ("dnabert2", "tiny-dnabert", "tiny-nt") else "nt50m", cell["precision"]))
     if cell["impl"] == "taxa" and lone:
-        parts = flops.parts(model, get_model(cell["model"]).family, trainable_names(model, settings_from_flags(cell["model"], cell["strategy"])), T)
+        names = trainable_names(model, settings_from_flags(cell["model"], cell["strategy"]))
+        parts = flops.parts(model, get_model(cell["model"]).family, names, T)
         attention = sum(part.step for part in parts if part.name.endswith("attention.self"))
         needed = attention / lone["attention_flops_per_s"] + (sum(part.step for part in parts) - attention) / lone["flops_per_s"]
         share = needed * rate
@@ -238,7 +242,7 @@ def run_cell(args, cell, device, limit, deadline, rates):
         return cell | {"status": f"not run: {error.name} is not installed"}
     except NotImplementedError as error:
         return cell | {"status": f"not run: {error}"}
-    except (InputError, RuntimeError, ValueError) as error:  # a cell that breaks (a kernel that does not compile) leaves the others their turn
+    except (InputError, RuntimeError, ValueError) as error:  # a cell that breaks, in a compiler say, leaves the others their turn
         return cell | {"status": "out of memory" if is_out_of_memory(error) else f"failed: {type(error).__name__}: {error}"}
     return cell | {"status": "done", **found}
 

@@ -59,7 +59,8 @@ def make_peer(classifier, settings, attention="eager"):
 
     Returns the peer. Raises ValueError when a weight of the classifier has no counterpart.
     """
-    peer = PeerClassifier(peer_config(classifier.backbone.config, attention), {rank: head.out_features for rank, head in classifier.heads.items()})
+    num_classes = {rank: head.out_features for rank, head in classifier.heads.items()}
+    peer = PeerClassifier(peer_config(classifier.backbone.config, attention), num_classes)
     state = {("esm.esm." + key.removeprefix("backbone.") if key.startswith("backbone.") else key): p
              for key, p in classifier.state_dict().items()}
     unknown = peer.load_state_dict(state, strict=False).unexpected_keys

@@ -52,7 +52,7 @@ class IA3Linear(nn.Linear):
 
 
 def split_target(target):
-    """Return (module, parts): "attention.self.Wqkv[key,value]" -> ("attention.self.Wqkv", ("key", "value")); no brackets -> (target, None)."""
+    """Return (module, parts): "layer.Wqkv[key,value]" -> ("layer.Wqkv", ("key", "value")); without brackets -> (target, None)."""
     found = re.fullmatch(r"(.+)\[([a-z,]+)\]", target)
     module, parts = (found[1], tuple(found[2].split(","))) if found else (target, None)
     if parts and parts not in {THIRDS[i:j] for i in range(3) for j in range(i + 1, 4)}:

@@ -117,8 +117,8 @@ def trainable_names(classifier, settings):
 def train_only(classifier, names):
     """Set requires_grad on exactly these parameters. Raises ValueError for a name that is not a parameter."""
     parameters, names = dict(classifier.named_parameters()), set(names)
-    if names - parameters.keys():
-        raise ValueError(f"not parameters: {sorted(names - parameters.keys())}")
+    if unknown := names - parameters.keys():
+        raise ValueError(f"not parameters: {sorted(unknown)}")
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in names)
 

@@ -191,7 +191,7 @@ def test_the_plan_needs_no_torch_no_data_and_three_seconds(tmp_path):
 
 
 def test_hours_are_of_what_was_measured_alone():
-    measured = {"model": "nt50m", "strategy": "full", "precision": "fp32", "compile": False}
+    measured = {"model": "nt50m", "strategy": "full", "precision": "fp32", "compile": None}
     table = [{"device": "NVIDIA H100 80GB", **measured, "sequences_per_s": 100.0}]
     flags = {"model": "nt50m", "strategy": "full", "epochs": "2"}
     assert rates.hours(flags, 360_000, "h100", table) == 2.0 == rates.hours(flags | {"strategy": "random"}, 360_000, "H100", table)

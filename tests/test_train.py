@@ -195,7 +195,7 @@ def test_checkpointing_and_compile_give_the_same_losses(model, strategy, flag, d
     train.main(command(model, strategy, demo, weights, tmp_path / "flag", *more, flag))
     assert first_losses(tmp_path / "flag") == pytest.approx(first_losses(tmp_path / "plain"), abs=2e-5)
     name, _, value = flag.strip("-").partition("=")
-    assert json.loads((tmp_path / "flag" / "args.json").read_text())[name.replace("-", "_")] == (value or True)
+    assert json.loads((tmp_path / "flag" / "args.json").read_text())[name.replace("-", "_")] == (value or "layers")
 
 
 def test_compile_without_a_compiler_is_one_line(demo, weights, tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def test_a_killed_worker_is_said_in_one_line():
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     code = ("import os, sys, time; sys.path.insert(0, sys.argv[1]); from taxa.runtime.workers import in_order\n"
             "def job(n):\n open(str(os.getpid()), 'w').close(); time.sleep(60)\n"
-            "with in_order(2) as mapped: list(mapped(job, range(9)))\n")
+            "if __name__ == '__main__':\n with in_order(2) as mapped: list(mapped(job, range(9)))\n")
     (tmp_path / "script.py").write_text(code)
     parent = subprocess.Popen([sys.executable, "script.py", str(ROOT)], cwd=tmp_path)
     for _ in range(200):

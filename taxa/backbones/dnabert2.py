@@ -19,11 +19,8 @@ from taxa.runtime.precision import product_dtype
 LICENSE = "apache-2.0"  # of the published weights
 TOKENS_OF_1500_BP = 312  # about: measured on bacterial DNA
 LORA_TARGETS = ("attention.self.Wqkv",)
-# (IA)3: (Linears whose output is scaled, Linears whose input is scaled). corrected: as its authors place it, on keys, values (the last two
-# thirds of Wqkv) and the input of the feed-forward's second projection (Liu et al. 2022, section 3.3). published: as the published code
-# places it, on the whole fused output, queries included.
-IA3_TARGETS = {
-    "corrected": (("attention.self.Wqkv[key,value]",), ("mlp.wo",)),
+IA3_TARGETS = {  # protocol: (Linears whose output is scaled, Linears whose input is scaled)
+    "corrected": (("attention.self.Wqkv[key,value]",), ("mlp.wo",)),  # Liu et al. 2022, section 3.3
     "published": (("attention.self.Wqkv",), ("attention.output.dense",)),
 }
 LAYER_ORDER = ("attention.self.Wqkv", "attention.self", "attention.output.dense", "attention.output.LayerNorm", "mlp.gated_layers",
@@ -48,7 +45,6 @@ class DNABert2Config(PretrainedConfig):
 
 # What a config.json of this architecture has and other BERTs' do not.
 SIGN, SIGN_MEANS = "alibi_starting_size", "only DNABERT-2's has that: its positions are ALiBi, BERT's are learned"
-
 # What a config.json may ask for that is not this architecture (another activation): name -> the only value we compute.
 FIXED = {"hidden_act": "gelu"}
 

@@ -16,10 +16,8 @@ from taxa.runtime.precision import product_dtype
 LICENSE = "cc-by-nc-sa-4.0"  # of the published weights
 TOKENS_OF_1500_BP = 251  # <cls> and 250 6-mers; a few more where there is an N
 LORA_TARGETS = ("attention.self.query", "attention.self.value")
-# (IA)3: (Linears whose output is scaled, Linears whose input is scaled). corrected: as its authors place it, on keys, values and the input
-# of the feed-forward's second projection (Liu et al. 2022, section 3.3). published: as the published code places it.
-IA3_TARGETS = {
-    "corrected": (("attention.self.key", "attention.self.value"), ("layer.*.output.dense",)),
+IA3_TARGETS = {  # protocol: (Linears whose output is scaled, Linears whose input is scaled)
+    "corrected": (("attention.self.key", "attention.self.value"), ("layer.*.output.dense",)),  # Liu et al. 2022, section 3.3
     "published": (("attention.self.query", "attention.self.value"), ("attention.output.dense",)),
 }
 LAYER_ORDER = ("attention.LayerNorm", "attention.self.query", "attention.self.key", "attention.self.value", "attention.self",
@@ -42,7 +40,6 @@ class NucleotideTransformerConfig(PretrainedConfig):
 
 # What a config.json of this architecture has and other ESM models' do not.
 SIGN, SIGN_MEANS = "add_bias_fnn", "only Nucleotide Transformer v2's has that: its feed-forward is a SwiGLU, ESM's and v1's is not"
-
 # What a config.json may ask for that is not this architecture (ESM-2, NT v1): name -> the only value we compute.
 FIXED = {
     "position_embedding_type": "rotary", "add_bias_fnn": False, "emb_layer_norm_before": False, "token_dropout": False,

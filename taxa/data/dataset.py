@@ -19,7 +19,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from taxa.data.splits import SPLITS, stratified_subset
 from taxa.data.tokens import digests, nt_tokenizer
@@ -246,7 +245,7 @@ def _encode_spelled(tokenizer, job):
     return tokenizer.encode(nt.decode(ids), np.add.reduceat(nt.letters(ids), offsets[:-1] - offsets[0]))
 
 
-class TokenSplit(torch.utils.data.Dataset):
+class TokenSplit:
     """One split for one tokenizer. Indexed by a list of sequence numbers, it gives their batch.
 
     The arrays are opened on first use, so each worker process maps the files itself; the pages are shared.
@@ -303,12 +302,12 @@ class TokenSplit(torch.utils.data.Dataset):
         position = np.arange(lengths.max())
         here = position < lengths[:, None]  # (B, T)
         ids = self._ids.take(starts[:, None] + position, mode="clip")  # past a sequence's end: the next one's, masked below
-        return {"input_ids": torch.from_numpy(np.where(here, ids, np.int64(self.pad_token_id))),
-                "attention_mask": torch.from_numpy(here.astype(np.int64)),
-                "labels": torch.from_numpy(self.labels[indices].astype(np.int64))}
+        return {"input_ids": _tensor(np.where(here, ids.astype(np.int64), self.pad_token_id)),
+                "attention_mask": _tensor(here.astype(np.int64)),
+                "labels": _tensor(self.labels[indices].astype(np.int64))}
 
 
-class SubsetSplit(torch.utils.data.Dataset):
+class SubsetSplit:
     """Some sequences of a TokenSplit, which are asked for by their place among these. rows: (M,) their numbers in the split."""
 
     def __init__(self, split, rows):
@@ -340,7 +339,7 @@ def _mapped(path, ndim):
 
 def padded_batch(rows, pad_token_id, labels):
     """B sequences of ids (T_i,) and labels (B, R) -> a batch as TokenSplit gives it, padded right to the longest."""
-    return {**padded(rows, pad_token_id), "labels": torch.from_numpy(labels.astype(np.int64))}
+    return {**padded(rows, pad_token_id), "labels": _tensor(labels.astype(np.int64))}
 
 
 def padded(rows, pad_token_id):
@@ -351,7 +350,14 @@ def padded(rows, pad_token_id):
     for b, row in enumerate(rows):
         input_ids[b, :len(row)] = row
         attention_mask[b, :len(row)] = 1
-    return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
+    return {"input_ids": _tensor(input_ids), "attention_mask": _tensor(attention_mask)}
+
+
+def _tensor(array):
+    """A tensor over the memory of an array. torch comes late: it takes seconds, and neither prepare.py nor its workers need it."""
+    import torch
+
+    return torch.from_numpy(array)
 
 
 def on_device(batch, device):

@@ -44,6 +44,8 @@ def open_data(w, args, row):
             dataset.add_tokens(row_tokenizer(row), progress)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine, each may have its own copy
             dataset.verify(row.tokenizer, SPLITS, progress)
+    if getattr(args, "data_fraction", None):  # train.py's
+        dataset.keep_part(args.data_fraction, args.seed)
     for name in SPLITS:
         if dataset.manifest["splits"][name] == 0:
             raise InputError(f"{folder}: the {name} split is empty; prepare more sequences")

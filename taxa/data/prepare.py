@@ -24,7 +24,6 @@ from taxa.data.tokens import nt_tokenizer
 from taxa.errors import InputError
 from taxa.runtime.files import new_folder, save_array, sha256
 from taxa.runtime.progress import progress
-from taxa.runtime.workers import available_cores, in_order
 
 LENGTH, TEST, VALIDATION, SEED, DEMO_SEQUENCES = 1500, 0.02, 0.10, 42, 4000  # defaults: the study's, but for the demo's size
 
@@ -84,8 +83,8 @@ def prepare_demo(out):
 
     Returns the manifest. Raises InputError where `out` exists and is not empty.
     """
-    with new_folder(out) as folder, in_order(available_cores()) as mapped:
-        return prepare(simulated_source(folder), folder, mapped)
+    with new_folder(out) as folder:
+        return prepare(simulated_source(folder), folder, map)
 
 
 def simulated_source(out, sequences=DEMO_SEQUENCES, seed=SEED, length=LENGTH, ranks=RANKS):

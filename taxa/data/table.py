@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch import nn
 
 from taxa.data.grammar import bases
 from taxa.data.taxonomy import Label, check_ranks, one_line
@@ -28,7 +27,6 @@ from taxa.errors import InputError, choose
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 MISSING = frozenset(("", "-", "NA", "N/A", "NaN", "nan", "<NA>"))  # labels that are none, as R and pandas write them
 SHOWN = 5  # names in a line for the user
-NAMES_OF_MODULES = frozenset(dir(nn.ModuleDict()))  # a rank names its head in the network
 
 
 class Table(NamedTuple):
@@ -51,8 +49,11 @@ def delimiter(path):
 
 def check_columns(ranks):
     """check_ranks() for columns of a table: any different names, each fit to name a head."""
+    from torch import nn  # late: it takes seconds, and prepare.py needs it for nothing else
+
+    names_of_modules = frozenset(dir(nn.ModuleDict()))  # a rank names its head in the network
     for rank in check_ranks(ranks, known=None):
-        if not re.fullmatch(r"\w[\w -]*", rank) or rank in NAMES_OF_MODULES:
+        if not re.fullmatch(r"\w[\w -]*", rank) or rank in names_of_modules:
             raise InputError(f"--ranks: a column named '{rank}' cannot name a head (letters, digits, _, - and spaces can, but no name "
                              "that torch.nn.ModuleDict has): rename it in the table")
     return tuple(ranks)

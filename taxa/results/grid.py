@@ -6,7 +6,6 @@ takes no time.
 """
 
 import csv
-import json
 import re
 import shlex
 import signal
@@ -16,6 +15,7 @@ from typing import NamedTuple, Optional
 
 from taxa.errors import InputError, Saved
 from taxa.results.published import PublishedRow, published_rows
+from taxa.runtime.files import read_json
 
 PROTOCOLS = ("corrected", "published")
 FIRST_SEED = 42  # the published one
@@ -166,12 +166,7 @@ def _name(flags):
 
 def document(path):
     """The JSON document in a file, {} where there is no such file. Raises InputError that names a damaged one."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): remove the run's folder to run it again") from None
+    found = read_json(path) if path.exists() else {}
     if not isinstance(found, dict):
         raise InputError(f"{path} is not a document of train.py: remove the run's folder to run it again")
     return found

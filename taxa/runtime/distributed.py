@@ -43,6 +43,11 @@ class World(NamedTuple):
     def is_main(self):
         return self.rank == 0
 
+    @property
+    def device_ids(self):
+        """What DistributedDataParallel takes: the one CUDA device, or None on a CPU."""
+        return [self.device.index] if self.device.type == "cuda" else None
+
 
 @contextlib.contextmanager
 def world(device="auto"):

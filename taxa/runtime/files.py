@@ -142,12 +142,15 @@ def read_text(path, limit=1 << 28):
         return file.read()
 
 
-def read_json(path):
-    """The value of a JSON file. Raises InputError, in one line, for a file that is missing, too large, or no JSON in UTF-8."""
+def read_json(path, hint=""):
+    """The value of a JSON file. Raises InputError, in one line, for a file that is missing, too large, or no JSON in UTF-8.
+
+    hint: what to add where the file is missing.
+    """
     try:
         return json.loads(read_text(path))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        raise InputError(f"{path}: no such file" + f"; {hint}" * bool(hint)) from None
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
 

@@ -7,7 +7,7 @@ import torch
 from taxa.errors import InputError
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-COMPILE = ("layers", "model", "cudagraphs")
+COMPILE = ("layers", "model")
 
 
 def set_precision(precision, device):
@@ -44,7 +44,6 @@ def compile_in_place(model, layers, how, device):
         layers      each layer by itself: equal layers share one compilation, which starts in seconds; a second shape of batch is compiled
                     for any shape, and nothing after it
         model       the whole model as one graph: fewer launches, which small batches need; starts in half a minute
-        cudagraphs  the same, replayed as CUDA graphs, one for each shape of batch; for CUDA and few shapes
 
     Raises InputError where there is nothing to compile with.
     """
@@ -58,4 +57,4 @@ def compile_in_place(model, layers, how, device):
         for layer in layers:
             layer.compile(fullgraph=True)
     else:
-        model.compile(mode="reduce-overhead" if how == "cudagraphs" else None)
+        model.compile()

@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 
 from taxa.errors import InputError
@@ -27,8 +26,9 @@ def in_order(workers):
     if workers == 1:
         yield map
         return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    executor = concurrent.futures.ProcessPoolExecutor(workers, context, _start)
+    # Spawned, not forked: a fork copies the locks of this process's other threads (NumPy's, torch's, a progress bar's) as they happen to
+    # be, held for ever by nobody. A spawned worker imports the script anew, so the scripts that come here import little, and no torch.
+    executor = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start)
 
     def ordered_map(function, jobs):
         running = collections.deque()
@@ -49,10 +49,14 @@ def in_order(workers):
 
 
 def _start():
-    """In each worker: Ctrl-C is the parent's business; one thread; no life after the parent's, which kill -9 gives no time to say so."""
+    """In each worker: Ctrl-C is the parent's business; one thread; no life after the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    end_with_parent()
+
+
+def end_with_parent():
+    """In a process that multiprocessing started: end when its parent does, which kill -9 gives no time to say so."""
 
     def follow():
         multiprocessing.parent_process().join()

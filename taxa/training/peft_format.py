@@ -9,7 +9,6 @@ The names are those of the encoder alone, so PeftModel.from_pretrained(backbone,
 Beside the two files export.py puts heads.safetensors, labels.json and taxa.json, with which the folder is a whole checkpoint again.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -22,7 +21,7 @@ from taxa.errors import InputError
 from taxa.ia3 import IA3Linear, rows_of, split_target
 from taxa.inject import matches
 from taxa.lora import LoRALinear
-from taxa.runtime.files import UNREADABLE, check_finite, read_text, save_tensors, write_json
+from taxa.runtime.files import UNREADABLE, check_finite, read_json, save_tensors, write_json
 
 CONFIG, ADAPTERS = "adapter_config.json", "adapter_model.safetensors"
 HEADS, LABELS, REST = "heads.safetensors", "labels.json", "taxa.json"
@@ -231,12 +230,7 @@ def _class_ids(classes):
 
 
 def _json(path):
-    try:
-        return json.loads(read_text(path))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a PEFT folder holds {CONFIG} and {ADAPTERS}") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    return read_json(path, f"a PEFT folder holds {CONFIG} and {ADAPTERS}")
 
 
 def _tensors(path):

@@ -34,7 +34,7 @@ from taxa import __version__
 from taxa.errors import InputError, Saved
 from taxa.runtime.cli import interval_of
 from taxa.runtime.distributed import any_process, barrier, exit_together, from_main, same_on_all
-from taxa.runtime.files import NO_LOCKS, read_text, to_disk, write_json
+from taxa.runtime.files import NO_LOCKS, read_json, to_disk, write_json
 from taxa.runtime.progress import print_line
 from taxa.runtime.signals import Signals
 from taxa.training import checkpoint
@@ -214,10 +214,9 @@ class Run:
         """Raise InputError if the folder holds the settings of another run, stopped before its first save."""
         path = self.out / "args.json"
         if path.exists():
-            try:
-                written = dict(json.loads(read_text(path)))
-            except (ValueError, TypeError):
-                raise InputError(f"{path}: not written by a run: give another --out, or --overwrite") from None
+            written = read_json(path)
+            if not isinstance(written, dict):
+                raise InputError(f"{path}: not written by a run: give another --out, or --overwrite")
             check_same(path, {"args": {name: written[name] for name in vars(self.args) if name in written}}, {"args": vars(self.args)})
 
 
