@@ -16,8 +16,8 @@ import train
 from taxa.backbones import load_backbone
 from taxa.errors import InputError
 from taxa.results.evaluation import split_temperature
-from taxa.runtime.files import check_finite, save_tensors, write_json
 from taxa.runtime.distributed import World
+from taxa.runtime.files import check_finite, save_tensors, write_json
 from taxa.training import checkpoint
 
 BAD = [float("nan"), float("inf"), -float("inf")]
@@ -86,8 +86,8 @@ def test_base_weights(short, weights, tmp_path):
     message = "weights from .*w: encoder.layer.1.output.dense.weight is not finite"
     for run in (lambda: load_backbone("tiny-nt", tmp_path / "w"),
                 lambda: train.main(command("tiny-nt", "ia3", short, {"tiny-nt": tmp_path / "w"}, tmp_path / "run")),
-                lambda: pretrain.main(["--model", "tiny-nt", "--data", str(short), "--weights", str(tmp_path / "w"), "--warmup-steps", "1", "--out",
-                                       str(tmp_path / "run")])):
+                lambda: pretrain.main(["--model", "tiny-nt", "--data", str(short), "--weights", str(tmp_path / "w"), "--warmup-steps", "1",
+                                       "--out", str(tmp_path / "run")])):
         with pytest.raises(InputError, match=message):
             run()
     assert not (tmp_path / "run").exists()

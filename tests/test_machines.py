@@ -211,5 +211,6 @@ def test_a_shared_memory_that_fills_ends_the_run(demo, weights, tmp_path):
 
 def test_batches_of_workers_are_those_of_the_process_itself(short):
     split, rows = PreparedDataset(short).split("train", "nt"), [[0, 5, 2], [7], [1, 3]]
-    for one, other in zip(load_batches(split, rows, 0, torch.device("cpu")), load_batches(split, rows, 2, torch.device("cpu")), strict=True):
+    by_none, by_two = (load_batches(split, rows, workers, torch.device("cpu")) for workers in (0, 2))
+    for one, other in zip(by_none, by_two, strict=True):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

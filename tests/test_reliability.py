@@ -227,8 +227,9 @@ def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
         checkpoint.read(path)
 
 
-def test_a_checkpoint_that_claims_huge_tensors_is_refused(tmp_path):
-    """The pickle says a storage of 2**40 numbers; the record behind it has 8 bytes."""
+def test_a_checkpoint_that_claims_huge_tensors_is_refused(tmp_path, monkeypatch):
+    """The pickle says a storage of 2**40 numbers; the record behind it has 68 bytes. Ours is the refusal: torch 2.6 would believe it."""
+    monkeypatch.setattr(torch, "load", None)
     honest, path = tmp_path / "honest.pt", tmp_path / "ckpt.pt"
     torch.save({"format": checkpoint.CHECKPOINT, "version": 1, "state": {"a": torch.zeros(17)}}, honest)
     with zipfile.ZipFile(honest) as archive:
@@ -238,9 +239,45 @@ def test_a_checkpoint_that_claims_huge_tensors_is_refused(tmp_path):
     members[name] = members[name].replace(b"K\x11", b"\x8a\x06" + (2**40).to_bytes(6, "little"))
     sealed(path, lambda archive: [archive.writestr(member, data) for member, data in members.items()])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(cli.InputError):
+    with pytest.raises(cli.InputError, match="claims a tensor of 4,398,046,511,104 bytes, and holds 68 of them"):
         checkpoint.read(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+@pytest.mark.parametrize("numbers", [b"K\x12", b"J\xff\xff\xff\xff", b"\x88", b"N", b"X\x02\x00\x00\x0017"], ids=repr)
+@pytest.mark.parametrize("way", ["as it is", "by the memo"])
+def test_a_storage_is_counted_however_it_is_claimed(numbers, way, tmp_path, monkeypatch):
+    """One number too many, less than none, or no number at all; said in its place, or before and fetched from the memo."""
+    honest, path = tmp_path / "honest.pt", tmp_path / "ckpt.pt"
+    torch.save({"format": checkpoint.CHECKPOINT, "version": 1, "state": {"a": torch.arange(17.0)}}, honest)
+    with zipfile.ZipFile(honest) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    name, = (name for name in members if name.endswith("data.pkl"))
+    before, after = members[name].split(b"K\x11t", 1)  # the storage's numbers end its tuple
+
+    def write(claim):
+        data = before + claim + b"t" + after
+        if way == "by the memo":
+            data = before[:2] + claim + b"q\xee" + before[2:] + b"h\xee" + b"t" + after
+        sealed(path, lambda archive: [archive.writestr(member, data if member == name else value) for member, value in members.items()])
+
+    write(b"K\x11")
+    assert torch.equal(checkpoint.read(path)["state"]["a"], torch.arange(17.0))
+    monkeypatch.setattr(torch, "load", None)
+    write(numbers)
+    with pytest.raises(cli.InputError, match="not a checkpoint of train.py"):
+        checkpoint.read(path)
+
+
+def test_two_members_of_one_name_are_refused(tmp_path):
+    """Else ours and torch might each look at another one: torch does not tell capitals apart."""
+    checkpoint.save(tmp_path / "honest.pt", {"state": {"a": torch.zeros(17)}})
+    with zipfile.ZipFile(tmp_path / "honest.pt") as archive:
+        members = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    twice, = (name for name, _ in members if name.endswith("data/0"))
+    sealed(tmp_path / "ckpt.pt", lambda archive: [archive.writestr(*member) for member in [*members, (twice.upper(), b"")]])
+    with pytest.raises(cli.InputError, match="two of its members have one name"):
+        checkpoint.read(tmp_path / "ckpt.pt")
 
 
 HOSTILE = {"wide": {"hidden_size": 4 * 10**6}, "deep": {"num_hidden_layers": 10**9}, "wordy": {"vocab_size": 10**12},

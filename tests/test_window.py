@@ -54,7 +54,8 @@ def test_the_window_of_data(short, mixed, monkeypatch):
 
 def test_data_that_keep_any_length_and_have_one(mixed, tmp_path):
     (tmp_path / "mine.csv").write_text("genus,sequence\n" + "\n".join(f"{i % 2},{'ACGTA' * 5}" for i in range(60)) + "\n")
-    prepare.main(["--table", str(tmp_path / "mine.csv"), "--ranks", "genus", "--any-length", "--workers", "1", "--out", str(tmp_path / "d")])
+    prepare.main(["--table", str(tmp_path / "mine.csv"), "--ranks", "genus", "--any-length", "--workers", "1", "--out",
+                  str(tmp_path / "d")])
     assert PreparedDataset(tmp_path / "d").window("train") == {"length": 25, "varied": False}
 
 
@@ -63,8 +64,8 @@ def test_a_checkpoint_says_it(runs, mixed):
     assert checkpoint.read(runs["mixed"])["window"] == {"length": max(mixed[1]["train"]), "varied": True}
 
 
-@pytest.mark.parametrize("name, flags, expected", [("short", [], 90), ("mixed", [], None), ("old", [], 1500), ("short", ["--window", "50"], 50),
-                                                   ("old", ["--window", "50"], 50)])
+@pytest.mark.parametrize("name, flags, expected", [
+    ("short", [], 90), ("mixed", [], None), ("old", [], 1500), ("short", ["--window", "50"], 50), ("old", ["--window", "50"], 50)])
 def test_predict_cuts_reads_as_long_as_those_trained_on(name, flags, expected, runs, mixed, tmp_path, capsys):
     expected = expected or max(mixed[1]["train"])
     read = "".join(np.random.default_rng(1).choice(list("ACGT"), 2000))

@@ -81,7 +81,7 @@ def load_batches(split, batches, workers, device):
         if not any(sign in str(error) for sign in ("shared memory", "Bus error")):
             raise
         size = shutil.disk_usage(SHARED_MEMORY).total if Path(SHARED_MEMORY).is_dir() else 0
-        raise InputError(f"--workers {workers}: {SHARED_MEMORY}, of {size / 2**20:,.1f} MiB, is too small for their batches: fewer workers, "
+        raise InputError(f"--workers {workers}: {SHARED_MEMORY}, of {size / 2**20:,.1f} MiB, is too small for their batches: give fewer, "
                          "--workers 0, or a larger one (docker run --shm-size)") from None
 
 
