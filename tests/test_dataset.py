@@ -60,7 +60,7 @@ def tree(folder):
 class Constant:
     """A tokenizer that gives `count` ids for every sequence and fails at call number `fails`."""
 
-    name, digest, vocab_size, pad_token_id = "constant", "0" * 64, 100, 9
+    name, digest, old_digests, vocab_size, pad_token_id = "constant", "0" * 64, (), 100, 9
 
     def __init__(self, count, fails=None):
         self.count, self.calls, self.fails = count, 0, fails
@@ -154,7 +154,8 @@ def test_added_tokens_equal_encoding_the_letters(dataset):
     data = PreparedDataset(folder)
     assert data.digest == digest
     assert data.has_tokens("nt") and data.has_tokens("tiny-dnabert") and not data.has_tokens("dnabert")
-    assert data.manifest["tokenizers"]["tiny-dnabert"] == {"digest": tiny.digest, "vocab_size": 1024, "pad_token_id": 3}
+    assert data.manifest["tokenizers"]["tiny-dnabert"] == {
+        "digest": tiny.digest, "vocab_size": 1024, "pad_token_id": 3, "old_digests": list(tiny.old_digests)}
     for name, (sequences, _) in contents.items():
         split = data.split(name, "tiny-dnabert")
         expected = [encode_one(sequence, tiny) for sequence in sequences]

@@ -464,7 +464,7 @@ def test_a_run_that_fails_leaves_nothing_and_keeps_the_old_folder(small, tmp_pat
     monkeypatch.setattr(*step, fail)
     for arguments in (["--out", tmp_path / "new"], ["--out", tmp_path / "old", "--overwrite"]):
         with pytest.raises((KeyboardInterrupt, OSError, InputError)):
-            run_main(*small_arguments(small, *arguments, "--tokenizers", "tiny-dnabert"))
+            run_main(*small_arguments(small, *arguments, "--tokenizers", "tiny-dnabert", "--workers", 1))  # what fails, fails in here
         assert tree(tmp_path) == before
 
 
