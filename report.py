@@ -114,7 +114,7 @@ def page(parts, columns, rows, summary, pairs, remarks, pngs):
     """report.html."""
     body = ["<h1>Runs beside the published numbers</h1>",
             f"<p>{len(rows)} fine-tuning runs, {time.strftime('%Y-%m-%d')}. Published numbers: Berman et al. 2025, "
-            "bioRxiv 10.1101/2025.08.21.671544, supplement, runs on all of its data (4.56 million training sequences). Other models, "
+            "bioRxiv 10.1101/2025.08.21.671544, supplement, runs on all of its data (4.57 million training sequences). Other models, "
             "other data and other hardware are other experiments: compare orders, not digits. "
             "In all published LoRA and (IA)³ runs the heads were frozen.</p>"]
     if remarks:

@@ -181,7 +181,7 @@ def test_the_plan_needs_no_torch_no_data_and_three_seconds(tmp_path):
     *lines, total = done.stdout.splitlines()
     assert len(lines) == 198 and not list(tmp_path.iterdir())
     row26 = next(line for line in lines if "/row26-nt50m-lora-r4-corrected-seed42" in line)
-    assert "python " in row26 and "published superkingdom 0.8869 phylum 0.4859 genus 0.0329 in 11.08 h; estimate 11.37 h" in row26
+    assert "python " in row26 and "published superkingdom 0.8869 phylum 0.4859 genus 0.0329 in 11.08 h; estimate 11.40 h" in row26
     assert "  # waiting; " in row26 and train.parse_args(shlex.split(row26.partition("#")[0])[2:]).r == 4
     assert re.fullmatch(r"# 198 runs; published 9,917 h; estimate on h100 2,\d+ GPU hours for 138 of them, no estimate for 60", total)
     done = subprocess.run([sys.executable, "-c", code, "--dry-run", "--rows", "6", "--num-classes", "4", "57", "1884"], cwd=tmp_path,

@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from taxa.data.dataset import PreparedDataset, micro_batches
@@ -71,10 +72,11 @@ def load(split, plan, workers, device):
 def load_batches(split, batches, workers, device):
     """Yield split[rows] for each list of rows in `batches`, made by `workers` processes beside this one (0: in it).
 
-    Raises InputError when the shared memory through which they hand them over is too small.
+    Draws nothing from torch's global generator, on which dropout hangs. Raises InputError when the shared memory through which they hand
+    them over is too small.
     """
     loader = DataLoader(_Shared(split) if workers else split, batch_size=None, sampler=batches, num_workers=workers,
-                        pin_memory=device.type == "cuda")
+                        pin_memory=device.type == "cuda", generator=torch.Generator())
     try:
         yield from loader
     except RuntimeError as error:
