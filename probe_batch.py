@@ -71,7 +71,8 @@ def parse_args(argv=None):
     add("--max-batch", type=positive_int, metavar="B", help="look no further than this")
     add("--steps", type=positive_int, default=5, metavar="N", help="timed at each size, after two that are not (default 5)")
     add = parser.group("machine")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of matrix products (default fp32, as published)")
+    add("--precision", choices=PRECISIONS, default="fp32",
+        help="of matrix multiplications (default fp32; the published seconds compare with tf32: docs/PROTOCOL.md)")
     add("--activation-checkpointing", choices=MODES, nargs="+", default=["none"],
         help="train.py's flag; of several, each strategy is probed in each (default none)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
