@@ -148,7 +148,8 @@ def main(argv=None):
         with open(hosts.with_suffix(".txt"), "ab") as file:
             command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--local_addr", "127.0.0.1", str(ROOT / "train.py"),
                        *arguments, "--out", str(hosts)]
-            agents = [subprocess.Popen(command, cwd=scratch, stdout=file, stderr=file) for _ in range(2)]
+            one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the others: the last digits depend on the number of threads
+            agents = [subprocess.Popen(command, cwd=scratch, env=one_thread, stdout=file, stderr=file) for _ in range(2)]
         if any(agent.wait() for agent in agents):
             raise InputError(f"two agents did not train one model:\n{hosts.with_suffix('.txt').read_text()[-3000:]}")
         assert_same_end(whole, hosts)
