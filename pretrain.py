@@ -1,4 +1,4 @@
-"""Masked-token pretraining of a backbone on a prepared dataset or FASTA files -> a hub-format folder, which train.py --weights loads.
+"""Masked language modelling: a backbone, and a prepared dataset or FASTA files -> a folder that train.py --weights loads.
 
   python pretrain.py --model tiny-nt --data data/demo --epochs 5 --out runs/pretrain-tiny-nt
   torchrun --nproc_per_node 4 pretrain.py --model nt50m --data data/bertax --epochs 1 --precision bf16 --out runs/pretrain-nt50m

@@ -5,7 +5,7 @@
   python probe_batch.py --model nt50m --strategies all --activation-checkpointing none selective --batch-sizes 8      # no search
 
 The first is done in about a minute on two cores. The paper's procedure (Berman et al. 2025): start at a batch of 4 and double until out of
-memory, with the learning rate scaled linearly with the batch. Then, which the paper did not do: bisection to the exact ceiling, to
+memory, with the learning rate scaled linearly with the batch. Then, which the paper did not do: bisection to the exact largest batch, to
 2%. Every size starts in a clean state (on the CPU a process of its own, on CUDA an emptied cache) with a fresh model, and takes two
 whole optimizer steps before any is timed, so that AdamW's state is allocated. A step is train.py's: forward, backward, clip, AdamW.
 
@@ -47,7 +47,7 @@ from taxa.strategies import PROTOCOLS, STRATEGIES, settings_from_flags
 from taxa.training.activation_checkpointing import MODES
 
 FIRST_BATCH = 4  # the paper's
-TOLERANCE = 0.02  # of the ceiling
+TOLERANCE = 0.02  # of the largest batch
 WARM_UP = 2  # steps: the first allocates the optimizer's state, the second is the first whole one with it
 PROFILER = 2**29  # bytes that torch's profiler may take on the CPU, where it counts what the allocator hands out
 
@@ -222,7 +222,8 @@ def published_ratio(model, label):
 
 
 def summary(args, runs):
-    """One line per run: ceiling (or largest size tried), largest power of two, time of an epoch there; ratios are to full in its mode."""
+    """A line per run: the largest batch (that fits, or was tried), the largest power of two, time of an epoch there; ratios are to full
+    in its mode."""
     fulls = {found["activation_checkpointing"]: found for found in reversed(runs) if found["strategy"] in ("full", "random")}
     searched = all(found["smallest_that_fails"] for found in runs)  # else --batch-sizes or --max-batch ended before the memory did
     size = "ceiling" if searched else "largest"

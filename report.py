@@ -1,7 +1,7 @@
 """Run folders -> tables and pictures, beside the numbers that Berman et al. 2025 published.
 
   python report.py runs/paper-mini --out report                     # report/report.html, PNGs, table.md, table.csv
-  python report.py runs/paper-mini --probe probe.json --out report  # with the batch ceilings of probe_batch.py --out probe.json
+  python report.py runs/paper-mini --probe probe.json --out report  # with the largest batches of probe_batch.py --out probe.json
   python report.py runs                                             # a table of where each run stands
   python report.py runs --watch                                     # the same, again every few seconds, until Ctrl-C
 
@@ -38,7 +38,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUNS", help="run folders of train.py (and pretrain.py), or folders that contain them")
     add("--out", metavar="DIR", help="write the report there; an older report in DIR is replaced (default: print where each run stands)")
-    add("--probe", nargs="+", default=[], metavar="FILE", help="documents of probe_batch.py --out, for the batch ceilings (default: none)")
+    add("--probe", nargs="+", default=[], metavar="FILE", help="documents of probe_batch.py --out, for the largest batches (default: none)")
     add("--watch", action="store_true", help="print where each run stands again and again, until Ctrl-C")
     add("--every", type=positive_float, default=5.0, metavar="SECONDS", help="between two prints of --watch (default 5)")
     args = parser.parse_args(argv)

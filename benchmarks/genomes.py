@@ -1,9 +1,9 @@
-"""Invented genomes of any number of genera, more like real ones than the demo's: for pretraining and for few or many classes.
+"""Simulated genomes of any number of genera, more like real ones than the demo's: for pretraining and for few or many classes.
 
   python benchmarks/genomes.py --out data/genomes --genera 3000 --sequences 90000 --seed 1
   python prepare.py --fasta data/genomes/*_db.fa --taxdump data/genomes/taxdmp_simulated.zip --out data/pretraining
 
-Writes four FASTA files in BERTax's layout and a taxonomy dump of invented taxa; none is a taxon of the demo. A fragment of 1500 letters is
+Writes four FASTA files in BERTax's layout and a taxonomy dump of made-up taxa; none is a taxon of the demo. A fragment of 1,500 bases is
 a mosaic of genes and of what lies between them, on both strands:
 
   genes           codons drawn one by one: Swiss-Prot's mean amino-acid frequencies through the standard genetic code, tilted by the
@@ -95,7 +95,7 @@ def mosaic(genome, which, rng):
 
 
 def write_taxdump(path, lineages):
-    """The invented taxa in NCBI's format. Returns the taxid of each genus's species."""
+    """The made-up taxa in NCBI's format. Returns the taxid of each genus's species."""
     superkingdoms = list(SUPERKINGDOMS)
     n_phyla = max(p for _, p in lineages) + 1
     rows = [(1, 1, "no rank", "root"), (131567, 1, "no rank", "cellular organisms")]

@@ -1,11 +1,11 @@
-"""What a bag of 6-mers reaches: the yardstick for a trained network.
+"""What a bag of 6-mers reaches: the baseline for a trained network.
 
   python benchmarks/kmer_baseline.py --data data/bertax --epochs 5
   python benchmarks/kmer_baseline.py --data data/bertax --epochs 5 --overlapping
 
 One linear layer per rank on the 6-mer counts of a sequence (square root, unit length), trained by AdamW with a cosine rate for the given
 epochs on the train split; the learning rate with the best validation loss is tested. The 6-mers are the tokens that the network reads, one
-every six letters; with --overlapping, one at every letter: six times as many, and in all six frames, which the network never sees.
+every six bases; with --overlapping, one at every base: six times as many, and in all six phases, which the network never sees.
 Prints the same table as evaluate.py and one JSON line.
 """
 
@@ -75,7 +75,7 @@ def main(argv=None):
     parser.add_argument("--data", required=True, metavar="DIR", help="prepared dataset")
     parser.add_argument("--epochs", type=positive_int, default=5, help="passes over the train split (default 5)")
     parser.add_argument("--lr", type=positive_float, nargs="+", default=[0.01, 0.03, 0.1], help="tried, best validation loss wins")
-    parser.add_argument("--overlapping", action="store_true", help="count a 6-mer at every letter, not every six")
+    parser.add_argument("--overlapping", action="store_true", help="count a 6-mer at every base, not every six")
     args = parser.parse_args(argv)
     data = PreparedDataset(args.data)
     splits = {name: data.split(name, "nt") for name in ("train", "validation", "test")}

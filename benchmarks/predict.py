@@ -54,7 +54,8 @@ def write_checkpoint(path, model, batch_size, sizes):
         "model": model, "config": config.to_dict(), "base": {"source": "none", "config": None},
         "settings": settings_from_flags(model, "random"), "state": dict(classifier.state_dict()), "classes": classes,
         "lineages": [[i % 57 % 4, i % 57, i] for i in range(CLASSES["genus"])], "precision": "fp32", "batch_size": batch_size,
-        "window": {"length": 1500, "varied": False}, "tokenizer": {"name": "nt", "digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "pad_token_id": 1}})
+        "window": {"length": 1500, "varied": False},
+        "tokenizer": {"name": "nt", "digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "pad_token_id": 1}})
 
 
 def write_reads(path, count):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import train
-from taxa.data.augment import FRAMES, VIEWS, AugmentedSplit, view
+from taxa.data.augment import PHASES, VIEWS, AugmentedSplit, view
 from taxa.data.dataset import PreparedDataset
 from taxa.data.tokens import NTTokenizer, get_tokenizer
 from taxa.training import checkpoint
@@ -30,8 +30,8 @@ def test_a_batch_holds_the_tokens_of_a_view_of_each_sequence_and_its_labels(name
         ids = batch["input_ids"][b][batch["attention_mask"][b] == 1].numpy()
         letters = nt.decode(split.tokens(i))
         pairs = dict(zip("ACGTN", "TGCAN"))
-        strand = letters.decode() if augmented.views[i] < FRAMES else "".join(pairs[c] for c in reversed(letters.decode()))
-        expected, _ = tokenizer.encode(strand[augmented.views[i] % FRAMES:].encode(), [len(strand) - augmented.views[i] % FRAMES])
+        strand = letters.decode() if augmented.views[i] < PHASES else "".join(pairs[c] for c in reversed(letters.decode()))
+        expected, _ = tokenizer.encode(strand[augmented.views[i] % PHASES:].encode(), [len(strand) - augmented.views[i] % PHASES])
         assert ids.tolist() == expected.tolist()
         assert (batch["input_ids"][b][batch["attention_mask"][b] == 0] == tokenizer.pad_token_id).all()
 

@@ -1,4 +1,4 @@
-"""Masked-token pretraining: what is masked, the loss, the heads against transformers', the folder it writes, resuming, two processes."""
+"""Masked language modelling: what is masked, the loss, the heads against transformers', the folder it writes, resuming, two processes."""
 
 import fcntl
 import gzip

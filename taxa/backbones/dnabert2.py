@@ -105,7 +105,7 @@ class GatedMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         H, I = config.hidden_size, config.intermediate_size
-        self.gated_layers = nn.Linear(H, 2 * I, bias=False)  # the gate and the value in one product
+        self.gated_layers = nn.Linear(H, 2 * I, bias=False)  # the gate and the value in one multiplication
         self.wo = nn.Linear(I, H)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layernorm = nn.LayerNorm(H, eps=config.layer_norm_eps)

@@ -1,4 +1,4 @@
-"""Masked-token prediction: the masking, the two language-model heads, and a folder in the hub's format.
+"""Masked language modelling: the masking, the two language-model heads, and a folder in the hub's format.
 
 Devlin et al. 2019, section 3.1: 15% of the tokens are chosen; of these 80% become the mask token, 10% a random token, 10% stay as they
 are; the loss is the cross-entropy of the true token at the chosen positions alone. Special tokens are never chosen.

@@ -102,7 +102,7 @@ class Layer(nn.Module):
         super().__init__()
         H, I = config.hidden_size, config.intermediate_size
         self.attention = Attention(config)
-        self.intermediate = Dense(H, 2 * I, bias=False)  # the gate and the value of SwiGLU in one product
+        self.intermediate = Dense(H, 2 * I, bias=False)  # the gate and the value of SwiGLU in one multiplication
         self.output = Dense(I, H, bias=False)
         self.LayerNorm = nn.LayerNorm(H, eps=config.layer_norm_eps)
 

@@ -6,7 +6,7 @@
     {split}/{tokenizer}.bin      uint16 ids of all sequences, joined
     {split}/{tokenizer}.npy      (N + 1,) int64, where each sequence starts in it
 
-The nt tokens are always there and spell the letters exactly, so tokens for another tokenizer are made from them, without the FASTA.
+The nt tokens are always there and spell the bases exactly, so tokens for another tokenizer are made from them, without the FASTA.
 
 Shapes: N sequences of a split, B of a batch, T tokens of the longest sequence in it, R ranks.
 """
@@ -110,7 +110,8 @@ def _check_kinds(manifest):
     """Raise ValueError unless what is read of a manifest is of the kind that is expected of it."""
     files, tokenizers = manifest["files"].values(), manifest["tokenizers"].values()
     rows = [row for table in manifest["classes"].values() for row in table]
-    texts = [manifest["digest"], *(file["sha256"] for file in files), *(d for t in tokenizers for d in digests(t)), *(row["name"] for row in rows)]
+    texts = [manifest["digest"], *(file["sha256"] for file in files), *(d for t in tokenizers for d in digests(t)),
+             *(row["name"] for row in rows)]
     numbers = [*manifest.get("splits", {}).values(), *(file["bytes"] for file in files),
                *(row["taxid"] for row in rows if row["taxid"] is not None),
                *(t[key] for t in tokenizers for key in ("vocab_size", "pad_token_id"))]
@@ -191,7 +192,7 @@ class PreparedDataset:
         offsets, ids = TokenSplit(self.folder, split, "nt", nt.pad_token_id, self.num_classes).arrays()
         for start in range(0, len(offsets) - 1, JOB):
             part = offsets[start:start + JOB + 1]
-            lengths = np.add.reduceat(nt.letters(ids[part[0]:part[-1]]), part[:-1] - part[0])
+            lengths = np.add.reduceat(nt.bases(ids[part[0]:part[-1]]), part[:-1] - part[0])
             longest, shortest = max(longest, int(lengths.max())), min(shortest, int(lengths.min()))
         return {"length": longest, "varied": shortest < longest}
 
@@ -211,7 +212,7 @@ class PreparedDataset:
         return split if name != "train" or self._part is None else SubsetSplit(split, self._part)
 
     def add_tokens(self, tokenizer, progress, in_order=map):
-        """Write the tokens of another tokenizer, made from the letters that the nt tokens spell.
+        """Write the tokens of another tokenizer, made from the bases that the nt tokens spell.
 
         progress: wraps an iterable. in_order: what maps a function over parts (taxa.runtime.workers). Killed at any moment, the folder
         has its old tokens of that name, or none, or the new ones: never a mixture.
@@ -242,7 +243,7 @@ def _encode_spelled(tokenizer, job):
     path, offsets = job
     ids = np.fromfile(path, dtype="<u2", count=int(offsets[-1] - offsets[0]), offset=2 * int(offsets[0]))
     nt = nt_tokenizer()
-    return tokenizer.encode(nt.decode(ids), np.add.reduceat(nt.letters(ids), offsets[:-1] - offsets[0]))
+    return tokenizer.encode(nt.decode(ids), np.add.reduceat(nt.bases(ids), offsets[:-1] - offsets[0]))
 
 
 class TokenSplit:

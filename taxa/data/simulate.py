@@ -1,4 +1,4 @@
-"""A corpus in BERTax's layout, simulated: invented genomes. For demos, tests and timings without a download.
+"""A corpus in BERTax's layout, simulated: no genome of a living thing. For demos, tests and timings without a download.
 
     python -m taxa.data.simulate --out simulated --sequences 8000
     python -m taxa.data.simulate --out simulated --study                  # the study's size and shape, 7.8 GB
@@ -371,7 +371,7 @@ def simulate(out, sequences=8000, seed=0, length=1500, progress=None, study=Fals
 
 
 def main(argv=None):
-    parser = Parser("Simulate a small corpus in BERTax's layout: real taxa, invented genomes (how: see the module).")
+    parser = Parser("Simulate a small corpus in BERTax's layout: real taxa, simulated genomes (how: see the module).")
     parser.add_argument("--out", required=True, metavar="DIR",
                         help="folder to write four FASTA files and the taxdump to")
     parser.add_argument("--sequences", type=positive_int, metavar="N",

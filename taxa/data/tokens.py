@@ -1,4 +1,4 @@
-"""DNA letters -> token ids. One tokenizer per family of models; both take letters ACGTN and give uint16 ids.
+"""DNA bases -> token ids. One tokenizer per family of models; both take bases ACGTN and give uint16 ids.
 
 nt: Nucleotide Transformer's 6-mers, in numpy. dnabert, tiny-dnabert: byte-pair encoding, by the `tokenizers` library.
 """
@@ -23,15 +23,15 @@ ADDED_KEYS = (("byte_fallback", False), ("ignore_merges", False))
 
 
 def nt_vocabulary():
-    """The 4,107 entries of the hub's vocab.txt, in order: specials, all 6-mers over A T C G (last letter fastest), single letters."""
-    kmers = ("".join(letters) for letters in itertools.product("ATCG", repeat=6))
+    """The 4,107 entries of the hub's vocab.txt, in order: specials, all 6-mers over A T C G (last base fastest), single bases."""
+    kmers = ("".join(bases) for bases in itertools.product("ATCG", repeat=6))
     return ["<unk>", "<pad>", "<mask>", "<cls>", "<eos>", "<bos>", *kmers, *"ATCGN"]
 
 
 class NTTokenizer:
-    """<cls>, then left to right the 6-mer where the next six letters are all A/C/G/T, else the single letter; no <eos>.
+    """<cls>, then left to right the 6-mer where the next six bases are all A/C/G/T, else the single base; no <eos>.
 
-    1500 letters without N: 250 6-mers, 251 tokens.
+    1500 bases without N: 250 6-mers, 251 tokens.
     """
 
     name = "nt"
@@ -45,16 +45,16 @@ class NTTokenizer:
         self.digest = hashlib.sha256("\n".join(self.vocabulary).encode()).hexdigest()  # of the hub's vocab.txt
         self.old_digests = ()
         self._code = np.zeros(256, dtype=np.uint8)
-        for code, letter in enumerate("ATCGN"):
-            self._code[ord(letter)] = code
-        self._spelling = np.zeros((self.vocab_size, 6), dtype=np.uint8)  # letters, then zeros; special tokens spell nothing
+        for code, base in enumerate("ATCGN"):
+            self._code[ord(base)] = code
+        self._spelling = np.zeros((self.vocab_size, 6), dtype=np.uint8)  # bases, then zeros; special tokens spell nothing
         for i, entry in enumerate(self.vocabulary[self.first_kmer:], start=self.first_kmer):
             self._spelling[i, :len(entry)] = np.frombuffer(entry.encode(), dtype=np.uint8)
-        self._spelled = (self._spelling > 0).sum(axis=1)  # letters per token
+        self._spelled = (self._spelling > 0).sum(axis=1)  # bases per token
 
-    def encode(self, letters, lengths):
-        """letters: bytes in ACGTN, sequences of `lengths` joined. Returns (ids joined, uint16; ids per sequence, int64)."""
-        codes, lengths = self._code[np.frombuffer(letters, dtype=np.uint8)], np.asarray(lengths, dtype=np.int64)
+    def encode(self, bases, lengths):
+        """bases: bytes in ACGTN, sequences of `lengths` joined. Returns (ids joined, uint16; ids per sequence, int64)."""
+        codes, lengths = self._code[np.frombuffer(bases, dtype=np.uint8)], np.asarray(lengths, dtype=np.int64)
         n, L = len(lengths), int(lengths[0]) if len(lengths) else 0
         if L == 0 or (lengths != L).any():
             return self._encode_any(codes, lengths)
@@ -68,24 +68,24 @@ class NTTokenizer:
         return ids, counts
 
     def _encode_clean(self, codes):
-        """codes (n, L), no N -> ids (n, 1 + L // 6 + L % 6): 6-mers while six letters are left, then single letters."""
+        """codes (n, L), no N -> ids (n, 1 + L // 6 + L % 6): 6-mers while six bases are left, then single bases."""
         n, L = codes.shape
         ids = np.full((n, 1 + L // 6 + L % 6), self.cls_token_id, dtype=np.uint16)
         kmers, whole = ids[:, 1:1 + L // 6], L - L % 6
         kmers[:] = codes[:, 0:whole:6]
-        for letter in range(1, 6):
+        for base in range(1, 6):
             kmers *= 4
-            kmers += codes[:, letter:whole:6]
+            kmers += codes[:, base:whole:6]
         kmers += self.first_kmer
         ids[:, 1 + L // 6:] = codes[:, whole:] + np.uint16(self.first_letter)
         return ids
 
     def _encode_any(self, codes, lengths):
-        """As encode: codes (letters,) of sequences of any `lengths` with Ns anywhere. An N touches only the 6-mers that it is in."""
+        """As encode: codes (bases,) of sequences of any `lengths` with Ns anywhere. An N touches only the 6-mers that it is in."""
         codes = codes.astype(np.uint16)
         twos = codes[:-1] * 4 + codes[1:]
         fours = twos[:-2] * 16 + twos[2:]
-        sixes = fours[:-2] * 16 + twos[4:]  # the 6-mer from each letter on, wrong where there is an N
+        sixes = fours[:-2] * 16 + twos[4:]  # the 6-mer from each base on, wrong where there is an N
         ends, n_at = np.cumsum(lengths), np.flatnonzero(codes == 4)
         # stretches without an N: their starts and ends, both in order
         start = np.sort(np.concatenate((ends - lengths, n_at + 1)))
@@ -104,11 +104,11 @@ class NTTokenizer:
         return ids, counts
 
     def decode(self, ids):
-        """ids (n,) -> the letters they spell, bytes. Exact: 6-mers and letters spell the sequence, special tokens spell nothing."""
+        """ids (n,) -> the bases they spell, bytes. Exact: 6-mers and bases spell the sequence, special tokens spell nothing."""
         return self._spelling[ids].tobytes().translate(None, b"\0")
 
-    def letters(self, ids):
-        """ids (n,) -> how many letters each spells, (n,) int64."""
+    def bases(self, ids):
+        """ids (n,) -> how many bases each spells, (n,) int64."""
         return self._spelled[ids]
 
 
@@ -123,7 +123,7 @@ def _count_up(counts):
 class BPETokenizer:
     """A hub tokenizer.json: [CLS], the merges, [SEP]; built-in padding and truncation switched off (DNABERT-S pads all to 2000).
 
-    N, like any letter outside ACGT, is [UNK], as the hub's files have it.
+    N, like any base outside ACGT, is [UNK], as the hub's files have it.
     """
 
     def __init__(self, name, path):
@@ -164,9 +164,9 @@ class BPETokenizer:
         self.digest, *spellings = _digests(read)
         self.old_digests = tuple(sorted({*spellings, *_digests(model), _digest(model)} - {self.digest}))
 
-    def encode(self, letters, lengths):
-        """letters: bytes in ACGTN, sequences of `lengths` joined. Returns (ids joined, uint16; ids per sequence, int64)."""
-        text, ends = letters.decode("ascii"), np.cumsum(lengths)
+    def encode(self, bases, lengths):
+        """bases: bytes in ACGTN, sequences of `lengths` joined. Returns (ids joined, uint16; ids per sequence, int64)."""
+        text, ends = bases.decode("ascii"), np.cumsum(lengths)
         encodings = self._tokenizer.encode_batch_fast([text[end - length:end] for end, length in zip(ends.tolist(), lengths)])
         rows = [np.array(encoding.ids, dtype=np.uint16) for encoding in encodings]
         return np.concatenate([np.empty(0, np.uint16), *rows]), np.array([len(row) for row in rows], dtype=np.int64)

@@ -10,7 +10,7 @@ and the best lineage has the highest score. That is the product of the log-proba
 depend on how a matrix product rounds. No training and no prior: every lineage seen counts the same, however often it was seen.
 The softmax over the L scores is the probability of a lineage, given that it is one of them.
 
-Also here: the temperatures that make probabilities honest (Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4.2).
+Also here: the temperatures that calibrate the probabilities (Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4.2).
 
 Shapes: B sequences, C classes of a rank, R ranks (from the root down), L lineages seen in training.
 """

@@ -123,7 +123,7 @@ SECTIONS = (
             "One line a run; pale: heads frozen; of LoRA's lines dotted is r=1, solid r=4, dash-dotted r=20.",
             lambda m: any(run.steps for g in m.groups for run in g.runs), lambda m, _: figures.curves(m.groups),
             "no run has logged a step"),
-    Section("pretraining", "Masked-token pretraining",
+    Section("pretraining", "Masked language modelling",
             "Perplexity of masked tokens: dots on the validation split, thin lines in training.",
             lambda m: [run for run in m.pretraining if sum("perplexity" in line for line in run.validations) > 1],
             lambda m, runs: figures.pretraining(runs)),

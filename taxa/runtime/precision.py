@@ -1,4 +1,4 @@
-"""--precision: what the matrix products compute in (weights, gradients and the optimizer stay float32); and --compile."""
+"""--precision: what matrix multiplications compute in (weights, gradients and the optimizer stay float32); and --compile."""
 
 import contextlib
 
@@ -11,7 +11,7 @@ COMPILE = ("layers", "model")
 
 
 def set_precision(precision, device):
-    """fp32: products in full float32. tf32: CUDA's 19-bit products. Raises InputError for tf32 without CUDA.
+    """fp32: full float32. tf32: inputs are rounded to 19 bits, on CUDA alone. Raises InputError for tf32 without CUDA.
 
     Set either way, since TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the environment, as in NVIDIA's images, makes torch start with tf32.
     """
@@ -34,7 +34,7 @@ def autocast(device, precision):
 
 
 def product_dtype(x):
-    """What autocast lets a matrix product of x compute in right now; the dtype of x itself outside autocast."""
+    """The dtype in which a matrix multiplication of x computes: autocast's inside autocast, else that of x."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 

@@ -77,7 +77,8 @@ def add_optimisation(parser, weight_decay, warmup_steps, least_epochs=1):
 def add_machine(parser):
     """Precision, device, activation checkpointing."""
     add = parser.group("machine")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of matrix multiplications (default fp32, as the paper says; bf16 is the fastest on a GPU: docs/PROTOCOL.md)")
+    add("--precision", choices=PRECISIONS, default="fp32",
+        help="of matrix multiplications (default fp32, as the paper says; bf16 is the fastest on a GPU: docs/PERFORMANCE.md)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
     add("--activation-checkpointing", choices=activation_checkpointing.MODES, default="none",
         help="compute activations again in the backward pass instead of keeping them: selective keeps the results of matrix "

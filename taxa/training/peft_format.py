@@ -72,7 +72,7 @@ def write_adapters(folder, backbone, settings, base):
 
 
 def read_adapters(folder):
-    """A PEFT folder of ours or of the library -> (settings, state): what inject_adapters() takes, {our parameter name: tensor}.
+    """A PEFT folder, ours or PEFT's own, -> (settings, state): what inject_adapters() takes, {our parameter name: tensor}.
 
     The state has the heads too where the folder has ours; other_heads() names those of other classes. Targets are full module names, told
     from the tensors. Raises InputError for a folder that is none, and for whatever it asks for that is not computed here (COMPUTED).
