@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from taxa.strategies import classifier_on_meta, settings_from_flags
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = ["tiny-nt", "tiny-dnabert"]
+STRATEGIES = {"full": [], "random": [], "lora": ["--r", "4", "--lora-dropout", "0"], "ia3": [], "freeze75": []}
 GOLDEN = {"tiny-nt": "nt_tiny", "tiny-dnabert": "dnabert_tiny"}
 
 # Sizes for everything that is made here: V = 30, H = 24, 3 heads (no power of two: ALiBi treats it apart), I = 20.
@@ -258,3 +261,17 @@ def naive_dnabert(w, ids, heads, layers):
         x = x + inner @ w[mlp + "wo.weight"].T + w[mlp + "wo.bias"]
         x = np.array([layer_norm(row, w[mlp + "layernorm.weight"], w[mlp + "layernorm.bias"]) for row in x])
     return x
+
+
+# ------------------------------------------------------------------ runs as a user types them
+
+
+def command(model, strategy, data, weights, out, *more):
+    return ["--model", model, "--strategy", strategy, "--data", str(data), "--weights", str(weights[model]), "--out", str(out),
+            "--batch-size", "8", "--lr", "0.01", *STRATEGIES[strategy], *more]
+
+
+def python(*arguments, cwd, **environment):
+    """Run a script with this interpreter; returns the finished process."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=150,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import command
+from helpers import command
 
 import evaluate
 import export

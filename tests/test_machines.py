@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import ROOT, command
+from helpers import ROOT, command
 
 import train
 from taxa.data.dataset import PreparedDataset

@@ -13,9 +13,9 @@ precision = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(precision)
 
 
-def test_two_precisions_on_a_cpu(short, tmp_path, capsys):
+def test_two_precisions_on_a_cpu(short, weights, tmp_path, capsys):
     flags = ["--data", str(short), "--model", "tiny-nt", "--strategy", "ia3", "--max-steps", "2", "--batch-size", "8", "--log-every", "1",
-             "--seeds", "1", "--device", "cpu", "--out", str(tmp_path / "runs")]
+             "--seeds", "1", "--device", "cpu", "--weights", str(weights["tiny-nt"]), "--out", str(tmp_path / "runs")]
     precision.main(flags)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| fp32", "| bf16"]

@@ -19,7 +19,7 @@ import pytest
 import torch
 from runs import free_port, in_step
 from test_resume import RESUME
-from test_train import ROOT, command, python
+from helpers import ROOT, command, python
 
 import evaluate
 import train

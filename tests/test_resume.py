@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from runs import Killed, dies, in_step
-from test_train import ROOT, STRATEGIES, command, python
+from helpers import ROOT, STRATEGIES, command, python
 
 import pretrain
 import train

@@ -8,7 +8,7 @@ import sys
 import time
 
 from runs import free_port
-from test_train import ROOT, command
+from helpers import ROOT, command
 
 from taxa.training.run import read_last
 

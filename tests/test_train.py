@@ -2,15 +2,12 @@
 
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, STRATEGIES, command, python
 from torch.distributed.run import get_args_parser
 
 import evaluate
@@ -22,23 +19,10 @@ from taxa.model import TaxonClassifier, sequence_losses
 from taxa.training import checkpoint
 from taxa.training.optim import cosine_lr
 
-ROOT = Path(__file__).resolve().parents[1]
-STRATEGIES = {"full": [], "random": [], "lora": ["--r", "4", "--lora-dropout", "0"], "ia3": [], "freeze75": []}
 MODELS = ("tiny-nt", "tiny-dnabert")
 PINNED = {"tiny-nt": "f2acb37a9c3b2149", "tiny-dnabert": "b30ce78a7d9fbf7c"}  # the same with transformers 4.51 and 5.23
 FILES = {".lock", "args.json", "environment.json", "log.jsonl", "ckpt.pt", "last.pt", "last.prev.pt", "metrics.json", "per_class.csv",
          "confusion_superkingdom.csv", "confusion_phylum.csv", "confusion_genus.csv"}
-
-
-def command(model, strategy, data, weights, out, *more):
-    return ["--model", model, "--strategy", strategy, "--data", str(data), "--weights", str(weights[model]), "--out", str(out),
-            "--batch-size", "8", "--lr", "0.01", *STRATEGIES[strategy], *more]
-
-
-def python(*arguments, cwd, **environment):
-    """Run a script with this interpreter; returns the finished process."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=150,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
 
 def torchrun(processes, *arguments, cwd):
@@ -59,12 +43,12 @@ def two_processes(demo, weights, tmp_path_factory):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_trains_and_is_evaluated(model, strategy, demo, weights, tmp_path, capsys):
+def test_every_strategy_trains_and_is_evaluated(model, strategy, short, weights, tmp_path, capsys):
     out = tmp_path / "run"
-    tested = train.main(command(model, strategy, demo, weights, out, "--max-steps", "3"))
+    tested = train.main(command(model, strategy, short, weights, out, "--max-steps", "3"))
     assert {path.name for path in out.iterdir()} == FILES
     assert json.loads((out / "metrics.json").read_text()) == tested
-    assert tested["split"] == "test" and tested["sequences"] == PreparedDataset(demo).manifest["splits"]["test"]
+    assert tested["split"] == "test" and tested["sequences"] == PreparedDataset(short).manifest["splits"]["test"]
 
     content = checkpoint.read(out / "ckpt.pt")
     base = load_backbone(model, weights[model])
@@ -106,10 +90,10 @@ def test_two_processes_evaluate_as_one(two_processes):
     assert json.loads((folder.parent / "evaluated" / "metrics.json").read_text()) == one
 
 
-def test_first_steps_equal_a_naive_loop(demo, weights, tmp_path):
+def test_first_steps_equal_a_naive_loop(short, weights, tmp_path):
     """Three steps of full fine-tuning, against a loop that knows nothing of our sampler's slicing, clipping helper or schedule code."""
-    train.main(command("tiny-nt", "full", demo, weights, tmp_path / "run", "--max-steps", "3", "--accumulate", "2"))
-    data = PreparedDataset(demo)
+    train.main(command("tiny-nt", "full", short, weights, tmp_path / "run", "--max-steps", "3", "--accumulate", "2"))
+    data = PreparedDataset(short)
     split = data.split("train", "nt")
     backbone = load_backbone("tiny-nt", weights["tiny-nt"])
     torch.manual_seed(42)
@@ -131,32 +115,7 @@ def test_first_steps_equal_a_naive_loop(demo, weights, tmp_path):
         torch.testing.assert_close(state[name], p.detach(), rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_a_resumed_run_equals_an_uninterrupted_one(model, demo, weights, tmp_path, monkeypatch):
-    more = ("--epochs", "3", "--lora-dropout", "0.1", "--batch-size", "32")
-    arguments = command(model, "lora", demo, weights, tmp_path / "run", *more)
-    train.main(command(model, "lora", demo, weights, tmp_path / "whole", *more))
-    run_split, calls = train.run_split, []
-
-    def dies_in_the_second_epoch(*positional, **more):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return run_split(*positional, **more)
-
-    monkeypatch.setattr(train, "run_split", dies_in_the_second_epoch)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(arguments)
-    monkeypatch.undo()
-    resumed = train.main([*arguments, "--resume"])
-    assert resumed == json.loads((tmp_path / "whole" / "metrics.json").read_text())
-    whole, again = (checkpoint.read(tmp_path / folder / "last.pt", checkpoint.RESUME_STATE) for folder in ("whole", "run"))
-    assert all(torch.equal(whole["state"][name], again["state"][name]) for name in whole["state"])
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [entry["epoch"] for entry in log if "validation_loss" in entry] == [1, 2, 3]
-
-
-def test_early_stopping_restores_the_best_epoch(demo, weights, tmp_path, monkeypatch):
+def test_early_stopping_restores_the_best_epoch(short, weights, tmp_path, monkeypatch):
     losses, run_split, states = iter([3.0, 2.0, 2.5, 2.0, 2.2, 1.0, 1.0]), train.run_split, []
 
     def with_these_losses(w, model, split, *rest, **more):
@@ -165,15 +124,15 @@ def test_early_stopping_restores_the_best_epoch(demo, weights, tmp_path, monkeyp
         return outcome._replace(loss=next(losses)) if split.name == "validation" else outcome
 
     monkeypatch.setattr(train, "run_split", with_these_losses)
-    train.main(command("tiny-nt", "full", demo, weights, tmp_path / "run", "--epochs", "7", "--patience", "3", "--batch-size", "64"))
+    train.main(command("tiny-nt", "full", short, weights, tmp_path / "run", "--epochs", "7", "--patience", "3", "--batch-size", "64"))
     assert [name for name, _ in states] == ["validation"] * 5 + ["test"]  # best is epoch 2; equal is not better
     assert all(torch.equal(states[1][1][name], states[-1][1][name]) for name in states[-1][1])
     assert checkpoint.read(tmp_path / "run" / "ckpt.pt")["epoch"] == 2
 
 
-def test_precision_bf16_trains(demo, weights, tmp_path):
-    train.main(command("tiny-nt", "lora", demo, weights, tmp_path / "bf16", "--max-steps", "2", "--precision", "bf16"))
-    train.main(command("tiny-nt", "lora", demo, weights, tmp_path / "fp32", "--max-steps", "2"))
+def test_precision_bf16_trains(short, weights, tmp_path):
+    train.main(command("tiny-nt", "lora", short, weights, tmp_path / "bf16", "--max-steps", "2", "--precision", "bf16"))
+    train.main(command("tiny-nt", "lora", short, weights, tmp_path / "fp32", "--max-steps", "2"))
     bf16, fp32 = (checkpoint.read(tmp_path / name / "ckpt.pt") for name in ("bf16", "fp32"))
     assert all(tensor.dtype == torch.float32 for tensor in bf16["state"].values())
     assert any(not torch.equal(bf16["state"][name], fp32["state"][name]) for name in fp32["state"])
@@ -187,29 +146,29 @@ def first_losses(folder):
 @pytest.mark.parametrize("model, strategy, flag", [
     ("tiny-nt", "lora", "--activation-checkpointing=full"), ("tiny-dnabert", "ia3", "--activation-checkpointing=full"),
     ("tiny-nt", "full", "--compile")])
-def test_checkpointing_and_compile_give_the_same_losses(model, strategy, flag, demo, weights, tmp_path, monkeypatch):
+def test_checkpointing_and_compile_give_the_same_losses(model, strategy, flag, short, weights, tmp_path, monkeypatch):
     """Compiled as far as the graph; making machine code of it would take minutes."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     more = ("--max-steps", "2", "--log-every", "1")
-    train.main(command(model, strategy, demo, weights, tmp_path / "plain", *more))
-    train.main(command(model, strategy, demo, weights, tmp_path / "flag", *more, flag))
+    train.main(command(model, strategy, short, weights, tmp_path / "plain", *more))
+    train.main(command(model, strategy, short, weights, tmp_path / "flag", *more, flag))
     assert first_losses(tmp_path / "flag") == pytest.approx(first_losses(tmp_path / "plain"), abs=2e-5)
     name, _, value = flag.strip("-").partition("=")
     assert json.loads((tmp_path / "flag" / "args.json").read_text())[name.replace("-", "_")] == (value or "layers")
 
 
-def test_compile_without_a_compiler_is_one_line(demo, weights, tmp_path, monkeypatch):
+def test_compile_without_a_compiler_is_one_line(short, weights, tmp_path, monkeypatch):
     def broken(function):
         raise RuntimeError("no C++ compiler found\nand more lines")
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(train.InputError, match=r"^--compile: .*\(no C\+\+ compiler found\).*leave out --compile$"):
-        train.main(command("tiny-nt", "full", demo, weights, tmp_path / "run", "--compile"))
+        train.main(command("tiny-nt", "full", short, weights, tmp_path / "run", "--compile"))
 
 
-def test_workers_give_the_same_run(demo, weights, tmp_path):
+def test_workers_give_the_same_run(short, weights, tmp_path):
     for workers in ("0", "2"):
-        train.main(command("tiny-nt", "full", demo, weights, tmp_path / workers, "--max-steps", "2", "--workers", workers))
+        train.main(command("tiny-nt", "full", short, weights, tmp_path / workers, "--max-steps", "2", "--workers", workers))
     none, two = (checkpoint.read(tmp_path / workers / "ckpt.pt")["state"] for workers in ("0", "2"))
     assert all(torch.equal(none[name], two[name]) for name in none)
 
@@ -283,28 +242,27 @@ def test_dry_run_prints_one_json_line_and_needs_no_network(tmp_path):
     (["--seed", "4294967296"], "--seed"),
     (["--bogus"], "--bogus"),
 ])
-def test_wrong_input_of_train(flags, message, demo, weights, tmp_path, monkeypatch):
+def test_wrong_input_of_train(flags, message, short, weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = [str(weights["tiny-nt"]) if flag == "WEIGHTS" else flag for flag in flags]
-    given = {"--model": "tiny-nt", "--strategy": "full", "--data": str(demo), "--weights": str(weights["tiny-nt"])}
+    given = {"--model": "tiny-nt", "--strategy": "full", "--data": str(short), "--weights": str(weights["tiny-nt"])}
     arguments = [text for flag, value in given.items() if flag not in flags for text in (flag, value)]
     with pytest.raises(train.InputError, match=message):
         train.main([*arguments, *flags])
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_input_is_one_line_and_exit_status_2(demo, tmp_path):
-    for arguments in (["train.py", "--model", "tiny-nt", "--strategy", "full", "--r", "4", "--data", demo],
-                      ["evaluate.py", demo / "manifest.json"], ["evaluate.py", "missing.pt"]):
-        done = python(ROOT / arguments[0], *arguments[1:], cwd=tmp_path)
-        assert done.returncode == 2 and done.stdout == ""
-        line, = done.stderr.splitlines()
-        assert line.startswith(f"{arguments[0]}: error: ")
+def test_wrong_input_is_one_line_and_exit_status_2(short, tmp_path):
+    """By a process of its own; tests/test_wrong_input.py has the kinds."""
+    done = python(ROOT / "evaluate.py", short / "manifest.json", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    line, = done.stderr.splitlines()
+    assert line.startswith("evaluate.py: error: ")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_folder_is_not_overwritten_unasked(demo, weights, tmp_path):
-    arguments = command("tiny-nt", "full", demo, weights, tmp_path / "run", "--max-steps", "1")
+def test_a_run_folder_is_not_overwritten_unasked(short, weights, tmp_path):
+    arguments = command("tiny-nt", "full", short, weights, tmp_path / "run", "--max-steps", "1")
     train.main(arguments)
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
     with pytest.raises(train.InputError, match="exists"):
@@ -315,9 +273,9 @@ def test_a_run_folder_is_not_overwritten_unasked(demo, weights, tmp_path):
         train.main([*arguments, "--lr", "0.5", "--resume"])
 
 
-def test_resume_of_a_stopped_run_only_tests_again(demo, weights, tmp_path, monkeypatch):
+def test_resume_of_a_stopped_run_only_tests_again(short, weights, tmp_path, monkeypatch):
     """Stopped by patience after epoch 2: --resume must not train on."""
-    arguments = command("tiny-nt", "full", demo, weights, tmp_path / "run", "--epochs", "5", "--patience", "1", "--batch-size", "64")
+    arguments = command("tiny-nt", "full", short, weights, tmp_path / "run", "--epochs", "5", "--patience", "1", "--batch-size", "64")
     losses, run_split = iter([1.0, 2.0, 0.5, 0.4]), train.run_split
 
     def with_these_losses(w, model, split, *rest, **more):
@@ -333,14 +291,14 @@ def test_resume_of_a_stopped_run_only_tests_again(demo, weights, tmp_path, monke
         evaluate.main([str(tmp_path / "run" / "last.pt")])
 
 
-def test_overwrite_spares_what_is_not_a_run(demo, weights, tmp_path):
+def test_overwrite_spares_what_is_not_a_run(short, weights, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years")
     with pytest.raises(train.InputError, match="not a run folder"):
-        train.main(command("tiny-nt", "full", demo, weights, tmp_path / "thesis", "--overwrite"))
-    train.main(command("tiny-nt", "full", demo, weights, tmp_path / "run", "--max-steps", "1"))
+        train.main(command("tiny-nt", "full", short, weights, tmp_path / "thesis", "--overwrite"))
+    train.main(command("tiny-nt", "full", short, weights, tmp_path / "run", "--max-steps", "1"))
     (tmp_path / "run" / "note").write_text("mine")
-    train.main(command("tiny-nt", "full", demo, weights, tmp_path / "run", "--max-steps", "1", "--overwrite"))
+    train.main(command("tiny-nt", "full", short, weights, tmp_path / "run", "--max-steps", "1", "--overwrite"))
     assert (tmp_path / "run" / "note").read_text() == "mine" and (tmp_path / "thesis" / "thesis.tex").read_text() == "years"
 
 
@@ -350,13 +308,13 @@ def test_seeded_base_weights_do_not_depend_on_who_builds_them():
         assert checkpoint.weights_digest(checkpoint.load_base(model, {"source": "seed", "seed": 0}))[:16] == digest
 
 
-def test_evaluate_refuses_other_classes(demo, weights, tmp_path):
-    train.main(command("tiny-nt", "lora", demo, weights, tmp_path / "run", "--max-steps", "1"))
+def test_evaluate_refuses_other_classes(short, weights, tmp_path):
+    train.main(command("tiny-nt", "lora", short, weights, tmp_path / "run", "--max-steps", "1"))
     other = tmp_path / "other"
-    fasta, dump = tmp_path / "two.fa", demo / "source" / "taxdmp_simulated.zip"
-    records = (demo / "source" / "Bacteria_db.fa").read_text().split(">")[1:]
+    fasta, dump = tmp_path / "two.fa", short / "source" / "taxdmp_simulated.zip"
+    records = (short / "source" / "Bacteria_db.fa").read_text().split(">")[1:]
     fasta.write_text("".join(f">{record}" for record in records))
-    prepare.main(["--fasta", str(fasta), "--taxdump", str(dump), "--out", str(other)])
+    prepare.main(["--fasta", str(fasta), "--taxdump", str(dump), "--any-length", "--out", str(other)])
     with pytest.raises(train.InputError, match="different classes"):
         evaluate.main([str(tmp_path / "run" / "ckpt.pt"), "--data", str(other), "--out", str(tmp_path / "out")])
     with pytest.raises(train.InputError, match="is not the dataset"):

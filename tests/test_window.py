@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_train import command
+from helpers import command
 
 import evaluate
 import export

@@ -12,7 +12,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_train import command
+from helpers import command
 
 import evaluate
 import export
