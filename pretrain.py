@@ -25,8 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from taxa.backbones import MODELS, get_model, load_backbone, read_config, table_name
 from taxa.backbones.masked_lm import MASKING, MaskedLM, generator_for, load_head, mask_tokens, save_hub_folder, unigram_losses
+from taxa.data.augment import AugmentedSplit
 from taxa.data.dataset import micro_batches
-from taxa.data.opening import check_vocabulary, load, open_data, step_records
+from taxa.data.opening import check_vocabulary, load, open_data, row_tokenizer, step_records
 from taxa.data.reads import check_files, records, tokenized_windows
 from taxa.data.tokens import get_tokenizer
 from taxa.errors import InputError
@@ -69,6 +70,8 @@ def parse_args(argv=None):
         parser.error("--mask-fraction 0 hides nothing: there is nothing to predict")
     if args.data and args.fasta:
         parser.error("give either --data or --fasta")
+    if args.augment and args.fasta:
+        parser.error("--augment goes with --data")
     if args.tokenizer_file and not args.fasta:
         parser.error("--tokenizer-file goes with --fasta: --data has its tokens")
     if args.weights and Path(args.out).resolve() == Path(args.weights).resolve():
@@ -185,7 +188,8 @@ def pretrain(w, run, args, row):
         model.train()
         plan = micro_batches(len(splits["train"]), args.seed, epoch, args.batch_size, args.accumulate, w.rank, w.size)
         plan = plan[step - done:end - done]  # optimizer steps
-        loader = load(splits["train"], plan, args.workers, w.device)
+        source = AugmentedSplit(data.split("train", "nt"), row_tokenizer(row), args.seed, epoch) if args.augment else splits["train"]
+        loader = load(source, plan, args.workers, w.device)
         for micros, count in progress(plan, f"epoch {epoch + 1}/{args.epochs}", unit="seq", unit_scale=per_step):
             # ---------------------------------------------------------------- a single training step
             torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + w.rank)  # dropout: another stream per step and process

@@ -46,9 +46,6 @@ def parse_args(argv=None):
     add = add_strategy(parser)
     add("--adapters", metavar="DIR", help="lora, ia3: start from a PEFT folder (export.py --adapters, or the PEFT library's)")
     add = add_data(parser)
-    add("--augment", action="store_true",
-        help="read every training sequence from a random strand, starting at a random base 0-5 (6-mer phase), anew in every epoch "
-             "(default: as it is)")
     add("--data-fraction", type=share, metavar="F",
         help="train on this share of the training split, stratified by its last rank, the same for all runs of a seed (default: all of it)")
     add = add_optimisation(parser, weight_decay=0.0, warmup_steps=0)

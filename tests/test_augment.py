@@ -1,13 +1,17 @@
 """Augmentation: the views against letters handled by hand, and the order of views as a function of seed and epoch alone."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+import pretrain
 import train
 from taxa.data.augment import PHASES, VIEWS, AugmentedSplit, view
 from taxa.data.dataset import PreparedDataset
 from taxa.data.tokens import NTTokenizer, get_tokenizer
+from taxa.errors import InputError
 from taxa.training import checkpoint
 
 
@@ -53,3 +57,18 @@ def test_a_run_trains_on_views_and_is_tested_on_the_sequences(demo, weights, tmp
     assert not torch.equal(plain[0], augmented[0])
     assert torch.equal(augmented[0], workers[0]) and augmented[1] == workers[1]
     assert np.isfinite(augmented[1]["loss"]) and augmented[1]["sequences"] == plain[1]["sequences"]
+
+
+def test_pretraining_reads_the_views(short, tmp_path):
+    def loss(name, *flags):
+        pretrain.main(["--model", "tiny-nt", "--data", str(short), "--batch-size", "8", "--max-steps", "2", "--warmup-steps", "0",
+                       "--log-every", "1", "--out", str(tmp_path / name), *flags])
+        return [json.loads(line).get("loss") for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+
+    plain, augmented, again = loss("plain"), loss("augmented", "--augment"), loss("again", "--augment")
+    assert plain != augmented == again
+
+
+def test_pretraining_on_fasta_has_no_views(tmp_path):
+    with pytest.raises(InputError, match="--augment goes with --data"):
+        pretrain.main(["--model", "tiny-nt", "--fasta", "genomes.fa", "--augment", "--out", str(tmp_path / "run")])

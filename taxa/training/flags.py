@@ -45,12 +45,15 @@ def add_strategy(parser):
 
 
 def add_data(parser):
-    """--data and --workers."""
+    """--data, --workers and --augment."""
     add = parser.group("data")
     add("--data", metavar="DIR", help=f"prepared dataset, or 'demo': simulated, made in {DEMO} when it is not there (default {BERTAX} if "
         "it is there, else the demo)")
     add("--workers", type=non_negative_int, default=0, metavar="N",
         help="data-loader workers per process (default 0: load in the main process)")
+    add("--augment", action="store_true",
+        help="read every training sequence from a random strand, starting at a random base 0-5 (6-mer phase), anew in every epoch "
+             "(default: as it is)")
     return add
 
 
