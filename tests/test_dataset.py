@@ -12,6 +12,7 @@ import torch
 
 from taxa import RANKS
 from taxa.data.dataset import PreparedDataset, TokenWriter, micro_batches, write_manifest
+from taxa.data.opening import load_batches
 from taxa.data.splits import SPLITS, stratified_subset
 from taxa.data.tokens import NTTokenizer, get_tokenizer
 from taxa.errors import InputError
@@ -509,3 +510,11 @@ def test_a_part_of_the_training_split_is_its_sequences(dataset):
         assert torch.equal(tensor, whole[rows[[2, 0, 1]]][name])
     assert np.array_equal(part.records([1, 4]), np.load(folder / "train" / "records.npy")[rows[[1, 4]]])
     assert all(len(data.split(name, "nt")) == len(contents[name][0]) for name in ("validation", "test"))
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+def test_on_cuda_a_thread_loads_ahead_the_same_batches(short):
+    split = PreparedDataset(short).split("train", "nt")
+    batches = [[0, 5, 3], [7], [1, 2]]
+    for ahead, plain in zip(load_batches(split, batches, 0, torch.device("cuda")), map(split.__getitem__, batches), strict=True):
+        assert ahead.keys() == plain.keys() and all(torch.equal(ahead[name], plain[name]) for name in plain)

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from taxa.data.dataset import PreparedDataset, micro_batches
+from taxa.data.reads import read_ahead
 from taxa.data.splits import SPLITS
 from taxa.data.tokens import get_tokenizer
 from taxa.errors import InputError
@@ -70,7 +71,8 @@ def load(split, plan, workers, device):
 
 
 def load_batches(split, batches, workers, device):
-    """Yield split[rows] for each list of rows in `batches`, made by `workers` processes beside this one (0: in it).
+    """Yield split[rows] for each list of rows in `batches`, made by `workers` processes beside this one (0: in it; on CUDA by a thread, a
+    batch or two ahead, while the device computes).
 
     Draws nothing from torch's global generator, on which dropout hangs. Raises InputError when the shared memory through which they hand
     them over is too small.
@@ -78,7 +80,7 @@ def load_batches(split, batches, workers, device):
     loader = DataLoader(_Shared(split) if workers else split, batch_size=None, sampler=batches, num_workers=workers,
                         pin_memory=device.type == "cuda", generator=torch.Generator())
     try:
-        yield from loader
+        yield from read_ahead(loader) if device.type == "cuda" and not workers else loader
     except RuntimeError as error:
         if not any(sign in str(error) for sign in ("shared memory", "Bus error")):
             raise

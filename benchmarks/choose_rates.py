@@ -1,0 +1,83 @@
+"""Of runs that differ only in the learning rate, the one with the lowest validation loss: a table of all, and the grid of the chosen ones.
+
+  python study.py --grid examples/rates.csv --out runs/rates                                    # every arm at five rates, one seed
+  python benchmarks/choose_rates.py runs/rates --epochs 12 --seeds 1 2 3 --out runs/chosen.csv
+  python study.py --grid runs/chosen.csv --out runs/converged                                   # every arm at its own rate, three seeds
+
+The same rule for every arm, and the test split plays no part in it. An arm whose best rate is the lowest or the highest that was tried is
+marked "edge": a wider search could help it.
+"""
+
+import csv
+import io
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from taxa.errors import InputError  # noqa: E402
+from taxa.results.grid import flags_of  # noqa: E402
+from taxa.results.run_folders import find_runs, read_run  # noqa: E402
+from taxa.runtime.cli import Parser, positive_int, run, seed  # noqa: E402
+from taxa.runtime.files import replacing  # noqa: E402
+
+NOT_OF_AN_ARM = ("lr", "seed", "out", "resume")
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUNS", help="run folders of train.py, or folders that contain them")
+    add("--out", required=True, metavar="FILE.csv", help="the grid to write, for study.py --grid")
+    add("--seeds", type=seed, nargs="+", default=[1, 2, 3], metavar="N", help="of the grid (default 1 2 3)")
+    add("--epochs", type=positive_int, metavar="N", help="of the grid's runs (default: as those here)")
+    return parser.parse_args(argv)
+
+
+def best_loss(folder):
+    """(learning rate, lowest validation loss, {flag: text} of all else that the run was given), None where it has not validated."""
+    found = read_run(folder)
+    arm = {flag: text for flag, text in flags_of(found.environment.get("command", [])).items() if flag not in NOT_OF_AN_ARM}
+    losses = [line["validation_loss"] for line in found.validations]
+    return (found.args["lr"], min(losses), arm) if losses else None
+
+
+def choose(folders):
+    """[({flag: text} of an arm, {rate: validation loss})], arms in the order of their folders. Raises InputError for two runs of one rate."""
+    arms = {}
+    for folder in folders:
+        if found := best_loss(folder):
+            rate, loss, arm = found
+            rates = arms.setdefault(tuple(sorted(arm.items())), (arm, {}))[1]
+            if rate in rates:
+                raise InputError(f"{folder}: another run here has the same flags and --lr {rate:g}: rates are compared on one seed")
+            rates[rate] = loss
+    if not arms:
+        raise InputError("not one of these runs has validated")
+    return list(arms.values())
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    arms = choose(find_runs(args.runs))
+    rates = sorted({rate for _, losses in arms for rate in losses})
+    varying = [flag for flag in dict.fromkeys(flag for arm, _ in arms for flag in arm) if len({arm.get(flag) for arm, _ in arms}) > 1]
+    print("| " + " | ".join([*varying, *(f"{rate:g}" for rate in rates), "chosen"]) + " |")
+    print("|" + "---|" * (len(varying) + len(rates) + 1))
+    lines = []
+    for arm, losses in arms:
+        best = min(losses, key=losses.get)
+        edge = " (edge)" if len(losses) > 1 and best in (min(losses), max(losses)) else ""
+        cells = [arm.get(flag, "") for flag in varying] + [f"{losses[rate]:.3f}" if rate in losses else "" for rate in rates]
+        print("| " + " | ".join([*cells, f"{best:g}{edge}"]) + " |")
+        lines.append(arm | {"lr": f"{best:g}", "seed": " ".join(map(str, args.seeds))} | ({"epochs": str(args.epochs)} if args.epochs else {}))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(flag for line in lines for flag in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    with replacing(args.out) as partial:
+        Path(partial).write_text(text.getvalue(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)
