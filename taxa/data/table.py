@@ -126,7 +126,7 @@ def label_rows(ids, ranks, classes):
         for name, above in paths.items():
             for path in above:
                 full = f"{name} ({'; '.join(path)})"
-                shown[*path, name] = full if full in taken or len(above) > 1 else name
+                shown[(*path, name)] = full if full in taken or len(above) > 1 else name
         twice = [name for name, count in collections.Counter(shown.values()).items() if count > 1]
         if twice:
             raise InputError(f"column {rank}: '{twice[0]}' is one label as it stands and another by its place: rename one")
