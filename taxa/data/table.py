@@ -133,7 +133,7 @@ def label_rows(ids, ranks, classes):
         names[rank] = dict(enumerate(sorted(shown.values()), start=1))
         number_of = {name: number for number, name in names[rank].items()}
         numbers.append({path: number_of[name] for path, name in shown.items()})
-        split = sorted(shown[*path, name] for name, above in paths.items() if len(above) > 1 for path in above)
+        split = sorted(shown[(*path, name)] for name, above in paths.items() if len(above) > 1 for path in above)
         if split:
             notes.append(f"{rank}: one name at several places is a class at each: {_some(split)}")
         alike = collections.defaultdict(set)
