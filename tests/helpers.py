@@ -1,14 +1,18 @@
 """What several test files share: small networks and folders of weights, batches, naive loops, runs as a user types them."""
 
+import functools
 import json
 import math
 import os
+import select
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from runs import free_port
 from safetensors.torch import save_file
 
 from taxa.backbones import FAMILIES, get_model
@@ -275,3 +279,31 @@ def python(*arguments, cwd, **environment):
     """Run a script with this interpreter; returns the finished process."""
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=150,
                           env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+@functools.cache
+def fork_server():
+    return subprocess.Popen([sys.executable, str(ROOT / "tests" / "forks.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def forked(*ranks, cwd, **environment):
+    """Run a script by one process, or by several as srun starts them: one list of words a rank. Returns the finished processes.
+
+    As python(), but each is forked from one that has imported torch and the scripts already (forks.py), which saves seconds. So not for
+    what an import reads from the environment.
+    """
+    environments = [environment] * len(ranks)
+    if len(ranks) > 1:
+        meet = {"WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        environments = [environment | meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(len(ranks))]
+    server, words = fork_server(), [list(map(str, each)) for each in ranks]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [[f"{folder}/{rank}.out", f"{folder}/{rank}.err"] for rank in range(len(ranks))]
+        asked = {"words": words, "cwd": str(cwd), "environments": environments, "outputs": outputs}
+        print(json.dumps(asked), file=server.stdin, flush=True)
+        if not select.select([server.stdout], [], [], 150)[0]:
+            server.kill()
+            raise TimeoutError(f"{words} did not end within 150 s")
+        texts = [[Path(path).read_text() for path in each] for each in outputs] if (answer := server.stdout.readline()) else []
+    return [subprocess.CompletedProcess(*each[:2], *each[2]) for each in zip(words, json.loads(answer), texts)]

@@ -8,12 +8,10 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, command
+from helpers import ROOT, command, forked
 
 import train
 from taxa.data.dataset import PreparedDataset
@@ -21,23 +19,17 @@ from taxa.data.opening import load_batches
 from taxa.errors import InputError
 from taxa.runtime import distributed, files
 
-# Two ranks that print what world() gives them, as processes of their own, with stand-ins for torch's functions.
-RANKS = """
+# A rank that prints what world() gives it, with stand-ins for torch's functions.
+RANK = """
 import sys, os, json, datetime, time
-sys.path[:0] = [ROOT, ROOT + "/tests"]
 import torch
-from runs import ranks
-from taxa.runtime import distributed
-case = json.loads(sys.argv[1])
+from taxa.runtime import cli, distributed
+case = json.loads(sys.argv[2])
 real = torch.distributed.init_process_group
 
 def main():
     rank = int(os.environ["RANK"])
-    with open(f"{sys.argv[2]}/{rank}", "w") as own:
-        for stream in (1, 2):
-            os.dup2(own.fileno(), stream)
     if "uuids" in case:
-        os.environ["LOCAL_RANK"] = str(rank)
         torch.cuda.is_available, torch.cuda.set_device = lambda: True, lambda device: None
         torch.cuda.device_count = lambda: case["visible"]
         torch.cuda.get_device_properties = lambda device: type("P", (), {"uuid": case["uuids"][rank]})
@@ -55,17 +47,13 @@ def main():
         distributed.barrier(w)
         print("on", w.device, flush=True)
 
-for child in ranks(2, main):
-    os.waitpid(child, 0)
+cli.run(main)
 """
 
 
 def two_ranks(**case):
     """What two ranks print, a line of ours each: where they compute, or why they end."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-c", f"ROOT = {str(ROOT)!r}\n{RANKS}", json.dumps(case), folder], check=True, timeout=120,
-                       env=os.environ | {"OMP_NUM_THREADS": "1"})
-        told = [(Path(folder) / rank).read_text() for rank in "01"]
+    told = [rank.stdout + rank.stderr for rank in forked(*[["-c", RANK, json.dumps(case)]] * 2, cwd=ROOT)]
     assert "Traceback" not in "".join(told), told
     return ["".join(line for line in of_rank.splitlines() if line.startswith(("-c", "on "))) for of_rank in told]
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import forked
 
 from taxa.errors import InputError
 
@@ -13,7 +14,8 @@ precision = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(precision)
 
 
-def test_two_precisions_on_a_cpu(short, weights, tmp_path, capsys):
+def test_two_precisions_on_a_cpu(short, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(precision.subprocess, "run", lambda words, **_: forked(words[1:], cwd=tmp_path)[0])
     flags = ["--data", str(short), "--model", "tiny-nt", "--strategy", "ia3", "--max-steps", "2", "--batch-size", "8", "--log-every", "1",
              "--seeds", "1", "--device", "cpu", "--weights", str(weights["tiny-nt"]), "--out", str(tmp_path / "runs")]
     precision.main(flags)

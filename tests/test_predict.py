@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, forked
 
 import evaluate
 import predict
@@ -25,8 +26,6 @@ from taxa.results.evaluation import run_split
 from taxa.results.writers import LineWriter
 from taxa.runtime.distributed import world
 from taxa.training import checkpoint
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -183,10 +182,9 @@ def test_standard_input_and_output(mixed, checkpoints, tmp_path, monkeypatch, ca
 
 
 def test_two_processes_write_the_same_bytes(mixed, checkpoints, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "predict.py"),
-               str(checkpoints["tiny-nt"]), str(mixed / "reads.fa"), "--batch-size", "2", "--out", "all.tsv", "--embeddings", "all.npy"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr.decode()
+    words = [ROOT / "predict.py", checkpoints["tiny-nt"], mixed / "reads.fa", "--batch-size", "2", "--out", "all.tsv", "--embeddings", "all.npy"]
+    for rank in forked(words, words, cwd=tmp_path):
+        assert rank.returncode == 0, rank.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"all.tsv", "all.npy"}
     for name in ("all.tsv", "all.npy"):
         assert (tmp_path / name).read_bytes() == (mixed / name).read_bytes()

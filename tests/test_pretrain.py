@@ -7,13 +7,11 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, TINY, forked
 from runs import dies, in_step
 from safetensors.torch import load_file, save_file
 
@@ -31,8 +29,6 @@ from taxa.training import checkpoint
 from taxa.training.optim import adamw, cosine_lr
 from taxa.training.run import read_last
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = ["tiny-nt", "tiny-dnabert"]
 # the hub's names of everything but the layers, written by hand
 KEYS = {
     "tiny-nt": {"esm.embeddings.word_embeddings.weight", "esm.encoder.emb_layer_norm_after.weight", "esm.encoder.emb_layer_norm_after.bias",
@@ -223,10 +219,9 @@ def replica(name, data, weights, steps, processes, lr=0.01):
 
 
 def test_two_processes_are_one_loss_over_all_masked_positions(demo, weights, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, str(ROOT / "pretrain.py"), *command("tiny-nt", demo, weights, tmp_path / "two", "--max-steps", "3")],
-                          capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    words = [ROOT / "pretrain.py", *command("tiny-nt", demo, weights, tmp_path / "two", "--max-steps", "3")]
+    for rank in forked(words, words, cwd=tmp_path):
+        assert rank.returncode == 0, rank.stderr
     expected = replica("tiny-nt", demo, weights, 3, 2)
     for key, tensor in load_file(tmp_path / "two" / "model.safetensors").items():
         torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-5, msg=key)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from runs import free_port, in_step
 from test_resume import RESUME
-from helpers import ROOT, command, python
+from helpers import ROOT, command, forked
 
 import evaluate
 import train
@@ -326,14 +326,8 @@ def test_nothing_is_unpickled_or_run_anywhere():
 
 def pair(arguments, of_the_second, cwd):
     """Start two ranks by hand, as srun does; the second with other arguments. Returns [(status, stdout, stderr), ...]."""
-    port = str(free_port())
-    running = [subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments, *more], cwd=cwd, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1",
-                                                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-               for rank, more in enumerate(([], of_the_second))]
-    ends = [process.communicate(timeout=300) for process in running]
-    return [(process.returncode, *end) for process, end in zip(running, ends)]
+    words = [ROOT / "train.py", *arguments]
+    return [(rank.returncode, rank.stdout, rank.stderr) for rank in forked(words, [*words, *of_the_second], cwd=cwd)]
 
 
 def test_ranks_with_other_arguments_or_data_are_told_apart(short, weights, tmp_path):
@@ -433,9 +427,9 @@ def several(trained, short, weights, tmp_path_factory):
     root = tmp_path_factory.mktemp("several")
     evaluation = ["evaluate", str(trained[1] / "ckpt.pt"), "--batch-size", "8", "--out"]
     training = ["train", *command("tiny-nt", "ia3", short, weights, root / "run", "--epochs", "1", "--batch-size", "97")]
-    runs = {2: [[*evaluation, str(root / "2")]], 3: [training, [*evaluation, str(root / "3")]]}
-    done = python(ROOT / "tests" / "runs.py", json.dumps(runs), cwd=root)
-    assert done.returncode == 0, done.stderr
+    for size, runs in {2: [[*evaluation, str(root / "2")]], 3: [training, [*evaluation, str(root / "3")]]}.items():
+        for rank in forked(*[[ROOT / "tests" / "runs.py", json.dumps(runs)]] * size, cwd=root):
+            assert rank.returncode == 0, rank.stderr
     return root
 
 

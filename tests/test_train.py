@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, STRATEGIES, command, python
+from helpers import ROOT, STRATEGIES, command, forked, python
 from torch.distributed.run import get_args_parser
 
 import evaluate
@@ -36,8 +36,8 @@ def two_processes(demo, weights, tmp_path_factory):
     folders = {(model, strategy): root / f"{model}-{strategy}" for model in MODELS for strategy in STRATEGIES}
     runs = [["train", *command(model, strategy, demo, weights, out, "--max-steps", "3")] for (model, strategy), out in folders.items()]
     runs.append(["evaluate", str(root / "tiny-nt-lora" / "ckpt.pt"), "--temperature", "--out", str(root / "evaluated")])
-    done = torchrun(2, ROOT / "tests" / "runs.py", json.dumps(runs), cwd=root)
-    assert done.returncode == 0, done.stderr
+    for rank in forked(*[[ROOT / "tests" / "runs.py", json.dumps(runs)]] * 2, cwd=root):
+        assert rank.returncode == 0, rank.stderr
     return folders
 
 
