@@ -228,25 +228,25 @@ def test_two_processes_are_one_loss_over_all_masked_positions(demo, weights, tmp
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_it_learns_goes_on_after_an_interruption_and_train_loads_it(name, demo, weights, tmp_path, monkeypatch, capsys):
-    more = ("--max-steps", "13", "--batch-size", "32", "--save-every", "5", "--log-every", "1")  # 11 steps are an epoch
-    whole = pretrain.main(command(name, demo, weights, tmp_path / "whole", *more))
+def test_it_learns_goes_on_after_an_interruption_and_train_loads_it(name, short, weights, tmp_path, monkeypatch, capsys):
+    more = ("--max-steps", "13", "--batch-size", "32", "--save-every", "5", "--log-every", "1")  # 10 steps are an epoch
+    whole = pretrain.main(command(name, short, weights, tmp_path / "whole", *more))
     log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert log[0]["validation_loss"] > whole["loss"] + 0.05 and "perplexity" in log[0] and "unigram_perplexity" in log[-1]
     assert whole["perplexity"] == pytest.approx(math.exp(whole["loss"]))
 
-    calls = interrupted_at(13, monkeypatch, command(name, demo, weights, tmp_path / "cut", *more))
-    again = pretrain.main(command(name, demo, weights, tmp_path / "cut", *more, "--resume"))
+    calls = interrupted_at(13, monkeypatch, command(name, short, weights, tmp_path / "cut", *more))
+    again = pretrain.main(command(name, short, weights, tmp_path / "cut", *more, "--resume"))
     assert again == whole
     assert len(calls) == 13  # steps 0 to 12, the last of them not taken
     logged = [[json.loads(line)["step"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "cut")]
     assert logged[0] == logged[1]
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
-    train.main(["--model", name, "--strategy", "lora", "--data", str(demo), "--weights", str(tmp_path / "whole"), "--max-steps", "1",
+    train.main(["--model", name, "--strategy", "lora", "--data", str(short), "--weights", str(tmp_path / "whole"), "--max-steps", "1",
                 "--out", str(tmp_path / "run")])
     assert json.loads((tmp_path / "run" / "args.json").read_text())["base"]["source"] == "folder"
-    measured = pretrain.main(["--model", name, "--data", str(demo), "--weights", str(tmp_path / "whole"), "--epochs", "0", "--batch-size",
+    measured = pretrain.main(["--model", name, "--data", str(short), "--weights", str(tmp_path / "whole"), "--epochs", "0", "--batch-size",
                               "32", "--out", str(tmp_path / "measured")])
     assert measured["loss"] == pytest.approx(whole["loss"], abs=1e-6)
 
