@@ -8,6 +8,7 @@
 import os
 from pathlib import Path
 
+from taxa.data.augment import other_strands
 from taxa.data.dataset import PreparedDataset
 from taxa.data.splits import SPLITS
 from taxa.data.taxonomy import class_id
@@ -32,6 +33,8 @@ def parse_args(argv=None):
     add("--data", metavar="DIR", help="prepared dataset (default: the one that the run was trained on)")
     add("--weights", metavar="DIR", help="folder with the base weights (default: where the run took them from)")
     add("--split", choices=SPLITS, default="test", help="default test")
+    add("--both-strands", action="store_true", help="average the logits of a sequence and of its reverse complement (twice the time)")
+    add("--tokenizer-file", metavar="PATH", help="--both-strands: tokenizer.json of the model (default for DNABERT: the hub's)")
     add = parser.group("machine")
     add("--batch-size", type=positive_int, metavar="B", help="sequences per batch (default: the run's)")
     add("--precision", choices=PRECISIONS, help="of matrix products (default: the run's)")
@@ -66,16 +69,21 @@ def main(argv=None):
     with world(args.device) as w:
         with main_first(w):
             if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
-                data.verify(tokenizer, sorted({args.split, "validation"} if args.temperature else {args.split}), progress)
+                for tokens in {tokenizer, "nt"} if args.both_strands else {tokenizer}:  # those of nt spell the bases
+                    data.verify(tokens, sorted({args.split, "validation"} if args.temperature else {args.split}), progress)
         precision = args.precision or content["precision"]
         set_precision(precision, w.device)
         model = checkpoint.rebuild(content, args.weights).to(w.device)
         out.mkdir(parents=True, exist_ok=True)
         how = (args.batch_size or content["batch_size"], precision, args.workers)
-        temperature = None
+        temperature, strands = None, {}
+        if args.both_strands:
+            reader = checkpoint.tokenizer_of(content, args.checkpoint, args.tokenizer_file)
+            strands = {name: [other_strands(data.split(name, "nt"), reader)]
+                       for name in (args.split, "validation")}
         if args.temperature:
-            temperature, used = split_temperature(w, model, validation, *how)
-        outcome = run_split(w, model, split, *how, lineages=content["lineages"], temperature=temperature)
+            temperature, used = split_temperature(w, model, validation, *how, others=strands.get("validation", ()))
+        outcome = run_split(w, model, split, *how, lineages=content["lineages"], temperature=temperature, others=strands.get(args.split, ()))
         metrics = summarize(args.split, outcome, data.num_classes, content["lineages"], data.digest, temperature)
         if w.is_main:
             print(table(metrics))

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from taxa.data.reads import check_files, read_ahead, records, slices
-from taxa.data.tokens import TOKENIZERS, get_tokenizer
+from taxa.data.reads import check_files, pairs, read_ahead, records, slices
 from taxa.errors import InputError
 from taxa.results.decode import JointDecoder, log_probabilities
+from taxa.results.kraken import report
 from taxa.results.writers import FORMATS, LineWriter, VectorWriter
 from taxa.runtime.cli import Parser, fraction, positive_int, run
 from taxa.runtime.distributed import exit_together, sum_over_ranks, world
@@ -34,9 +34,10 @@ Input. FASTA (sequences over any number of lines) or FASTQ (four lines a record)
   or xz, told by the first bytes. docs/DATA.md says what is read as what, here as in prepare.py: U is T, white space and gaps are nothing,
   anything else outside ACGTN becomes N and is counted. A read of up to --window bases (as many as the longest sequence trained on) is
   one sequence for the network. A longer one is cut into
-  windows every --window letters, the last moved back to end with the read, and the logits of its windows are averaged. The network sees a
-  read as it is written, never its reverse complement. A window without a single A, C, G or T is left out, and a read that has no other is
-  unclassified.
+  windows every --window bases, the last moved back to end with the read, and the logits of its windows are averaged. The network sees a
+  read as it is written; with --both-strands its reverse complement too, and averages the logits of both (twice the time). With --mates
+  the windows of both reads of a pair are averaged as those of one. A window without a single A, C, G or T is left out, and a read that has
+  no other is unclassified.
 
 Decoding. Each rank's head gives its own probabilities; its best classes are the columns RANK_taxid, RANK_name and RANK_probability. The
   lineage is decoded jointly: of the lineages seen in training, the one whose classes have the highest sum of log-probabilities; its
@@ -52,8 +53,12 @@ Decoding. Each rank's head gives its own probabilities; its best classes are the
                  probability}. Classes below --min-probability are left out.
 --format kraken  Kraken's per-read lines: C or U, id, taxid of the deepest rank of the lineage, length, and taxid:windows where Kraken
                  has taxid:k-mers.
+With --mates there is one line per pair; its length is that of both mates (in kraken "150|150"), its id is without /1 or /2.
 The id is the first word of the header, or all of it with --whole-header (line breaks of every kind become spaces, and tabs, but not in
 jsonl). All that is written is UTF-8.
+
+--report FILE    how many reads each taxon got, in the six columns of Kraken 2's report: percent, reads in the clade, reads at the taxon
+                 itself, rank code, taxid, name. A lineage that --min-probability cut back counts at its deepest rank.
 
 Files appear when they are complete, and replace older ones; standard output is written as reads are done. Memory does not grow with the
 number of reads. The same reads give the same bytes with any number of processes. Exit status: 0, or 2 after wrong input (one line says
@@ -66,11 +71,13 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="ckpt.pt of a run folder, or a folder of export.py --adapters")
     add("reads", metavar="READS", nargs="+", help="FASTA or FASTQ files, plain, gzip, bzip2 or xz, or - for standard input")
+    add("--mates", metavar="READS", nargs="+", help="the other reads of pairs, in the same order: as many files; one line per pair")
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="FILE", default="-", help="where the predictions go (default -: standard output)")
     add("--format", choices=FORMATS, default="tsv", help="default tsv; see below")
     add("--top-k", type=positive_int, metavar="K", default=1, help="classes per rank, likeliest first (default 1; not in kraken)")
     add("--min-probability", type=fraction, metavar="P", default=0.0, help="below it a rank is unclassified (0 to 1, default 0)")
+    add("--report", metavar="FILE", help="write also how many reads each taxon got, as Kraken 2's --report does")
     add("--whole-header", action="store_true", help="the id is the whole header line (default: its first word)")
     add("--embeddings", metavar="FILE.npy", help="write also the pooled vectors (reads, hidden size), in input order; a read of several "
         "windows has their mean, an unclassifiable one (see below) NaN")
@@ -79,6 +86,7 @@ def parse_args(argv=None):
     add("--weights", metavar="DIR", help="folder with the base weights (default: where the run took them from)")
     add("--tokenizer-file", metavar="PATH", help="tokenizer.json of the model (default for DNABERT: the hub's)")
     add("--temperature", metavar="FILE", help="temperature.json of this checkpoint (default: probabilities as the heads give them)")
+    add("--both-strands", action="store_true", help="average the logits of a read and of its reverse complement (twice the time)")
     add("--window", type=positive_int, metavar="BP", help="bases that the network sees at a time (default: the longest trained on)")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=positive_int, metavar="B", help="windows per batch (default: the run's)")
@@ -87,8 +95,12 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.top_k > 1 and args.format == "kraken":
         parser.error("--top-k: a line of --format kraken has one taxid; use tsv or jsonl")
-    if args.out == args.embeddings:
-        parser.error("--out and --embeddings name the same file")
+    outputs = {"--out": args.out, "--embeddings": args.embeddings, "--report": args.report}
+    for one, other in itertools.combinations((flag for flag, path in outputs.items() if path not in (None, os.devnull)), 2):
+        if os.path.abspath(outputs[one]) == os.path.abspath(outputs[other]):
+            parser.error(f"{one} and {other} name the same file")
+    if args.mates and (len(args.mates) != len(args.reads) or "-" in args.reads + args.mates):
+        parser.error(f"--mates: {len(args.reads)} files of reads and {len(args.mates)} of mates: give as many, none of them standard input")
     return args
 
 
@@ -149,7 +161,7 @@ class Forward:
             sums[:1] += self.carry
         done = len(piece.reads) if piece.complete else len(piece.reads) - 1
         self.carry = None if piece.complete else sums[-1:]
-        counts = torch.tensor([read.windows for read in piece.reads[:done]], device=w.device)[:, None]
+        counts = torch.tensor([read.views for read in piece.reads[:done]], device=w.device)[:, None]
         found = self._decode((sums[:done] / counts).float())
         found = {name: tensor.to("cpu", non_blocking=True) for name, tensor in found.items()}
         event = None
@@ -171,27 +183,27 @@ class Forward:
 
 def main(argv=None):
     args = parse_args(argv)
-    check_files(args.reads)
-    for path in (args.out if args.out != "-" else None, args.embeddings):
+    inputs = [*args.reads, *(args.mates or [])]
+    check_files(inputs)
+    for path in (args.out if args.out != "-" else None, args.embeddings, args.report):
         if path:
-            check_output(path, [*args.reads, args.checkpoint])
+            check_output(path, [*inputs, args.checkpoint])
     content = checkpoint.read(args.checkpoint)
     temperature = read_temperature(args.temperature, args.checkpoint, content) if args.temperature else None
-    name = content["tokenizer"]["name"]
-    tokenizer = get_tokenizer(name if name in TOKENIZERS else "bpe", args.tokenizer_file)
-    if content["tokenizer"]["digest"] not in (tokenizer.digest, *tokenizer.old_digests):
-        raise InputError(f"the vocabulary of the tokenizer {name} is not the one that {args.checkpoint} was trained with; "
-                         "--tokenizer-file PATH gives another")
+    tokenizer = checkpoint.tokenizer_of(content, args.checkpoint, args.tokenizer_file)
     with world(args.device) as w:
-        if w.size > 1 and not all(Path(path).is_file() for path in args.reads):
+        if w.size > 1 and not all(Path(path).is_file() for path in inputs):
             raise InputError("several processes each read the input: give files, not standard input or a pipe")
         precision = args.precision or content["precision"]
         set_precision(precision, w.device)
         model = checkpoint.rebuild(content, args.weights).to(w.device)
         forward = Forward(w, model, JointDecoder(content["lineages"], w.device), precision, temperature, args.top_k, bool(args.embeddings))
-        stream = itertools.chain.from_iterable(records(path) for path in args.reads)
+        stream = itertools.chain.from_iterable(map(records, args.reads))
+        if args.mates:
+            stream = pairs(stream, itertools.chain.from_iterable(map(records, args.mates)))
         window = args.window or checkpoint.window_of(content, w.is_main and args.checkpoint)["length"]
-        pieces = slices(stream, tokenizer, window, args.batch_size or content["batch_size"], BATCHES_PER_SLICE, w.rank, w.size)
+        pieces = slices(stream, tokenizer, window, args.batch_size or content["batch_size"], BATCHES_PER_SLICE, w.rank, w.size,
+                        args.both_strands)
         return predict(w, args, forward, LineWriter(args, content["classes"], content["lineages"]), read_ahead(pieces))
 
 
@@ -236,6 +248,9 @@ def predict(w, args, forward, writer, pieces):
                 changed, without = changed + sum(read.changed for read in reads), without + sum(read.windows == 0 for read in reads)
                 bar.update(len(reads))
             pending = computed
+        if w.is_main and args.report:
+            with open(stack.enter_context(replacing(args.report)), "w", encoding="utf-8") as file:
+                file.write(report(writer.classes, writer.counts))
     seconds = time.perf_counter() - started
     if w.is_main:
         print(f"{reads_done:,} reads, {windows_done:,} windows in {seconds:.1f} s: {reads_done / seconds:,.1f} reads/s", file=sys.stderr)

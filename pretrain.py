@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from taxa.backbones import MODELS, get_model, load_backbone, read_config, table_name
 from taxa.backbones.masked_lm import MASKING, MaskedLM, generator_for, load_head, mask_tokens, save_hub_folder, unigram_losses
-from taxa.data.augment import AugmentedSplit
+from taxa.data.augment import augmented
 from taxa.data.dataset import micro_batches
 from taxa.data.opening import check_vocabulary, load, open_data, row_tokenizer, step_records
 from taxa.data.reads import check_files, records, tokenized_windows
@@ -188,7 +188,7 @@ def pretrain(w, run, args, row):
         model.train()
         plan = micro_batches(len(splits["train"]), args.seed, epoch, args.batch_size, args.accumulate, w.rank, w.size)
         plan = plan[step - done:end - done]  # optimizer steps
-        source = AugmentedSplit(data.split("train", "nt"), row_tokenizer(row), args.seed, epoch) if args.augment else splits["train"]
+        source = augmented(data.split("train", "nt"), row_tokenizer(row), args.seed, epoch) if args.augment else splits["train"]
         loader = load(source, plan, args.workers, w.device)
         for micros, count in progress(plan, f"epoch {epoch + 1}/{args.epochs}", unit="seq", unit_scale=per_step):
             # ---------------------------------------------------------------- a single training step

@@ -17,7 +17,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from taxa.backbones import MODELS, backbone_config, find_model
-from taxa.data.augment import AugmentedSplit
+from taxa.data.augment import augmented
 from taxa.data.dataset import PreparedDataset, micro_batches, on_device
 from taxa.data.opening import check_vocabulary, data_folder, load, open_data, row_tokenizer, step_records
 from taxa.data.splits import SPLITS
@@ -200,7 +200,7 @@ def train(w, run, args, row, settings, start=None):
         model.train()
         plan = micro_batches(len(splits["train"]), args.seed, epoch, args.batch_size, args.accumulate, w.rank, w.size)
         plan = plan[step - done:end - done]  # optimizer steps
-        source = AugmentedSplit(data.split("train", "nt"), row_tokenizer(row), args.seed, epoch) if args.augment else splits["train"]
+        source = augmented(data.split("train", "nt"), row_tokenizer(row), args.seed, epoch) if args.augment else splits["train"]
         batches = load(source, plan, args.workers, w.device)
         for micros, count in progress(plan, f"epoch {epoch + 1}/{args.epochs}", unit="seq", unit_scale=per_step):
             # ---------------------------------------------------------------- a single training step

@@ -8,7 +8,7 @@ import torch
 
 import pretrain
 import train
-from taxa.data.augment import PHASES, VIEWS, AugmentedSplit, view
+from taxa.data.augment import PHASES, VIEWS, augmented, view
 from taxa.data.dataset import PreparedDataset
 from taxa.data.tokens import NTTokenizer, get_tokenizer
 from taxa.errors import InputError
@@ -26,23 +26,23 @@ def test_the_views_of_a_sequence_by_hand():
 def test_a_batch_holds_the_tokens_of_a_view_of_each_sequence_and_its_labels(name, demo):
     data, nt, tokenizer = PreparedDataset(demo), NTTokenizer(), get_tokenizer(name)
     split = data.split("train", "nt")
-    augmented = AugmentedSplit(split, tokenizer, seed=1, epoch=0)
+    viewed = augmented(split, tokenizer, seed=1, epoch=0)
     rows = [5, 3, 250, 3]
-    batch = augmented[rows]
-    assert torch.equal(batch["labels"], split[rows]["labels"]) and len(augmented) == len(split)
+    batch = viewed[rows]
+    assert torch.equal(batch["labels"], split[rows]["labels"]) and len(viewed) == len(split)
     for b, i in enumerate(rows):
         ids = batch["input_ids"][b][batch["attention_mask"][b] == 1].numpy()
         letters = nt.decode(split.tokens(i))
         pairs = dict(zip("ACGTN", "TGCAN"))
-        strand = letters.decode() if augmented.views[i] < PHASES else "".join(pairs[c] for c in reversed(letters.decode()))
-        expected, _ = tokenizer.encode(strand[augmented.views[i] % PHASES:].encode(), [len(strand) - augmented.views[i] % PHASES])
+        strand = letters.decode() if viewed.views[i] < PHASES else "".join(pairs[c] for c in reversed(letters.decode()))
+        expected, _ = tokenizer.encode(strand[viewed.views[i] % PHASES:].encode(), [len(strand) - viewed.views[i] % PHASES])
         assert ids.tolist() == expected.tolist()
         assert (batch["input_ids"][b][batch["attention_mask"][b] == 0] == tokenizer.pad_token_id).all()
 
 
 def test_seed_and_epoch_decide_the_views(demo):
     split, nt = PreparedDataset(demo).split("train", "nt"), NTTokenizer()
-    first, again, later, other = (AugmentedSplit(split, nt, *key).views for key in ((1, 0), (1, 0), (1, 1), (2, 0)))
+    first, again, later, other = (augmented(split, nt, *key).views for key in ((1, 0), (1, 0), (1, 1), (2, 0)))
     assert (first == again).all() and (first != later).any() and (first != other).any()
     assert set(first) == set(range(VIEWS))
 

@@ -221,6 +221,7 @@ def bases(text, where, fastq=False):
 _TO_ACGTN = bytes(ord({"U": "T"}.get(letter, letter if letter in "ACGTN" else "N")) for letter in (chr(i).upper()[:1] for i in range(256)))
 _PROTEIN = np.array([chr(i).upper() in "EFIJLOPQZ" for i in range(256)])  # in no nucleotide code, IUPAC's included
 PROTEIN_SHARE = 0.01
+_COMPLEMENT = bytes.maketrans(b"ACGTN", b"TGCAN")
 
 
 def normalize(sequences, lengths, where):
@@ -242,3 +243,8 @@ def normalize(sequences, lengths, where):
             found = "".join(sorted({chr(x).upper() for x in raw[ends[i] - lengths[i]:ends[i]] if _PROTEIN[x]}))
             raise InputError(f"{where(i)}: letters {found} are in no DNA alphabet: is this protein?")
     return sequences.translate(_TO_ACGTN), len(others)
+
+
+def reverse_complement(bases):
+    """The other strand of a sequence of ACGTN, read in its direction: bytes -> bytes."""
+    return bases.translate(_COMPLEMENT)[::-1]

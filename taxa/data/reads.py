@@ -8,15 +8,18 @@ Shapes: W windows of a slice, B of a batch, T tokens of the longest window in it
 
 import collections
 import concurrent.futures
+import itertools
 import os
+import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
 
 from taxa.data.dataset import padded
 from taxa.data import grammar
+from taxa.data.grammar import reverse_complement
 from taxa.errors import InputError
 
 
@@ -27,14 +30,16 @@ class Record(NamedTuple):
     header: str  # the line without its > or @
     bases: bytes  # of ACGTN
     changed: int = 0  # how many of them became N
+    mate: Optional[bytes] = None  # the bases of the other read of a pair
 
 
 class Read(NamedTuple):
     """What is left of a record after its bases became tokens."""
 
     header: str
-    length: int  # bases
+    lengths: tuple  # bases of the read, or of each mate of a pair
     windows: int  # with an A, C, G or T: without one, a read cannot be classified
+    views: int  # windows that the network sees: with both strands, also those of the reverse complement
     changed: int
 
 
@@ -81,23 +86,40 @@ def window_starts(length, window):
     return [*range(0, length - window, window), length - window]
 
 
-def slices(stream, tokenizer, window, batch_size, batches_per_slice, rank=0, size=1):
+def pairs(first, second):
+    """Yield a Record for each two Records of two streams, mates of one pair: an id without /1 or /2, and the bases of both.
+
+    Raises InputError that names the record where the ids differ or one stream ends before the other.
+    """
+    for number, (one, two) in enumerate(itertools.zip_longest(first, second), start=1):
+        if one is None or two is None:
+            raise InputError(f"{(one or two).where}: no mate for it: the other side of --mates ends after {number - 1:,} records")
+        ids = [re.sub(r"/[12]$", "", each.header.split(None, 1)[0]) for each in (one, two)]
+        if ids[0] != ids[1]:
+            raise InputError(f"{two.where} is no mate of {one.where}: mates stand in the same order in both files")
+        yield Record(one.where, " ".join([ids[0], *one.header.split(None, 1)[1:]]), one.bases, one.changed + two.changed, two.bases)
+
+
+def slices(stream, tokenizer, window, batch_size, batches_per_slice, rank=0, size=1, both_strands=False):
     """Records -> Slices of batch_size * batches_per_slice windows, the last one smaller.
 
-    A window of nothing but N says nothing of where it comes from: it is left out. Within a slice, windows are ordered by length, longest
+    A window of nothing but N says nothing of where it comes from: it is left out. The windows of a pair are those of both mates; with both
+    strands there are also those of the reverse complement, cut from its own beginning, so a read and its reverse complement have the same.
+    Within a slice, windows are ordered by length, longest
     first, windows of one length in the order of the input. Batch k is tokenized by process k modulo `size`.
     """
     reads, pieces, W = [], [], batch_size * batches_per_slice
     for record in stream:
-        length = len(record.bases)
-        starts = [start for start in window_starts(length, window)
-                  if record.bases.count(b"N", start, start + window) < min(window, length)]
-        read = Read(record.header, length, len(starts), record.changed)
+        texts = [record.bases] if record.mate is None else [record.bases, record.mate]
+        strands = [*texts, *map(reverse_complement, texts)] if both_strands else texts
+        starts = [[start for start in window_starts(len(bases), window)
+                   if bases.count(b"N", start, start + window) < min(window, len(bases))] for bases in strands]
+        read = Read(record.header, tuple(map(len, texts)), sum(map(len, starts[:len(texts)])), sum(map(len, starts)), record.changed)
         reads.append(read)
-        for start in starts:
-            pieces.append((len(reads) - 1, record.bases[start:start + window]))
+        for view, (bases, start) in enumerate(((bases, start) for bases, of in zip(strands, starts) for start in of), start=1):
+            pieces.append((len(reads) - 1, bases[start:start + window]))
             if len(pieces) == W:
-                complete = start == starts[-1]
+                complete = view == read.views
                 yield _slice(reads, complete, pieces, tokenizer, batch_size, rank, size)
                 reads, pieces = [] if complete else [read], []
         if len(reads) == W:  # most of them without a window

@@ -54,16 +54,26 @@ def batch_logits(w, model, split, batches, precision="fp32", workers=0):
         yield rows, batch["labels"], logits
 
 
+def mean_logits(w, model, splits, batches, precision, workers):
+    """As batch_logits(), the mean of the logits of several splits with the same sequences: a split, or it and its other strands."""
+    passes = [batch_logits(w, model, split, batches, precision, workers) for split in splits]
+    for (rows, labels, logits), *others in zip(*passes):
+        for rank in logits if others else ():
+            logits[rank] = torch.stack([logits[rank], *(of_other[rank] for _, _, of_other in others)]).float().mean(dim=0)
+        yield rows, labels, logits
+
+
 def own_batches(w, rows, batch_size):
     """The batches of this process: batch k goes to process k modulo their number, so batches do not depend on how many there are."""
     return [rows[start:start + batch_size] for start in range(0, len(rows), batch_size)][w.rank::w.size]
 
 
 @torch.no_grad()
-def run_split(w, model, split, batch_size, precision="fp32", workers=0, *, lineages, temperature=None):
+def run_split(w, model, split, batch_size, precision="fp32", workers=0, *, lineages, temperature=None, others=()):
     """Predict every sequence of a split -> Outcome.
 
-    lineages: (L, R) class numbers to decode over jointly. temperature: {rank: T} for Outcome.scaled. Raises InputError, on all processes,
+    lineages: (L, R) class numbers to decode over jointly. temperature: {rank: T} for Outcome.scaled. others: splits whose logits are
+    averaged with this one's, sequence by sequence (its other strands). Raises InputError, on all processes,
     when the loss of a sequence is not finite.
     """
     N, R = split.labels.shape
@@ -71,7 +81,7 @@ def run_split(w, model, split, batch_size, precision="fp32", workers=0, *, linea
     settings = [None, temperature] if temperature else [None]
     predicted = torch.zeros(N, R, dtype=torch.int64)
     columns = [[torch.zeros(N, R, dtype=dtype) for dtype in (torch.float64, torch.float64, torch.int64)] for _ in settings]
-    for rows, labels, logits in batch_logits(w, model, split, own_batches(w, list(range(N)), batch_size), precision, workers):
+    for rows, labels, logits in mean_logits(w, model, (split, *others), own_batches(w, list(range(N)), batch_size), precision, workers):
         predicted[rows] = torch.stack([z.argmax(dim=1) for z in logits.values()], dim=1).cpu()
         for (confidence, nll, joint), setting in zip(columns, settings):
             log_probs = log_probabilities(logits, setting)
@@ -95,7 +105,7 @@ def check_finite_rows(w, split, rows, what):
 
 
 @torch.no_grad()
-def split_temperature(w, model, split, batch_size, precision="fp32", workers=0):
+def split_temperature(w, model, split, batch_size, precision="fp32", workers=0, others=()):
     """({rank: temperature}, sequences used): one temperature per rank, fitted on at most 20,000 evenly spaced sequences of a split.
 
     Raises InputError, on all processes, when a logit is not finite.
@@ -103,7 +113,7 @@ def split_temperature(w, model, split, batch_size, precision="fp32", workers=0):
     used = list(range(0, len(split), -(-len(split) // TEMPERATURE_SEQUENCES) or 1))
     found = {rank: torch.zeros(len(used), head.out_features) for rank, head in model.heads.items()}
     place = {row: i for i, row in enumerate(used)}
-    for rows, _, logits in batch_logits(w, model, split, own_batches(w, used, batch_size), precision, workers):
+    for rows, _, logits in mean_logits(w, model, (split, *others), own_batches(w, used, batch_size), precision, workers):
         for rank, z in logits.items():
             found[rank][[place[row] for row in rows]] = z.float().cpu()
     found = {rank: sum_over_ranks(w, z) for rank, z in found.items()}

@@ -1,10 +1,11 @@
 """What predict.py writes: a line per read, in one of three formats, and vectors as .npy. Nothing is held back: both are streams."""
 
+import collections
 import json
 
 import numpy as np
 
-from taxa.errors import InputError
+from taxa.results.kraken import check_taxids
 
 FORMATS = ("tsv", "jsonl", "kraken")
 
@@ -13,10 +14,11 @@ class LineWriter:
     """Lines of one format. classes: {rank: [{"taxid", "name"}, ...]}; lineages: (L, R) class numbers."""
 
     def __init__(self, args, classes, lineages):
-        """args: of predict.py: format, top_k, min_probability, whole_header."""
+        """args: of predict.py: format, top_k, min_probability, whole_header, report."""
         self.args, self.classes, self.lineages = args, classes, lineages
-        if args.format == "kraken" and any(row["taxid"] is None for table in classes.values() for row in table):
-            raise InputError("--format kraken tells taxa by NCBI's taxids, and this checkpoint's classes have none: use tsv or jsonl")
+        self.counts = collections.Counter()  # {class numbers of a lineage, as far down as it was given: reads}
+        if args.format == "kraken" or args.report:
+            check_taxids(classes, "--report" if args.report else "--format kraken")
         self.line = {"tsv": self.tsv, "jsonl": self.jsonl, "kraken": self.kraken}[args.format]
 
     def header(self):
@@ -39,13 +41,15 @@ class LineWriter:
             if read.windows == 0:  # nothing that the network could see
                 tops, shared, least = {rank: [(0, 0.0)] * len(top) for rank, top in tops.items()}, [0.0] * len(shared), 1.0
             depth = sum(p >= least for p in shared)  # falls from the root down
-            lineage = [table[c] for table, c in zip(self.classes.values(), self.lineages[found["lineage"][i]])][:depth]
+            numbers = self.lineages[found["lineage"][i]][:depth]
+            self.counts[tuple(numbers)] += 1
+            lineage = [table[c] for table, c in zip(self.classes.values(), numbers)]
             identifier = " ".join(read.header.splitlines()) if self.args.whole_header else read.header.split(None, 1)[0]
             text.append(self.line(identifier, read, tops, least, lineage, shared[max(depth - 1, 0)]))
         return "".join(text)
 
     def tsv(self, identifier, read, tops, least, lineage, probability):
-        cells = [identifier, str(read.length)]
+        cells = [identifier, str(sum(read.lengths))]
         for rank, top in tops.items():
             for c, p in top:
                 row = self.classes[rank][c] if p >= least else {"taxid": 0, "name": "unclassified"}
@@ -57,11 +61,11 @@ class LineWriter:
         ranks = {rank: [{**self.classes[rank][c], "probability": round(p, 6)} for c, p in top if p >= least] for rank, top in tops.items()}
         lineage = {"taxids": [row["taxid"] for row in lineage], "names": [row["name"] for row in lineage],
                    "probability": round(probability, 6)}
-        return json.dumps({"id": identifier, "length": read.length, "windows": read.windows, "ranks": ranks, "lineage": lineage}) + "\n"
+        return json.dumps({"id": identifier, "length": sum(read.lengths), "windows": read.windows, "ranks": ranks, "lineage": lineage}) + "\n"
 
     def kraken(self, identifier, read, tops, least, lineage, probability):
-        taxid = lineage[-1]["taxid"] if lineage else 0
-        return f"{'C' if lineage else 'U'}\t{_cell(identifier)}\t{taxid}\t{read.length}\t{taxid}:{read.windows}\n"
+        taxid, length = lineage[-1]["taxid"] if lineage else 0, "|".join(map(str, read.lengths))
+        return f"{'C' if lineage else 'U'}\t{_cell(identifier)}\t{taxid}\t{length}\t{taxid}:{read.windows}\n"
 
 
 def _cell(text):

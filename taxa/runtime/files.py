@@ -31,9 +31,12 @@ def replacing(path):
     """Yield a temporary path beside `path`; renamed to `path` when the block ends well, removed when it does not.
 
     The bytes are on the disk before the name is, so that a machine that loses its power has the old file or the new one. An error of
-    the disk names `path`.
+    the disk names `path`. A device or a pipe (/dev/null, /dev/stdout) is yielded itself.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        yield path
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

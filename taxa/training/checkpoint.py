@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from taxa.backbones import FAMILIES, checked_config, get_model, load_backbone
+from taxa.data.tokens import TOKENIZERS, get_tokenizer
 from taxa.errors import InputError
 from taxa.model import TaxonClassifier
 from taxa.random_init import reinitialize
@@ -217,6 +218,19 @@ def read(path, format=CHECKPOINT):
     if isinstance(state, dict):
         check_finite(path, {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)})
     return content
+
+
+def tokenizer_of(content, path, file=None):
+    """The tokenizer that a checkpoint was trained with. file: its tokenizer.json, where the package and the hub have none.
+
+    Raises InputError, which names the checkpoint by its path, for one of another vocabulary.
+    """
+    name = content["tokenizer"]["name"]
+    tokenizer = get_tokenizer(name if name in TOKENIZERS else "bpe", file)
+    if content["tokenizer"]["digest"] not in (tokenizer.digest, *tokenizer.old_digests):
+        raise InputError(f"the vocabulary of the tokenizer {name} is not the one that {path} was trained with; "
+                         "--tokenizer-file PATH gives another")
+    return tokenizer
 
 
 def window_of(content, source=None):
