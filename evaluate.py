@@ -3,6 +3,7 @@
   python evaluate.py runs/tiny-nt-random/ckpt.pt
   torchrun --nproc_per_node 2 evaluate.py runs/tiny-nt-random/ckpt.pt --data data/bertax --split validation
   python evaluate.py runs/tiny-nt-random/ckpt.pt --temperature      # temperature.json, for predict.py --temperature
+  python evaluate.py runs/held-out/ckpt.pt --split unseen           # genera that nobody trained on (prepare.py --hold-out)
 """
 
 import os
@@ -10,11 +11,13 @@ from pathlib import Path
 
 from taxa.data.augment import other_strands
 from taxa.data.dataset import PreparedDataset
-from taxa.data.splits import SPLITS
+from taxa.data.splits import SPLITS, UNSEEN
 from taxa.data.taxonomy import class_id
 from taxa.data.tokens import digests
 from taxa.errors import InputError
 from taxa.results.evaluation import details, run_split, split_temperature, summarize, table, write_tables
+from taxa.results.unseen import confidence, unseen_metrics
+from taxa.results.unseen import table as unseen_table
 from taxa.runtime.cli import Parser, non_negative_int, positive_int, run
 from taxa.runtime.distributed import main_first, world
 from taxa.runtime.files import write_json
@@ -32,7 +35,8 @@ def parse_args(argv=None):
     add = parser.group("data and weights")
     add("--data", metavar="DIR", help="prepared dataset (default: the one that the run was trained on)")
     add("--weights", metavar="DIR", help="folder with the base weights (default: where the run took them from)")
-    add("--split", choices=SPLITS, default="test", help="default test")
+    add("--split", choices=(*SPLITS, UNSEEN), default="test",
+        help="default test; unseen: the ranks above the last, and how well confidence tells unseen from seen")
     add("--both-strands", action="store_true", help="average the logits of a sequence and of its reverse complement (twice the time)")
     add("--tokenizer-file", metavar="PATH", help="--both-strands: tokenizer.json of the model (default for DNABERT: the hub's)")
     add = parser.group("machine")
@@ -59,31 +63,38 @@ def main(argv=None):
                          f"{trained_on['digest'][:12]}): to evaluate on it all the same, say with --out where the numbers go")
     check_classes(args.checkpoint, content, data)
     tokenizer = tokens_of(content["tokenizer"], data)
+    if args.split not in data.splits:
+        raise InputError(f"{data.folder} has no split {args.split}: prepare it with --hold-out F, and train on it")
     split = data.split(args.split, tokenizer)
     if len(split) == 0:
         raise InputError(f"{data.folder}: the {args.split} split is empty")
     validation = data.split("validation", tokenizer)
+    args.temperature |= args.split == UNSEEN
     if args.temperature and len(validation) == 0:
-        raise InputError(f"{data.folder}: --temperature is fitted on the validation split, which is empty")
+        raise InputError(f"{data.folder}: the temperature is fitted on the validation split, which is empty")
+    used_splits = {args.split} | ({"validation"} if args.temperature else set()) | ({"test"} if args.split == UNSEEN else set())
     out = Path(args.out or (args.checkpoint if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent))
     with world(args.device) as w:
         with main_first(w):
             if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
                 for tokens in {tokenizer, "nt"} if args.both_strands else {tokenizer}:  # those of nt spell the bases
-                    data.verify(tokens, sorted({args.split, "validation"} if args.temperature else {args.split}), progress)
+                    data.verify(tokens, sorted(used_splits), progress)
         precision = args.precision or content["precision"]
         set_precision(precision, w.device)
         model = checkpoint.rebuild(content, args.weights).to(w.device)
         out.mkdir(parents=True, exist_ok=True)
         how = (args.batch_size or content["batch_size"], precision, args.workers)
-        temperature, strands = None, {}
+        temperature, strands = None, dict.fromkeys(used_splits, ())
         if args.both_strands:
             reader = checkpoint.tokenizer_of(content, args.checkpoint, args.tokenizer_file)
-            strands = {name: [other_strands(data.split(name, "nt"), reader)]
-                       for name in (args.split, "validation")}
+            strands = {name: [other_strands(data.split(name, "nt"), reader)] for name in used_splits}
         if args.temperature:
-            temperature, used = split_temperature(w, model, validation, *how, others=strands.get("validation", ()))
-        outcome = run_split(w, model, split, *how, lineages=content["lineages"], temperature=temperature, others=strands.get(args.split, ()))
+            temperature, used = split_temperature(w, model, validation, *how, others=strands["validation"])
+            fitted = {"temperature": temperature, "state_digest": checkpoint.state_digest(content["state"]), "split": "validation",
+                      "sequences": used, "dataset_digest": data.digest}
+        if args.split == UNSEEN:
+            return evaluate_unseen(w, model, data, tokenizer, strands, how, fitted, out)
+        outcome = run_split(w, model, split, *how, lineages=content["lineages"], temperature=temperature, others=strands[args.split])
         metrics = summarize(args.split, outcome, data.num_classes, content["lineages"], data.digest, temperature)
         if w.is_main:
             print(table(metrics))
@@ -93,8 +104,20 @@ def main(argv=None):
                 note_length(args.checkpoint, content, data, args.split)
             write_tables(out, metrics, outcome, data.classes)
             if temperature:
-                write_json(out / "temperature.json", {"temperature": temperature, "state_digest": checkpoint.state_digest(content["state"]),
-                                                      "split": "validation", "sequences": used, "dataset_digest": data.digest})
+                write_json(out / "temperature.json", fitted)
+    return metrics
+
+
+def evaluate_unseen(w, model, data, tokenizer, strands, how, fitted, out):
+    """Genera that nobody trained on, told from the test split's: writes metrics_unseen.json, and temperature.json with the least genus
+    probability to ask of predict.py. Returns the metrics."""
+    found = [confidence(w, model, [data.split(name, tokenizer), *strands[name]], *how, fitted["temperature"])
+             for name in ("validation", "test", UNSEEN)]
+    metrics = unseen_metrics(data.classes, *found) | {"dataset_digest": data.digest, "temperature": fitted["temperature"]}
+    if w.is_main:
+        print(unseen_table(metrics), flush=True)
+        write_json(out / "metrics_unseen.json", metrics)
+        write_json(out / "temperature.json", fitted | {"min_probability": metrics["confidence"]["softmax"]["threshold"]})
     return metrics
 
 

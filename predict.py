@@ -76,7 +76,8 @@ def parse_args(argv=None):
     add("--out", metavar="FILE", default="-", help="where the predictions go (default -: standard output)")
     add("--format", choices=FORMATS, default="tsv", help="default tsv; see below")
     add("--top-k", type=positive_int, metavar="K", default=1, help="classes per rank, likeliest first (default 1; not in kraken)")
-    add("--min-probability", type=fraction, metavar="P", default=0.0, help="below it a rank is unclassified (0 to 1, default 0)")
+    add("--min-probability", type=fraction, metavar="P", help="below it a rank is unclassified (0 to 1, default 0; evaluate.py --split "
+        "unseen finds a value for a genus that nobody trained on, which --temperature FILE then names)")
     add("--report", metavar="FILE", help="write also how many reads each taxon got, as Kraken 2's --report does")
     add("--whole-header", action="store_true", help="the id is the whole header line (default: its first word)")
     add("--embeddings", metavar="FILE.npy", help="write also the pooled vectors (reads, hidden size), in input order; a read of several "
@@ -115,7 +116,7 @@ def check_output(path, inputs):
 
 
 def read_temperature(path, checkpoint_path, trained):
-    """{rank: temperature} of a temperature.json. trained: the content of the checkpoint.
+    """({rank: temperature}, the --min-probability that it suggests or None) of a temperature.json. trained: the checkpoint's content.
 
     Raises InputError when it is none, or one of another checkpoint.
     """
@@ -129,7 +130,7 @@ def read_temperature(path, checkpoint_path, trained):
         raise InputError(f"{path}: not a temperature.json of evaluate.py ({type(error).__name__}: {error})") from None
     if fitted_for != checkpoint.state_digest(trained["state"]):
         raise InputError(f"{path} was fitted for another checkpoint: make it with evaluate.py {checkpoint_path} --temperature")
-    return temperature
+    return temperature, content.get("min_probability")
 
 
 class Forward:
@@ -189,7 +190,12 @@ def main(argv=None):
         if path:
             check_output(path, [*inputs, args.checkpoint])
     content = checkpoint.read(args.checkpoint)
-    temperature = read_temperature(args.temperature, args.checkpoint, content) if args.temperature else None
+    temperature = suggested = None
+    if args.temperature:
+        temperature, suggested = read_temperature(args.temperature, args.checkpoint, content)
+    if suggested is not None and args.min_probability is None and os.environ.get("RANK", "0") == "0":
+        print(f"{args.temperature} suggests --min-probability {suggested:.3f}, which keeps 95% of the right ones of the validation "
+              "split at the last rank", file=sys.stderr)
     tokenizer = checkpoint.tokenizer_of(content, args.checkpoint, args.tokenizer_file)
     with world(args.device) as w:
         if w.size > 1 and not all(Path(path).is_file() for path in inputs):

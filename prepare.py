@@ -20,7 +20,6 @@ from taxa.data.describe import describe, picture
 from taxa.data.grammar import is_packed
 from taxa.data.prepare import DEMO_SEQUENCES, LENGTH, SEED, TEST, VALIDATION, prepare, simulated_source
 from taxa.data.sources import FastaSource, TableSource
-from taxa.data.splits import SPLITS
 from taxa.data.table import check_columns
 from taxa.data.taxonomy import check_ranks
 from taxa.data.tokens import TOKENIZERS, get_tokenizer
@@ -63,6 +62,8 @@ def parse_args(argv=None):
     add("--group", type=pattern, metavar="REGEX",
         help="sequences of a genus whose headers agree in what REGEX finds are all in one split, e.g. '^[0-9]+' for the taxid (default: "
              "each sequence on its own)")
+    add("--hold-out", type=fraction, metavar="F",
+        help="share of the genera that go whole into a fourth split, unseen, for evaluate.py --split unseen; never the last of its phylum")
     add("--seed", type=seed, metavar="N", help=f"of the split, and of the simulation (default {SEED})")
     add = parser.group("tokens")
     add("--tokenizers", nargs="+", metavar="NAME",
@@ -86,13 +87,15 @@ def parse_args(argv=None):
     if (args.fasta is None) != (args.taxdump is None):
         parser.error("--fasta and --taxdump go together")
     useless = ["fasta", "taxdump", "length", "any_length", "test", "validation", "test_ids", "group", "seed",
-               "tokenizers", "ranks", "classes_of"] if args.add_tokens or args.describe else []
+               "tokenizers", "ranks", "classes_of", "hold_out"] if args.add_tokens or args.describe else []
     useless += ["tokenizer_file", "overwrite"] if args.describe else ["picture"]
     useless += [] if args.demo else ["demo_sequences"]
     useless += ["group"] if args.table else ["sequence_column"]
     useless += ["length"] if args.any_length else []
-    useless += ["test", "group"] if args.test_ids else []
-    useless += ["ranks", "test", "validation", "test_ids", "group"] if args.classes_of else []
+    useless += ["test", "group", "hold_out"] if args.test_ids else []
+    useless += ["ranks", "test", "validation", "test_ids", "group", "hold_out"] if args.classes_of else []
+    if args.hold_out == 0:
+        parser.error("--hold-out 0 holds nothing out: leave it out")
     for flag in useless:
         if getattr(args, flag) not in (None, False):
             parser.error(f"--{flag.replace('_', '-')} does nothing here: leave it out")
@@ -162,7 +165,7 @@ def new_dataset(args, tokenizers):
         if not args.demo:
             check_disk(out, disk_need(source.files, len(tokenizers), bool(args.table)))
         manifest = prepare(source, out, mapped, None if args.any_length else args.length, args.test, args.validation, args.seed, args.group,
-                           args.test_ids)
+                           args.test_ids, args.hold_out)
         for tokenizer in tokenizers:
             PreparedDataset(out).add_tokens(tokenizer, progress, mapped)
     report(manifest, args.out)
@@ -177,7 +180,7 @@ def add_tokens(args, tokenizers):
     with locked(data.folder), in_order(args.workers) as mapped:
         for leftover in data.folder.glob("*/.*.tmp"):  # of a killed run
             leftover.unlink()
-        bases = 3 * sum((data.folder / split / "nt.bin").stat().st_size for split in SPLITS)
+        bases = 3 * sum((data.folder / split / "nt.bin").stat().st_size for split in data.splits)
         check_disk(data.folder, len(tokenizers) * BPE_BYTES * bases)
         for tokenizer in tokenizers:
             data.add_tokens(tokenizer, progress, mapped)
@@ -229,6 +232,10 @@ def report(manifest, out):
     if manifest["repeated"]["sequences"]:
         print("{sequences:,} sequences have the bases of an earlier one; {test_in_train:,} of the test split are in train too"
               .format_map(manifest["repeated"]))
+    if "held_out" in manifest:
+        rank = list(manifest["classes"])[-1]
+        print(f"held out, in the split unseen: {len(manifest['held_out'])} {rank} classes ("
+              + ", ".join(row["name"] for row in manifest["held_out"][:8]) + (", ...)" if len(manifest["held_out"]) > 8 else ")"))
     if "test_ids" in manifest:
         print("test split: {found:,} of the {sequences:,} sequences of {file}".format_map(manifest["test_ids"]))
     dump = manifest["taxdump"]

@@ -182,7 +182,8 @@ def test_standard_input_and_output(mixed, checkpoints, tmp_path, monkeypatch, ca
 
 
 def test_two_processes_write_the_same_bytes(mixed, checkpoints, tmp_path):
-    words = [ROOT / "predict.py", checkpoints["tiny-nt"], mixed / "reads.fa", "--batch-size", "2", "--out", "all.tsv", "--embeddings", "all.npy"]
+    words = [ROOT / "predict.py", checkpoints["tiny-nt"], mixed / "reads.fa", "--batch-size", "2", "--out", "all.tsv",
+             "--embeddings", "all.npy"]
     for rank in forked(words, words, cwd=tmp_path):
         assert rank.returncode == 0, rank.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"all.tsv", "all.npy"}

@@ -253,7 +253,8 @@ def test_it_learns_goes_on_after_an_interruption_and_train_loads_it(name, short,
 
 def short_command(short, weights, out, *more):
     """Ten steps an epoch, two epochs."""
-    return command("tiny-dnabert", short, weights, out, "--batch-size", "32", "--epochs", "2", "--log-every", "3", "--save-every", "4", *more)
+    return command("tiny-dnabert", short, weights, out, "--batch-size", "32", "--epochs", "2", "--log-every", "3", "--save-every", "4",
+                   *more)
 
 
 def assert_same_folder(one, other):
@@ -438,7 +439,8 @@ def test_the_checkpoint_that_comes_with_the_package_predicts(tmp_path):
 @pytest.mark.parametrize("flags, what", [
     (["--mask-fraction", "0"], "hides nothing"), (["--model", "tiny-mt"], "did you mean tiny-nt"),
     (["--warmup-steps", "100", "--max-steps", "9"], "leaves nothing"), (["--overwrite", "--resume"], "give one of them"),
-    (["--data", "nowhere"], "no such folder"), (["--max-bad-steps", "0"], "--max-bad-steps"), (["--fasta", "x.fa"], "either --data or --fasta"),
+    (["--data", "nowhere"], "no such folder"), (["--max-bad-steps", "0"], "--max-bad-steps"),
+    (["--fasta", "x.fa"], "either --data or --fasta"),
     (["--tokenizer-file", "x.json"], "goes with --fasta"),
 ])
 def test_wrong_input_is_one_line(flags, what, demo, weights, tmp_path, capsys):

@@ -235,7 +235,8 @@ def test_a_last_pt_of_before_the_rooms_is_resumed(short, weights, tmp_path):
 
 
 def test_the_list_of_flags_that_may_change_names_flags_that_there_are():
-    flags = vars(train.parse_args(["--model", "tiny-nt", "--strategy", "full"])) | vars(pretrain.parse_args(["--model", "tiny-nt", "--out", "x"]))
+    flags = vars(train.parse_args(["--model", "tiny-nt", "--strategy", "full"]))
+    flags |= vars(pretrain.parse_args(["--model", "tiny-nt", "--out", "x"]))
     assert set(MAY_CHANGE) - set(flags) == {"recompute"} and set(PATHS) <= set(MAY_CHANGE)
 
 

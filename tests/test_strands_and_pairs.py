@@ -142,7 +142,8 @@ def test_a_pair_is_the_mean_of_its_windows(trained, tmp_path):
 
 
 @pytest.mark.parametrize("second, message", [
-    ([">read0/2\nACGT\n", ">read2/2\nACGT\n", ">read1/2\nACGT\n"], r"2\.fa: record 2 '>read2/2' is no mate of .*1\.fa: record 2 '>read1/1': "),
+    ([">read0/2\nACGT\n", ">read2/2\nACGT\n", ">read1/2\nACGT\n"],
+     r"2\.fa: record 2 '>read2/2' is no mate of .*1\.fa: record 2 '>read1/1': "),
     ([">read0/2\nACGT\n", ">read1/2\nACGT\n"], r"1\.fa: record 3 .*: no mate for it: the other side of --mates ends after 2 records"),
     ([f">read{i}\nACGT\n" for i in range(4)], r"2\.fa: record 4 .*: no mate for it: the other side of --mates ends after 3 records"),
 ])

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from taxa.data.splits import SPLITS, stratified_subset
+from taxa.data.splits import SPLITS, UNSEEN, stratified_subset
 from taxa.data.tokens import digests, nt_tokenizer
 from taxa.errors import InputError
 from taxa.runtime.files import read_text, replacing, save_array, sha256, write_json
@@ -71,8 +71,8 @@ def file_digests(folder, names):
     return {name: {"bytes": (Path(folder) / name).stat().st_size, "sha256": sha256(Path(folder) / name)} for name in names}
 
 
-def token_files(tokenizer):
-    return [f"{split}/{tokenizer}.{ending}" for split in SPLITS for ending in ("bin", "npy")]
+def token_files(tokenizer, splits=SPLITS):
+    return [f"{split}/{tokenizer}.{ending}" for split in splits for ending in ("bin", "npy")]
 
 
 def write_manifest(folder, manifest, tokenizer):
@@ -80,7 +80,8 @@ def write_manifest(folder, manifest, tokenizer):
 
     "digest" covers what a sequence is and how it is labelled and split; it stays the same when tokens are added.
     """
-    names = [f"{split}/{name}.npy" for split in SPLITS for name in ("labels", "records")] + token_files(tokenizer.name)
+    splits = manifest["splits"]
+    names = [f"{split}/{name}.npy" for split in splits for name in ("labels", "records")] + token_files(tokenizer.name, splits)
     files = file_digests(folder, names)
     core = {"classes": manifest["classes"], "files": {name: file["sha256"] for name, file in files.items()}}
     digest = hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()
@@ -117,8 +118,9 @@ def _check_kinds(manifest):
                *(t[key] for t in tokenizers for key in ("vocab_size", "pad_token_id"))]
     if any(type(text) is not str for text in texts) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
         raise ValueError("a text or a number is something else")
-    needed = {f"{split}/{name}" for split in SPLITS for name in ("labels.npy", "records.npy")}
-    needed |= {name for tokenizer in manifest["tokenizers"] for name in token_files(tokenizer)}
+    splits = (*SPLITS, UNSEEN) if UNSEEN in manifest.get("splits", {}) else SPLITS
+    needed = {f"{split}/{name}" for split in splits for name in ("labels.npy", "records.npy")}
+    needed |= {name for tokenizer in manifest["tokenizers"] for name in token_files(tokenizer, splits)}
     if "nt" not in manifest["tokenizers"] or not needed <= manifest["files"].keys() or not manifest["classes"]:
         raise ValueError("it lacks the nt tokens, the ranks, or a file")
 
@@ -155,6 +157,11 @@ class PreparedDataset:
     def num_classes(self):
         """{rank: number of classes}."""
         return {rank: len(table) for rank, table in self.classes.items()}
+
+    @property
+    def splits(self):
+        """The names of its splits: the three, and "unseen" where genera were held out."""
+        return (*SPLITS, UNSEEN) if UNSEEN in self.manifest.get("splits", {}) else SPLITS
 
     def verify(self, tokenizer, splits, progress):
         """Read the files of these splits once, at the speed of SHA-256. progress: wraps an iterable.
@@ -219,7 +226,7 @@ class PreparedDataset:
         """
         writers = []
         with contextlib.ExitStack() as stack:
-            for split in SPLITS:
+            for split in self.splits:
                 offsets = np.load(self.folder / split / "nt.npy", mmap_mode="r")
                 writer = stack.enter_context(TokenWriter(self.folder, split, tokenizer.name))
                 starts = progress(range(0, len(offsets) - 1, JOB), f"{tokenizer.name} tokens, {split}")
@@ -230,11 +237,11 @@ class PreparedDataset:
             for writer in writers:
                 writer.finish()
             if self.manifest["tokenizers"].pop(tokenizer.name, None):  # the old files go one by one now
-                for name in token_files(tokenizer.name):
+                for name in token_files(tokenizer.name, self.splits):
                     del self.manifest["files"][name]
                 _write(self.folder, self.manifest)
         self.manifest["tokenizers"][tokenizer.name] = _describe(tokenizer)
-        self.manifest["files"].update(file_digests(self.folder, token_files(tokenizer.name)))
+        self.manifest["files"].update(file_digests(self.folder, token_files(tokenizer.name, self.splits)))
         _write(self.folder, self.manifest)
 
 
@@ -259,7 +266,7 @@ class TokenSplit:
         if self.labels.shape[1] != len(num_classes):
             raise InputError(f"{self.folder / 'labels.npy'}: {self.labels.shape[1]} labels per sequence, but the manifest has "
                              f"{len(num_classes)} ranks: prepare the folder again")
-        highest = self.labels.max(axis=0, initial=0).tolist()
+        highest = (self.labels[:, :-1] if split == UNSEEN else self.labels).max(axis=0, initial=0).tolist()
         if any(label >= count for label, count in zip(highest, num_classes.values())):
             raise InputError(f"{self.folder / 'labels.npy'}: labels up to {highest}, but the manifest has "
                              f"{list(num_classes.values())} classes: prepare the folder again")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from taxa.data.splits import SPLITS
+from taxa.data.splits import NO_CLASS
 from taxa.errors import InputError
 from taxa.runtime.files import replacing
 
@@ -15,15 +15,17 @@ def class_sizes(data):
     """{rank: (C,) sequences of each class in all splits, {split: (C,) of that split}}."""
     sizes = {}
     for column, (rank, table) in enumerate(data.classes.items()):
-        of_split = {split: np.bincount(np.load(data.folder / split / "labels.npy", mmap_mode="r")[:, column], minlength=len(table))
-                    for split in SPLITS}
+        of_split = {}
+        for split in data.splits:
+            labels = np.load(data.folder / split / "labels.npy", mmap_mode="r")[:, column]
+            of_split[split] = np.bincount(labels[labels != NO_CLASS], minlength=len(table))
         sizes[rank] = sum(of_split.values()), of_split
     return sizes
 
 
 def token_lengths(data, tokenizer):
     """(N,) tokens of each sequence, special ones included, of all splits."""
-    return np.concatenate([np.diff(np.load(data.folder / split / f"{tokenizer}.npy", mmap_mode="r")) for split in SPLITS])
+    return np.concatenate([np.diff(np.load(data.folder / split / f"{tokenizer}.npy", mmap_mode="r")) for split in data.splits])
 
 
 def describe(data):
@@ -31,14 +33,14 @@ def describe(data):
     manifest, sizes = data.manifest, class_sizes(data)
     lines = [f"{data.folder}: {manifest['sequences']:,} sequences, digest {data.digest[:16]}", ""]
     first = next(iter(sizes))
-    lines.append(f"{first:<24} {'all':>12}" + "".join(f"{split:>12}" for split in SPLITS))
+    lines.append(f"{first:<24} {'all':>12}" + "".join(f"{split:>12}" for split in data.splits))
     total, of_split = sizes[first]
     order = np.argsort(-total, kind="stable")[:10].tolist()
-    rows = [(data.classes[first][i]["name"], total[i], [of_split[split][i] for split in SPLITS]) for i in order]
+    rows = [(data.classes[first][i]["name"], total[i], [of_split[split][i] for split in data.splits]) for i in order]
     if len(total) > 10:
         rest = np.setdiff1d(np.arange(len(total)), order)
-        rows.append((f"{len(rest):,} others", total[rest].sum(), [of_split[split][rest].sum() for split in SPLITS]))
-    rows.append(("all", total.sum(), [of_split[split].sum() for split in SPLITS]))
+        rows.append((f"{len(rest):,} others", total[rest].sum(), [of_split[split][rest].sum() for split in data.splits]))
+    rows.append(("all", total.sum(), [of_split[split].sum() for split in data.splits]))
     lines += [f"{name:<24} {n:>12,}" + "".join(f"{count:>12,}" for count in counts) for name, n, counts in rows]
     lines += ["", f"{'sequences per class of':<24} {'classes':>8}" + "".join(f"{name:>10}" for name in quantile_names())
               + f"{'not in test':>13}"]

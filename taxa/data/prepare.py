@@ -5,6 +5,7 @@ The input is a FastaSource or a TableSource (taxa.data.sources): the steps see n
 Shapes: N records of the input, K of them kept, R ranks.
 """
 
+import contextlib
 import hashlib
 import tempfile
 from pathlib import Path
@@ -18,7 +19,7 @@ from taxa.data.fasta import batches, read_sequences
 from taxa.data.grammar import normalize
 from taxa.data.simulate import simulate
 from taxa.data.sources import FastaSource
-from taxa.data.splits import SPLITS, copies, find_ids, read_ids, split_by_genus, write_ids
+from taxa.data.splits import NO_CLASS, SPLITS, UNSEEN, copies, find_ids, hold_out, read_ids, split_by_genus, write_ids
 from taxa.data.taxonomy import renumber
 from taxa.data.tokens import nt_tokenizer
 from taxa.errors import InputError
@@ -54,27 +55,32 @@ class Labels(NamedTuple):
     taxdump: dict  # {"file", "date", "sha256"}, or None
 
 
-def prepare(source, out, mapped=map, length=LENGTH, test=TEST, validation=VALIDATION, seed=SEED, group=None, test_ids=None):
+def prepare(source, out, mapped=map, length=LENGTH, test=TEST, validation=VALIDATION, seed=SEED, group=None, test_ids=None,
+            held_share=None):
     """Write labels, records, nt tokens and the manifest of a source into the empty folder `out`. Returns the manifest.
 
     mapped: maps a function over jobs (taxa.runtime.workers); what is written does not depend on it. length: bases of the sequences that
     are kept, None for any but 0. test, validation: shares of each class of the last rank. group: a compiled regular expression; sequences
     of a class whose headers agree in what it finds stay in one split. test_ids: a test_ids.txt; the test split is these sequences.
+    held_share: share of the classes of the last rank that go whole into a fourth split, "unseen".
     Raises InputError for input that is wrong, of which nothing is left, or that leaves a split of groups empty.
     """
     ids = read_ids(test_ids) if test_ids else None
     with tempfile.TemporaryDirectory(dir=out, prefix=".scratch-") as scratch:
         records = index(source, Path(scratch), mapped, group)
-        labels = label(source, records, length, Path(scratch))
+        labels, held = label(source, records, length, Path(scratch)), None
+        if held_share:
+            labels, held = hold_out_classes(labels, held_share, seed)
         pinned = find_pinned(source, labels.records, mapped, test_ids, ids) if test_ids else None
         if source.classes:  # an external test set: all of it
             pinned = np.ones(len(labels.y), dtype=bool)
         part = split(labels, test, validation, seed, group, pinned)
         digest, changed = tokenize(source, labels.records, part, out, mapped)
     settings = {"length": length, "test": test, "validation": validation, "seed": seed,
-                **({"group": group.pattern} if group else {}), **source.settings}
+                **({"group": group.pattern} if group else {}), **({"hold_out": held_share} if held_share else {}), **source.settings}
     found = {"test_ids": {"file": Path(test_ids).name, "sha256": sha256(test_ids), "sequences": len(ids),
                           "found": int(pinned.sum())}} if test_ids else {}
+    found |= {"held_out": held} if held_share else {}
     return write(source, labels, part, digest, changed, settings, found, out, mapped)
 
 
@@ -144,16 +150,36 @@ def drop_report(files, source, label, reason, reasons):
 
 # ---------------------------------------------------------------- split
 
+def hold_out_classes(labels, share, seed):
+    """Take whole classes of the last rank out of the table. Returns (Labels, in which their sequences are NO_CLASS; their rows).
+
+    Raises InputError where there is no rank above the last, and where no class of it has two classes of the last.
+    """
+    ranks = list(labels.classes)
+    if len(ranks) < 2:
+        raise InputError(f"--hold-out leaves each class of the rank above at least one {ranks[-1]}: it needs two ranks")
+    held = hold_out(labels.y[:, -2], labels.y[:, -1], share, seed)
+    if not held.any():
+        raise InputError(f"--hold-out {share}: no {ranks[-2]} has two {ranks[-1]} classes, and the last one is never held out")
+    kept, y = np.unique(labels.y[~held, -1]), labels.y.copy()
+    y[:, -1] = np.where(held, NO_CLASS, np.searchsorted(kept, y[:, -1]))
+    table = labels.classes[ranks[-1]]
+    return (labels._replace(y=y, classes={**labels.classes, ranks[-1]: [table[c] for c in kept.tolist()]}),
+            [table[c] for c in np.unique(labels.y[held, -1]).tolist()])
+
+
 def split(labels, test, validation, seed, group, pinned):
-    """Assign each kept sequence to a split (taxa.data.splits). Returns (K,) uint8, an index into SPLITS.
+    """Assign each kept sequence to a split (taxa.data.splits). Returns (K,) uint8, an index into SPLITS, after them "unseen".
 
     pinned: (K,) bool, the test split, or None. Raises InputError for a `group` that leaves a split empty.
     """
-    groups = labels.records.column("group") if group else None
-    part = split_by_genus(labels.y[:, -1], seed, test, validation, groups, pinned)
+    groups, seen = labels.records.column("group") if group else None, labels.y[:, -1] != NO_CLASS
+    part = np.full(len(seen), len(SPLITS), dtype=np.uint8)
+    keep = [each if each is None else each[seen] for each in (groups, pinned)]
+    part[seen] = split_by_genus(labels.y[seen, -1], seed, test, validation, *keep)
     empty = [name for number, name in enumerate(SPLITS) if not (part == number).any()]
     if group and empty:
-        pairs = np.unique(np.stack((labels.y[:, -1], np.unique(groups, return_inverse=True)[1])), axis=1)  # (2, P) class, group
+        pairs = np.unique(np.stack((labels.y[seen, -1], np.unique(groups[seen], return_inverse=True)[1])), axis=1)  # (2, P) class, group
         rank, most = list(labels.classes)[-1], np.bincount(pairs[0]).max()
         raise InputError(f"--group '{group.pattern}' leaves nothing for {' and '.join(empty)}: no {rank} has more than {most} "
                          f"group{'s' if most > 1 else ''}; a group is never divided, so a {rank} takes part in the test split from two "
@@ -176,10 +202,12 @@ def tokenize(source, records, part, out, mapped):
     """Write the nt tokens of each split in one pass over the bases. Returns (digest of each sequence's bases (K,) uint64, how many bases
     of each file became N, a list). records: K of them; part: (K,), as split() gives it."""
     changed, digest, at = [0] * len(source.files), np.empty(len(part), dtype=np.uint64), 0
-    for name in SPLITS:
+    names = names_of(part)
+    for name in names:
         (out / name).mkdir()
-    writers = [TokenWriter(out, name, nt_tokenizer().name) for name in SPLITS]
-    with writers[0], writers[1], writers[2], progress(None, "nt tokens", len(part), "sequences", True) as bar:
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(TokenWriter(out, name, nt_tokenizer().name)) for name in names]
+        bar = stack.enter_context(progress(None, "nt tokens", len(part), "sequences", True))
         for number, became_n, digests, ids, counts in mapped(encode_batch, jobs(source, records)):
             changed[number] += became_n
             here = slice(at, at := at + len(counts))
@@ -189,6 +217,11 @@ def tokenize(source, records, part, out, mapped):
                 writer.append(ids[np.repeat(mine, counts)], counts[mine])
             bar.update(len(counts))
     return digest, changed
+
+
+def names_of(part):
+    """The splits that a folder has: the three, and "unseen" where anything is held out."""
+    return (*SPLITS, UNSEEN) if (part == len(SPLITS)).any() else SPLITS
 
 
 def jobs(source, records):
@@ -227,7 +260,8 @@ def write(source, labels, part, digest, changed, settings, found, out, mapped):
     """Write labels, where each sequence comes from, the ids of the test split and the manifest. Returns the manifest."""
     records, y, classes = labels.records, labels.y, labels.classes
     taxid = source.taxids(records.column("taxid"))
-    for number, name in enumerate(SPLITS):
+    names = names_of(part)
+    for number, name in enumerate(names):
         rows = part == number
         save_array(out / name / "labels.npy", y[rows])
         save_array(out / name / "records.npy", np.rec.fromarrays((records.source[rows], records.record[rows], taxid[rows]), dtype=RECORD))
@@ -235,7 +269,7 @@ def write(source, labels, part, digest, changed, settings, found, out, mapped):
     write_ids(out / "test_ids.txt", taxid[in_test], digest[in_test], copies(taxid, digest)[in_test])
     manifest = {
         "sequences": len(part),
-        "splits": {name: int((part == number).sum()) for number, name in enumerate(SPLITS)},
+        "splits": {name: int((part == number).sum()) for number, name in enumerate(names)},
         "superkingdoms": {row["name"]: int((y[:, source.ranks.index("superkingdom")] == i).sum())
                           for i, row in enumerate(classes.get("superkingdom", []))},
         "settings": settings,

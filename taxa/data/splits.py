@@ -8,6 +8,8 @@ import numpy as np
 from taxa.errors import InputError
 
 SPLITS = ("train", "validation", "test")
+UNSEEN = "unseen"  # a fourth split: whole genera that are in none of the three (hold_out)
+NO_CLASS = 2**16 - 1  # the label of a held-out genus, which no head has
 
 
 def shares(counts, fraction, minimum):
@@ -54,6 +56,24 @@ def split_by_genus(genus, seed, test=0.02, validation=0.10, group=None, pinned=N
     in_test = place < n_test[which]
     in_validation = ~in_test & (place < (n_test + n_validation)[which])
     return (in_validation + 2 * in_test).astype(np.uint8)
+
+
+def hold_out(parent, genus, fraction, seed):
+    """(N,) bool: the sequences of the held-out genera: `fraction` of all genera, seeded, but never the last one of its phylum.
+
+    parent, genus: (N,) class ids. Phyla of one genus keep it; the others give their share by largest remainders. None is held out when
+    every phylum has one genus only.
+    """
+    genera, first = np.unique(genus, return_index=True)
+    of_genus, sizes = np.unique(parent[first], return_inverse=True, return_counts=True)[1:]
+    sharing = np.where(sizes > 1, sizes, 0)
+    take = np.minimum(shares(sharing, fraction, minimum=np.zeros_like(sharing)), np.maximum(sharing - 1, 0))
+    if not take.any() and sharing.any():
+        take[np.argmax(sharing)] = 1
+    order = np.lexsort((np.random.RandomState(seed).permutation(len(genera)), of_genus))
+    place = np.empty(len(genera), dtype=np.int64)
+    place[order] = np.arange(len(genera)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of each genus within its phylum, shuffled
+    return np.isin(genus, genera[place < take[of_genus]])
 
 
 def split_groups(genus, group, targets, seed):

@@ -37,7 +37,7 @@ class LineWriter:
         text = []
         for i, read in enumerate(reads):
             tops = {rank: list(zip(found[f"{rank}_class"][i], found[f"{rank}_probability"][i])) for rank in self.classes}
-            shared, least = found["lineage_probability"][i], self.args.min_probability
+            shared, least = found["lineage_probability"][i], self.args.min_probability or 0.0
             if read.windows == 0:  # nothing that the network could see
                 tops, shared, least = {rank: [(0, 0.0)] * len(top) for rank, top in tops.items()}, [0.0] * len(shared), 1.0
             depth = sum(p >= least for p in shared)  # falls from the root down
@@ -61,7 +61,8 @@ class LineWriter:
         ranks = {rank: [{**self.classes[rank][c], "probability": round(p, 6)} for c, p in top if p >= least] for rank, top in tops.items()}
         lineage = {"taxids": [row["taxid"] for row in lineage], "names": [row["name"] for row in lineage],
                    "probability": round(probability, 6)}
-        return json.dumps({"id": identifier, "length": sum(read.lengths), "windows": read.windows, "ranks": ranks, "lineage": lineage}) + "\n"
+        return json.dumps({"id": identifier, "length": sum(read.lengths), "windows": read.windows, "ranks": ranks,
+                           "lineage": lineage}) + "\n"
 
     def kraken(self, identifier, read, tops, least, lineage, probability):
         taxid, length = lineage[-1]["taxid"] if lineage else 0, "|".join(map(str, read.lengths))

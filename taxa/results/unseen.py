@@ -1,0 +1,82 @@
+"""Sequences of genera that nobody trained on: are the ranks above right, and does confidence tell such a genus from a known one?
+
+Two confidences of the last rank's head, its logits divided by the temperature: the maximum softmax probability (Hendrycks and Gimpel 2017)
+and the energy, here logsumexp of the logits, high for what is known (Liu et al. 2020, "Energy-based Out-of-distribution Detection").
+A threshold keeps 95% of the right genera of the validation split; what of the unseen split still has as much is a false genus call.
+
+Shapes: N sequences of a split, R ranks.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from taxa.results.evaluation import check_finite_rows, mean_logits, own_batches
+from taxa.results.metrics import auroc, confusion_matrix, rank_metrics
+from taxa.runtime.distributed import sum_over_ranks
+
+KEEP = 0.95
+CONFIDENCES = ("softmax", "energy")
+
+
+class Confidence(NamedTuple):
+    """Of one split, in its order; the same on every process."""
+
+    truth: np.ndarray  # (N, R)
+    predicted: np.ndarray  # (N, R)
+    values: np.ndarray  # (N, 2): maximum softmax and energy of the last rank
+
+    @property
+    def right(self):
+        """(N,) whether the last rank is right."""
+        return self.predicted[:, -1] == self.truth[:, -1]
+
+
+@torch.no_grad()
+def confidence(w, model, splits, batch_size, precision, workers, temperature):
+    """Confidence of a split (the first of `splits`; the others are its other strands). temperature: {rank: divisor of the logits}."""
+    split = splits[0]
+    N, R = split.labels.shape
+    predicted, values = torch.zeros(N, R, dtype=torch.int64), torch.zeros(N, len(CONFIDENCES), dtype=torch.float64)
+    for rows, _, logits in mean_logits(w, model, splits, own_batches(w, list(range(N)), batch_size), precision, workers):
+        predicted[rows] = torch.stack([z.argmax(dim=1) for z in logits.values()], dim=1).cpu()
+        rank, z = list(logits.items())[-1]
+        z = z.float() / temperature[rank]
+        values[rows] = torch.stack([z.softmax(dim=1).max(dim=1).values, z.logsumexp(dim=1)], dim=1).double().cpu()
+    predicted, values = sum_over_ranks(w, predicted).numpy(), sum_over_ranks(w, values)
+    check_finite_rows(w, split, values, "confidence")
+    return Confidence(np.asarray(split.labels), predicted, values.numpy())
+
+
+def unseen_metrics(classes, validation, test, unseen):
+    """The document of metrics_unseen.json. classes: {rank: class table}; the others: Confidence of each split."""
+    *above, last = classes
+    document = {"split": "unseen", "sequences": len(unseen.truth), "seen_sequences": len(test.truth), "ranks": {}, "confidence": {}}
+    for i, rank in enumerate(above):
+        document["ranks"][rank] = rank_metrics(confusion_matrix(unseen.truth[:, i], unseen.predicted[:, i], len(classes[rank])))
+    for i, name in enumerate(CONFIDENCES):
+        threshold = float(np.quantile(validation.values[validation.right, i], 1 - KEEP, method="lower")) if validation.right.any() else None
+        document["confidence"][name] = {
+            "rank": last, "auroc": auroc(test.values[:, i], unseen.values[:, i]), "threshold": threshold,
+            **({} if threshold is None else {
+                "right_kept": float((test.values[test.right, i] >= threshold).mean()) if test.right.any() else None,
+                "false_calls": float((unseen.values[:, i] >= threshold).mean())})}
+    return document
+
+
+def table(document):
+    """metrics_unseen.json as text."""
+    width = max(14, *(len(rank) + 2 for rank in [*document["ranks"], ""]))
+    lines = [f"{'rank':<{width}}{'balanced accuracy':>18}{'accuracy':>10}"]
+    lines += [f"{rank:<{width}}{m['balanced_accuracy']:>18.4f}{m['accuracy']:>10.4f}" for rank, m in document["ranks"].items()]
+    rank = document["confidence"]["softmax"]["rank"]
+    lines += [f"{document['sequences']:,} sequences of classes of rank {rank} that are in no other split",
+              f"told from the {document['seen_sequences']:,} of the test split by the confidence in a {rank}; the threshold keeps "
+              f"{KEEP:.0%} of the right ones of the validation split:",
+              f"{'confidence':<{width}}{'AUROC':>8}{'threshold':>11}{'right kept (test)':>19}{'called a ' + rank:>18}"]
+    for name, found in document["confidence"].items():
+        cells = [found.get(key) for key in ("auroc", "threshold", "right_kept", "false_calls")]
+        texts = ["-" if value is None else f"{value:.4f}" for value in cells]
+        lines.append(f"{name:<{width}}{texts[0]:>8}{texts[1]:>11}{texts[2]:>19}{texts[3]:>18}")
+    return "\n".join(lines)
