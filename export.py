@@ -19,18 +19,17 @@ With --adapters it holds, in place of the first two,
 and train.py --adapters DIR trains on from it, as it does from a folder that the PEFT library saved.
 """
 
-import json
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
-from taxa.backbones import FAMILIES, MODELS, get_model
+from taxa.backbones import FAMILIES, get_model
 from taxa.errors import InputError
 from taxa.inject import merge_adapters
-from taxa.results.evaluation import table
+from taxa.results.model_card import model_card
 from taxa.runtime.cli import Parser, run
-from taxa.runtime.files import new_folder, save_tensors, write_json
+from taxa.runtime.files import new_folder, read_json, save_tensors, write_json
 from taxa.runtime.precision import autocast
 from taxa.training import checkpoint, peft_format
 
@@ -68,7 +67,7 @@ def main(argv=None):
             write_json(folder / peft_format.REST, {name: content[name] for name in ("model", "settings", "tokenizer", "precision")}
                        | {"window": checkpoint.window_of(content)})
         peft_format.write_heads(folder, content)
-        (folder / "README.md").write_text(model_card(content, metrics_beside(args.checkpoint), args.adapters, difference), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(content, beside(args.checkpoint), args.adapters, difference), encoding="utf-8")
         files = sorted(f"{path.name} ({path.stat().st_size:,} bytes)" for path in folder.iterdir())
     print(f"{args.out}: {', '.join(files)}")
 
@@ -110,92 +109,10 @@ def write_backbone(folder, backbone, family):
     save_tensors(folder / "model.safetensors", state)
 
 
-def metrics_beside(path):
-    """What the run's own test wrote beside its checkpoint, or None."""
-    beside = Path(path).parent / "metrics.json"
-    return json.loads(beside.read_text(encoding="utf-8")) if Path(path).is_file() and beside.exists() else None
-
-
-# ---------------------------------------------------------------- the model card
-
-
-LOAD_MERGED = '''```python
-import json
-from safetensors.torch import load_file
-from taxa.backbones import load_backbone
-from taxa.model import TaxonClassifier
-
-labels = json.load(open("labels.json"))
-model = TaxonClassifier(load_backbone("{model}", "."), {{rank: len(classes) for rank, classes in labels.items()}}).eval()
-model.heads.load_state_dict(load_file("heads.safetensors"))
-logits = model(input_ids, attention_mask)  # {{rank: (B, classes)}}
-```'''
-
-LOAD_ADAPTERS = '''```python
-import peft
-from safetensors.torch import load_file
-from taxa.model import masked_mean
-
-model = peft.PeftModel.from_pretrained(backbone, ".").eval()  # backbone: the base weights, taxa.backbones.load_backbone("{model}")
-pooled = masked_mean(model(input_ids, attention_mask), attention_mask)  # (B, H)
-heads = load_file("heads.safetensors")
-logits = {{rank: pooled @ heads[f"{{rank}}.weight"].T + heads[f"{{rank}}.bias"] for rank in {ranks}}}
-```
-
-or `python evaluate.py DIR`, `python train.py --adapters DIR ...`.'''
-
-
-def base_of(content):
-    """(lines of the card's header, one sentence) on the weights that the run began with and their licence."""
-    row, base = get_model(content["model"], content["config"]), content["base"]
-    licence = FAMILIES[row.family].module.LICENSE
-    header = [f"license: {licence}", f"base_model: {row.hub}"]
-    if content["model"] not in MODELS and base["source"] != "none":
-        return header[1:], (f"Base weights: {row.hub}, from {base.get('revision') or 'a local folder'}, digest {base['digest'][:16]}. "
-                            "Their licence is not known to the program that wrote this card: see theirs.")
-    if base["source"] == "hub":
-        return header, (f"Base weights: [{row.hub}](https://huggingface.co/{row.hub}), revision {base['revision']}, digest "
-                        f"{base['digest'][:16]}, licence {licence}, which binds what is made from them.")
-    if base["source"] == "folder":
-        sentence = f"Base weights: a local folder, digest {base['digest'][:16]}."
-        if row.hub is None:
-            return [], f"{sentence} Their licence is not known to the program that wrote this card."
-        return header, f"{sentence} The licence is that of {row.hub}, {licence}: change it if the folder held other weights."
-    if base["source"] == "package":
-        return ["license: mit"], (f"Base weights: those that come with taxa for {content['model']}, digest {base['digest'][:16]}, "
-                                  "licence MIT.")
-    what = "no pretrained weights" if base["source"] == "none" else f"random weights of seed {base['seed']}, nothing pretrained"
-    return [], f"Trained from scratch: {what}, so no base licence applies."
-
-
-def model_card(content, tested, adapters, difference=None):
-    """README.md: a header as the hub reads it, and what a user must know before trusting the weights. difference: a line on merging."""
-    header, base = base_of(content)
-    settings, classes = content["settings"], content["classes"]
-    load = (LOAD_ADAPTERS if adapters else LOAD_MERGED).format(model=content["model"], ranks=list(classes))
-    if adapters:
-        what = "The adapters alone, in PEFT's format."
-        note = "(IA)3 on a part of a fused projection stands here as a vector of the whole output, ones elsewhere: the same function."
-        note = note if any("[" in target for target in settings["targets"]) else ""
-    else:
-        what = "Adapters, if any, are merged into the weights."
-        note = ("Transformers' own EsmModel and BertModel are other architectures of the same model_type: they do not fit. What the loss "
-                "never uses of the published checkpoint (LM head, position table, pooler) is not in the file.")
-    return "\n".join([
-        "---", *header, *(["library_name: peft"] if adapters else []), "tags: [biology, dna, taxonomy]", "---", "",
-        f"# {content['model']}, {settings['strategy']}: {', '.join(classes)} of a piece of DNA", "",
-        f"Classes: {', '.join(f'{len(rows)} {rank}' for rank, rows in classes.items())}. {what} Written by export.py of taxa.", "",
-        "## Base and licence", "", base, "",
-        "## Training", "",
-        f"- data: digest {content['data']['digest']}",
-        f"- tokenizer: {content['tokenizer']['name']}, digest {content['tokenizer']['digest']}",
-        f"- sequences of {checkpoint.window_text(checkpoint.window_of(content))}",
-        *(f"- {name}: {' '.join(value) if isinstance(value, list) else value}" for name, value in settings.items()),
-        f"- precision {content['precision']}, best epoch {content['epoch']}",
-        *([f"- exported: {difference}"] if difference else []), "",
-        "## Metrics", "",
-        *("\n".join(["```", table(metrics), "```", ""]) for metrics in (content["metrics"], tested) if metrics),
-        "## Use", "", load, "", note]).rstrip() + "\n"
+def beside(path):
+    """{"metrics": what the run's own test wrote beside its checkpoint, "unseen": what evaluate.py --split unseen did}, of what there is."""
+    names = {"metrics": "metrics.json", "unseen": "metrics_unseen.json"} if Path(path).is_file() else {}
+    return {key: read_json(Path(path).parent / name) for key, name in names.items() if (Path(path).parent / name).is_file()}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from taxa import RANKS
 from taxa.data.dataset import PreparedDataset
 from taxa.data.describe import describe, picture
 from taxa.data.grammar import is_packed
-from taxa.data.prepare import DEMO_SEQUENCES, LENGTH, SEED, TEST, VALIDATION, prepare, simulated_source
+from taxa.data.prepare import ACROSS, DEMO_SEQUENCES, LENGTH, SEED, TEST, VALIDATION, prepare, simulated_source
 from taxa.data.sources import FastaSource, TableSource
 from taxa.data.table import check_columns
 from taxa.data.taxonomy import check_ranks
@@ -41,6 +41,9 @@ def parse_args(argv=None):
     add("--taxdump", metavar="FILE", help="NCBI taxonomy dump: taxdmp_YYYY-MM-DD.zip, taxdump.tar.gz, or a folder of its files")
     add("--table", metavar="FILE", help="instead of the two: a .csv or .tsv file (or .gz of it) with a header, a column of sequences and "
         "one of labels per rank")
+    add("--train", nargs="+", metavar="FILE", help="instead of --fasta, splits that are given: FASTA files to train on, with "
+        "--validation FILE ... and --test FILE ...")
+    add("--split-column", metavar="NAME", help="--table: the column that says train, validation or test (default: chosen by --seed)")
     add("--sequence-column", metavar="NAME", help="--table: the column of sequences (default sequence)")
     add("--demo", action="store_true", help="simulate a small corpus instead of reading one")
     add("--demo-sequences", type=positive_int, metavar="N", help=f"sequences to simulate (default {DEMO_SEQUENCES})")
@@ -53,10 +56,12 @@ def parse_args(argv=None):
         help="an external test set: label by the classes of a ckpt.pt (or of a folder of export.py), drop and count what is of none of "
              "them, and put all the rest into the test split, for evaluate.py --data")
     add("--any-length", action="store_true", help="keep sequences of every length but 0")
-    add("--test", type=fraction, metavar="F",
-        help=f"share of each genus (class of the last rank) for the test split, above 0 (default {TEST:.2f})")
-    add("--validation", type=fraction, metavar="F",
-        help=f"share of each genus for the validation split, above 0 (default {VALIDATION:.2f})")
+    add("--test", nargs="+", metavar="F",
+        help=f"share of each genus (class of the last rank) for the test split, above 0 (default {TEST:.2f}); with --train its files")
+    add("--validation", nargs="+", metavar="F",
+        help=f"share of each genus for the validation split, above 0 (default {VALIDATION:.2f}); with --train its files")
+    add("--drop-duplicates", action="store_true",
+        help="leave out of training what is in another split too, on either strand (default: count it, and name it in across_splits.tsv)")
     add("--test-ids", metavar="FILE",
         help="the test split is exactly these: test_ids.txt of a folder prepared before (default: chosen by --seed)")
     add("--group", type=pattern, metavar="REGEX",
@@ -80,6 +85,7 @@ def parse_args(argv=None):
         help="processes; what is written does not depend on it (default: the CPU cores, here %(default)s)")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     args = parser.parse_args(argv)
+    given_splits(parser, args)
     if sum(bool(way) for way in (args.fasta, args.table, args.demo, args.add_tokens, args.describe)) != 1:
         parser.error("give either --fasta and --taxdump, or --table, or --demo, or --add-tokens, or --describe")
     if (args.out is None) != (args.describe is not None):
@@ -87,13 +93,16 @@ def parse_args(argv=None):
     if (args.fasta is None) != (args.taxdump is None):
         parser.error("--fasta and --taxdump go together")
     useless = ["fasta", "taxdump", "length", "any_length", "test", "validation", "test_ids", "group", "seed",
-               "tokenizers", "ranks", "classes_of", "hold_out"] if args.add_tokens or args.describe else []
+               "tokenizers", "ranks", "classes_of", "hold_out", "drop_duplicates"] if args.add_tokens or args.describe else []
     useless += ["tokenizer_file", "overwrite"] if args.describe else ["picture"]
     useless += [] if args.demo else ["demo_sequences"]
-    useless += ["group"] if args.table else ["sequence_column"]
+    useless += ["group"] if args.table else ["sequence_column", "split_column"]
+    useless += ["test", "validation", "test_ids", "group", "hold_out"] if args.split_column else []
+    useless += ["test_ids", "group", "hold_out"] if args.train else []
     useless += ["length"] if args.any_length else []
     useless += ["test", "group", "hold_out"] if args.test_ids else []
-    useless += ["ranks", "test", "validation", "test_ids", "group", "hold_out"] if args.classes_of else []
+    useless += ["ranks", "test", "validation", "test_ids", "group", "hold_out", "train", "split_column",
+                "drop_duplicates"] if args.classes_of else []
     if args.hold_out == 0:
         parser.error("--hold-out 0 holds nothing out: leave it out")
     for flag in useless:
@@ -110,11 +119,36 @@ def parse_args(argv=None):
     args.classes = read_classes(args.classes_of) if args.classes_of else None
     args.ranks = tuple(args.classes or args.ranks)
     args.ranks = check_columns(args.ranks) if args.table else check_ranks(args.ranks)
+    if args.train:
+        return args
     if args.test == 0 or args.validation == 0:
         parser.error("--test and --validation are above 0: every genus of three or more sequences is in all three splits")
     if args.test + args.validation >= 1:
         parser.error(f"--test {args.test} and --validation {args.validation} leave nothing to train on")
     return args
+
+
+def given_splits(parser, args):
+    """Read --test and --validation, which are shares, or with --train files. Then --fasta is all files and args.parts the split of each."""
+    args.parts = None
+    if args.train:
+        if args.fasta or not (args.test and args.validation):
+            parser.error("--train goes with --validation FILE ... and --test FILE ..., in the place of --fasta")
+        files = (args.train, args.validation, args.test)
+        twice = [path for path in sum(files, []) if sum(os.path.abspath(path) in map(os.path.abspath, each) for each in files) > 1]
+        if twice:
+            parser.error(f"{twice[0]} is given for two splits")
+        args.fasta, args.parts = sum(files, []), [number for number, each in enumerate(files) for _ in each]
+        args.test = args.validation = None
+        return
+    for flag in ("test", "validation"):
+        if words := getattr(args, flag):
+            try:
+                share, = map(fraction, words)
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                reason = error if len(words) == 1 and words[0].replace(".", "").isdigit() else "files go with --train FILE ..."
+                parser.error(f"argument --{flag}: {' '.join(words)} is no share of each genus, such as 0.1; {reason}")
+            setattr(args, flag, share)
 
 
 def read_classes(path):
@@ -157,15 +191,15 @@ def new_dataset(args, tokenizers):
         if args.demo:
             source = simulated_source(out, args.demo_sequences, args.seed, args.length, args.ranks)
         elif args.table:
-            source = TableSource(args.table, args.sequence_column, args.ranks, args.classes)
+            source = TableSource(args.table, args.sequence_column, args.ranks, args.classes, args.split_column)
         else:
-            source = FastaSource(args.fasta, args.taxdump, args.ranks, args.classes)
+            source = FastaSource(args.fasta, args.taxdump, args.ranks, args.classes, args.parts)
         if args.classes:
             source.settings = source.settings | {"classes_of": Path(args.classes_of).name}
         if not args.demo:
             check_disk(out, disk_need(source.files, len(tokenizers), bool(args.table)))
         manifest = prepare(source, out, mapped, None if args.any_length else args.length, args.test, args.validation, args.seed, args.group,
-                           args.test_ids, args.hold_out)
+                           args.test_ids, args.hold_out, args.drop_duplicates)
         for tokenizer in tokenizers:
             PreparedDataset(out).add_tokens(tokenizer, progress, mapped)
     report(manifest, args.out)
@@ -232,6 +266,9 @@ def report(manifest, out):
     if manifest["repeated"]["sequences"]:
         print("{sequences:,} sequences have the bases of an earlier one; {test_in_train:,} of the test split are in train too"
               .format_map(manifest["repeated"]))
+    if across := manifest["repeated"]["across_splits"]:
+        print("on either strand: " + ", ".join(f"{count:,} of {which}" for which, count in across.items())
+              + f": {Path(out) / ACROSS} names them; --drop-duplicates leaves them out of training")
     if "held_out" in manifest:
         rank = list(manifest["classes"])[-1]
         print(f"held out, in the split unseen: {len(manifest['held_out'])} {rank} classes ("

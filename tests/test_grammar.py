@@ -310,7 +310,7 @@ def test_windows_without_a_base_are_left_out():
     """Of a long read the others are averaged; a read of nothing else has no window."""
     made = [Record("x", "a", b"N" * 10 + b"ACGTACGTAC" + b"NNNN"), Record("x", "b", b"N" * 25), Record("x", "c", b"NNNT")]
     piece, = slices(iter(made), NT, 10, batch_size=2, batches_per_slice=4)
-    assert [(read.header, read.length, read.windows) for read in piece.reads] == [("a", 24, 2), ("b", 25, 0), ("c", 4, 1)]
+    assert [(read.header, read.lengths, read.windows) for read in piece.reads] == [("a", (24,), 2), ("b", (25,), 0), ("c", (4,), 1)]
     seen = [NT.decode(ids[mask.bool()]).decode() for *_, batch in piece.batches
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
     assert seen == ["ACGTACGTAC", "ACGTACNNNN", "NNNT"] and piece.owner.tolist() == [0, 0, 2]

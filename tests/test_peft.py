@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from safetensors.torch import load_file, save_file
 from helpers import batch, logits, scrambled
 from torch import nn
@@ -360,7 +361,7 @@ def test_the_adapter_cards_own_lines_run(runs, demo, weights, tmp_path):
     folder = exported(runs["tiny-nt", "lora"], tmp_path / "out", "--adapters")
     ids, mask = small_batch(demo, "tiny-nt")
     code = re.search(r"```python\n(.+?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
-    values = {"input_ids": ids, "attention_mask": mask, "backbone": load_backbone("tiny-nt", weights["tiny-nt"])}
+    values, code = {"input_ids": ids, "attention_mask": mask}, code.replace("DIR of the base weights", str(weights["tiny-nt"]))
     exec(code.replace('"."', repr(str(folder))).replace("heads.safetensors", f"{folder}/heads.safetensors"), values)
     with torch.no_grad():
         assert_same_logits(values["logits"], checkpoint.rebuild(checkpoint.read(folder))(ids, mask))
@@ -368,7 +369,7 @@ def test_the_adapter_cards_own_lines_run(runs, demo, weights, tmp_path):
 
 BASES = [  # model, base -> what the card must say
     ("nt50m", {"source": "hub", "hub": "InstaDeepAI/x", "revision": "abc", "digest": "d" * 64},
-     ["license: cc-by-nc-sa-4.0", "revision abc"]),
+     ["license: cc-by-nc-sa-4.0", "revision abc", "no commercial use"]),
     ("dnaberts", {"source": "hub", "hub": "zhihan1996/x", "revision": "abc", "digest": "d" * 64},
      ["license: apache-2.0", "base_model: zhihan1996/DNABERT-S"]),
     ("dnabert2", {"source": "folder", "folder": "x", "digest": "d" * 64}, ["license: apache-2.0", "a local folder"]),
@@ -377,10 +378,39 @@ BASES = [  # model, base -> what the card must say
 ]
 
 
+def test_the_adapter_card_of_a_seeded_base_loads_it(demo, tmp_path):
+    train.main(["--model", "tiny-dnabert", "--strategy", "lora", "--data", str(demo), "--max-steps", "1", "--out", str(tmp_path / "run")])
+    folder = exported(tmp_path / "run", tmp_path / "out", "--adapters")
+    ids, mask = small_batch(demo, "tiny-dnabert")
+    code = re.search(r"```python\n(.+?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    values = {"input_ids": ids, "attention_mask": mask}
+    exec(code.replace('"."', repr(str(folder))).replace("heads.safetensors", f"{folder}/heads.safetensors"), values)
+    with torch.no_grad():
+        assert_same_logits(values["logits"], checkpoint.rebuild(checkpoint.read(folder))(ids, mask))
+
+
+def test_the_card_is_one_of_the_hubs_and_says_what_it_was_trained_on(runs, demo, tmp_path):
+    folder = exported(runs["tiny-nt", "full"], tmp_path / "out")
+    card, manifest = (folder / "README.md").read_text(), PreparedDataset(demo).manifest
+    loaded = ModelCard(card)  # the hub's own reading of the header
+    assert loaded.data.tags == ["biology", "dna", "taxonomy"]
+    assert ModelCardData(**loaded.data.to_dict()).to_dict() == loaded.data.to_dict() == metadata_load(folder / "README.md")
+    for source in manifest["sources"]:
+        assert f"{source['file']}: {source['sequences']:,} sequences, SHA-256 {source['sha256']}" in card
+    assert f"train {manifest['splits']['train']:,}, " in card and manifest["taxdump"]["sha256"] in card
+    assert "hf upload" in card and "sequences of the test split" in card
+    content = checkpoint.read(runs["tiny-nt", "full"] / "ckpt.pt")
+    content["data"] = {"folder": str(tmp_path), "digest": content["data"]["digest"]}
+    confidence = {name: {"rank": "genus", "auroc": 0.75, "threshold": None} for name in ("softmax", "energy")}
+    unseen = {"sequences": 7, "seen_sequences": 9, "ranks": {}, "confidence": confidence}
+    card = export.model_card(content, {"unseen": unseen}, False)
+    assert "its folder was not there" in card and "Genera that nobody trained on" in card and "0.7500" in card
+
+
 @pytest.mark.parametrize("model, base, said", BASES)
 def test_licence_of_the_base(model, base, said, runs):
     content = checkpoint.read(runs["tiny-nt", "full"] / "ckpt.pt") | {"model": model, "base": base}
-    card = export.model_card(content, None, False)
+    card = export.model_card(content, {}, False)
     assert all(text in card for text in said), card
     assert ("license:" in card) == ("Trained from scratch" not in card)
 

@@ -413,7 +413,8 @@ def test_repeated_sequences_are_counted(tmp_path, capsys):
     letters = {name: [NT.decode(split.tokens(i)) for i in range(len(split))] for name, split in
                ((name, data.split(name, "nt")) for name in SPLITS)}
     in_train = sum(text in letters["train"] for text in letters["test"])
-    assert data.manifest["repeated"] == {"sequences": 60, "test_in_train": in_train}
+    assert {key: data.manifest["repeated"][key] for key in ("sequences", "test_in_train")} == {"sequences": 60, "test_in_train": in_train}
+    assert data.manifest["repeated"]["across_splits"]["test in train"] == in_train
     assert f"60 sequences have the bases of an earlier one; {in_train} of the test split are in train too" in capsys.readouterr().out
 
 

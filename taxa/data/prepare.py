@@ -16,7 +16,7 @@ import numpy as np
 from taxa import RANKS
 from taxa.data.dataset import RECORD, TokenWriter, write_manifest
 from taxa.data.fasta import batches, read_sequences
-from taxa.data.grammar import normalize
+from taxa.data.grammar import normalize, reverse_complement
 from taxa.data.simulate import simulate
 from taxa.data.sources import FastaSource
 from taxa.data.splits import NO_CLASS, SPLITS, UNSEEN, copies, find_ids, hold_out, read_ids, split_by_genus, write_ids
@@ -26,6 +26,7 @@ from taxa.errors import InputError
 from taxa.runtime.files import new_folder, save_array, sha256
 from taxa.runtime.progress import progress
 
+ACROSS = "across_splits.tsv"
 LENGTH, TEST, VALIDATION, SEED, DEMO_SEQUENCES = 1500, 0.02, 0.10, 42, 4000  # defaults: the study's, but for the demo's size
 
 
@@ -56,13 +57,14 @@ class Labels(NamedTuple):
 
 
 def prepare(source, out, mapped=map, length=LENGTH, test=TEST, validation=VALIDATION, seed=SEED, group=None, test_ids=None,
-            held_share=None):
+            held_share=None, drop_duplicates=False):
     """Write labels, records, nt tokens and the manifest of a source into the empty folder `out`. Returns the manifest.
 
     mapped: maps a function over jobs (taxa.runtime.workers); what is written does not depend on it. length: bases of the sequences that
     are kept, None for any but 0. test, validation: shares of each class of the last rank. group: a compiled regular expression; sequences
     of a class whose headers agree in what it finds stay in one split. test_ids: a test_ids.txt; the test split is these sequences.
-    held_share: share of the classes of the last rank that go whole into a fourth split, "unseen".
+    held_share: share of the classes of the last rank that go whole into a fourth split, "unseen". drop_duplicates: leave out of training
+    what, on either strand, is in another split too. A source that says which split a sequence is in is followed.
     Raises InputError for input that is wrong, of which nothing is left, or that leaves a split of groups empty.
     """
     ids = read_ids(test_ids) if test_ids else None
@@ -74,14 +76,22 @@ def prepare(source, out, mapped=map, length=LENGTH, test=TEST, validation=VALIDA
         pinned = find_pinned(source, labels.records, mapped, test_ids, ids) if test_ids else None
         if source.classes:  # an external test set: all of it
             pinned = np.ones(len(labels.y), dtype=bool)
-        part = split(labels, test, validation, seed, group, pinned)
-        digest, changed = tokenize(source, labels.records, part, out, mapped)
-    settings = {"length": length, "test": test, "validation": validation, "seed": seed,
+        part = source.parts(labels.records)
+        given = part is not None
+        if given:
+            check_given(part)
+        else:
+            part = split(labels, test, validation, seed, group, pinned)
+        if drop_duplicates:
+            labels, part = without_duplicates(source, labels, part, mapped)
+        digest, either, changed = tokenize(source, labels.records, part, out, mapped)
+    shares = {} if given else {"test": test, "validation": validation}
+    settings = {"length": length, **shares, "seed": seed, **({"drop_duplicates": True} if drop_duplicates else {}),
                 **({"group": group.pattern} if group else {}), **({"hold_out": held_share} if held_share else {}), **source.settings}
     found = {"test_ids": {"file": Path(test_ids).name, "sha256": sha256(test_ids), "sequences": len(ids),
                           "found": int(pinned.sum())}} if test_ids else {}
     found |= {"held_out": held} if held_share else {}
-    return write(source, labels, part, digest, changed, settings, found, out, mapped)
+    return write(source, labels, part, (digest, either), changed, settings, found, out, mapped)
 
 
 def prepare_demo(out):
@@ -187,9 +197,29 @@ def split(labels, test, validation, seed, group, pinned):
     return part
 
 
+def check_given(part):
+    """Raise InputError unless each of the three splits that were given has a sequence that is kept."""
+    empty = [name for number, name in enumerate(SPLITS) if not (part == number).any()]
+    if empty:
+        raise InputError(f"no sequence that is kept is given for {' and '.join(empty)}")
+
+
+def without_duplicates(source, labels, part, mapped):
+    """(Labels, part) without the sequences of the training split that, on either strand, are in another split too."""
+    either = np.concatenate([strands for _, strands in mapped(digest_batch, jobs(source, labels.records))])
+    twice = (part == 0) & np.isin(either, either[part > 0])
+    if twice.all() or not (part[~twice] == 0).any():
+        raise InputError("--drop-duplicates leaves nothing to train on: every training sequence is in another split too")
+    dropped = drop_report(source.files, labels.records.source, labels.records.column("taxid"), twice.astype(int),
+                          ["", "training sequence that is in another split too"])
+    records = labels.records._replace(source=labels.records.source[~twice], record=labels.records.record[~twice])
+    return labels._replace(records=records, y=labels.y[~twice], dropped=labels.dropped + dropped), part[~twice]
+
+
 def find_pinned(source, records, mapped, test_ids, ids):
     """(K,) bool: which records are among the `ids` of the file test_ids. Raises InputError if none is."""
-    taxid, digest = source.taxids(records.column("taxid")), np.concatenate(list(mapped(digest_batch, jobs(source, records))))
+    taxid, digest = source.taxids(records.column("taxid")), np.concatenate(
+        [digest for digest, _ in mapped(digest_batch, jobs(source, records))])
     pinned = find_ids(ids, taxid, digest, copies(taxid, digest))
     if not pinned.any():
         raise InputError(f"--test-ids {test_ids}: none of its {len(ids)} sequences is among the {len(digest)} kept")
@@ -199,24 +229,24 @@ def find_pinned(source, records, mapped, test_ids, ids):
 # ---------------------------------------------------------------- tokenize
 
 def tokenize(source, records, part, out, mapped):
-    """Write the nt tokens of each split in one pass over the bases. Returns (digest of each sequence's bases (K,) uint64, how many bases
-    of each file became N, a list). records: K of them; part: (K,), as split() gives it."""
-    changed, digest, at = [0] * len(source.files), np.empty(len(part), dtype=np.uint64), 0
+    """Write the nt tokens of each split in one pass over the bases. Returns (digest of each sequence's bases (K,) uint64, the same of
+    whichever of its strands is the smaller, how many bases of each file became N, a list). records: K of them; part: (K,)."""
+    changed, digest, either, at = [0] * len(source.files), *np.empty((2, len(part)), dtype=np.uint64), 0
     names = names_of(part)
     for name in names:
         (out / name).mkdir()
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(TokenWriter(out, name, nt_tokenizer().name)) for name in names]
         bar = stack.enter_context(progress(None, "nt tokens", len(part), "sequences", True))
-        for number, became_n, digests, ids, counts in mapped(encode_batch, jobs(source, records)):
+        for number, became_n, digests, strands, ids, counts in mapped(encode_batch, jobs(source, records)):
             changed[number] += became_n
             here = slice(at, at := at + len(counts))
-            digest[here] = digests
+            digest[here], either[here] = digests, strands
             for split_number, writer in enumerate(writers):
                 mine = part[here] == split_number
                 writer.append(ids[np.repeat(mine, counts)], counts[mine])
             bar.update(len(counts))
-    return digest, changed
+    return digest, either, changed
 
 
 def names_of(part):
@@ -234,31 +264,33 @@ def jobs(source, records):
 
 
 def read_batch(job):
-    """(bases in ACGTN, how many became N, digest of each sequence's bases (n,) uint64) of a job."""
+    """(bases in ACGTN, how many became N, digest of each sequence's bases (n,) uint64, the same of the smaller strand) of a job."""
     _, some, where = job
     bases, changed = normalize(read_sequences(some), some.length, where)
     ends = np.cumsum(some.length).tolist()
-    digests = b"".join([hashlib.blake2b(bases[end - length:end], digest_size=8).digest()
-                        for end, length in zip(ends, some.length.tolist())])
-    return bases, changed, np.frombuffer(digests, dtype=">u8").astype(np.uint64)
+    sequences = [bases[end - length:end] for end, length in zip(ends, some.length.tolist())]
+    digests = [hashlib.blake2b(each, digest_size=8).digest() for each in sequences]
+    others = [hashlib.blake2b(reverse_complement(each), digest_size=8).digest() for each in sequences]
+    digest, other = (np.frombuffer(b"".join(each), dtype=">u8").astype(np.uint64) for each in (digests, others))
+    return bases, changed, digest, np.minimum(digest, other)
 
 
 def digest_batch(job):
-    """(n,) uint64: the digest of each sequence's bases, of a job."""
-    return read_batch(job)[2]
+    """As the last two of read_batch(), of a job."""
+    return read_batch(job)[2:]
 
 
 def encode_batch(job):
-    """(number of the file, bases changed to N, digests, nt ids joined, ids per sequence) of a job."""
-    bases, changed, digests = read_batch(job)
-    return job[0], changed, digests, *nt_tokenizer().encode(bases, job[1].length)
+    """(number of the file, bases changed to N, the digests of read_batch(), nt ids joined, ids per sequence) of a job."""
+    bases, changed, *digests = read_batch(job)
+    return job[0], changed, *digests, *nt_tokenizer().encode(bases, job[1].length)
 
 
 # ---------------------------------------------------------------- write
 
-def write(source, labels, part, digest, changed, settings, found, out, mapped):
+def write(source, labels, part, digests, changed, settings, found, out, mapped):
     """Write labels, where each sequence comes from, the ids of the test split and the manifest. Returns the manifest."""
-    records, y, classes = labels.records, labels.y, labels.classes
+    records, y, classes, (digest, either) = labels.records, labels.y, labels.classes, digests
     taxid = source.taxids(records.column("taxid"))
     names = names_of(part)
     for number, name in enumerate(names):
@@ -279,8 +311,27 @@ def write(source, labels, part, digest, changed, settings, found, out, mapped):
         "taxdump": labels.taxdump,
         "dropped": labels.dropped,
         "repeated": {"sequences": len(part) - len(np.unique(digest)),
-                     "test_in_train": int(np.isin(digest[in_test], digest[in_train]).sum())},
+                     "test_in_train": int(np.isin(digest[in_test], digest[in_train]).sum()),
+                     "across_splits": write_across(out / ACROSS, source.files, records, taxid, part, either)},
         **found,
         "classes": classes,
     }
     return write_manifest(out, manifest, nt_tokenizer())
+
+
+def write_across(path, files, records, taxid, part, either):
+    """{"test in train": n, ...}: sequences that, on either strand, are in an earlier split too; where there are any, a table names them.
+
+    either: (K,) the digest of the smaller strand.
+    """
+    names, counts, lines = names_of(part), {}, []
+    for later in range(1, len(names)):
+        for earlier in range(later):
+            found = np.flatnonzero((part == later) & np.isin(either, either[part == earlier]))
+            if len(found):
+                counts[f"{names[later]} in {names[earlier]}"] = len(found)
+            lines += [f"{names[later]}\t{names[earlier]}\t{files[records.source[i]].name}\t{records.record[i] + 1}\t{taxid[i]}\n"
+                      for i in found.tolist()]
+    if lines:
+        path.write_text("split\talso in\tfile\trecord\ttaxid\n" + "".join(lines), encoding="utf-8")
+    return counts

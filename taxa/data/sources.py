@@ -21,11 +21,11 @@ from taxa.runtime.progress import progress
 class FastaSource:
     """FASTA files whose headers begin with an NCBI taxid, and the taxonomy dump that gives its taxon at each rank."""
 
-    settings = {}
-
-    def __init__(self, fastas, taxdump, ranks=RANKS, classes=None):
-        """Raises InputError for two files of one name."""
+    def __init__(self, fastas, taxdump, ranks=RANKS, classes=None, parts=None):
+        """parts: which of SPLITS each file is, where that is given. Raises InputError for two files of one name."""
         self.files, self.ranks, self.classes, self._dump = [Path(path) for path in fastas], ranks, classes, Path(taxdump)
+        self._parts = parts
+        self.settings = {} if parts is None else {"split_by": "file"}
         if len({path.name for path in self.files}) < len(self.files):
             raise InputError("--fasta: two files have the same name; the manifest tells them apart by it")
 
@@ -46,6 +46,10 @@ class FastaSource:
         """(n,) labels -> NCBI taxids."""
         return labels
 
+    def parts(self, records):
+        """(K,) uint8: which of SPLITS each of some Records is in, or None where that is not given."""
+        return None if self._parts is None else np.array(self._parts, dtype=np.uint8)[records.source]
+
     def where(self, number, records, labels):
         """A function that names the i-th of some records of a file in an error."""
         return functools.partial(_in_fasta, self.files[number], records, labels)
@@ -54,12 +58,14 @@ class FastaSource:
 class TableSource:
     """A .csv or .tsv file with a column of sequences and one of labels per rank; classes are known by their names."""
 
-    def __init__(self, path, sequence_column="sequence", ranks=RANKS, classes=None):
-        self.files, self.ranks, self.classes, self.settings = [Path(path)], ranks, classes, {"sequence_column": sequence_column}
+    def __init__(self, path, sequence_column="sequence", ranks=RANKS, classes=None, split_column=None):
+        self.files, self.ranks, self.classes = [Path(path)], ranks, classes
+        self.settings = {"sequence_column": sequence_column} | ({"split_column": split_column} if split_column else {})
 
     def index(self, scratch, mapped, group):
         """[Index] of the table's sequences, written into `scratch` as FASTA; rows with the same labels share a number there."""
-        self._table = read_table(self.files[0], self.settings["sequence_column"], self.ranks, scratch, self.classes)
+        self._table = read_table(self.files[0], self.settings["sequence_column"], self.ranks, scratch, self.classes,
+                                 self.settings.get("split_column"))
         return [index_fasta(self._table.fasta, scratch, mapped, group)]
 
     def labels(self, distinct, scratch):
@@ -71,6 +77,9 @@ class TableSource:
 
     def taxids(self, labels):
         return np.zeros_like(labels)
+
+    def parts(self, records):
+        return None if self._table.parts is None else self._table.parts[records.record]
 
     def where(self, number, records, labels):
         return functools.partial(_in_table, self.files[number], self._table.lines[records])

@@ -16,11 +16,12 @@ import re
 import unicodedata
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 
 from taxa.data.grammar import bases
+from taxa.data.splits import SPLITS
 from taxa.data.taxonomy import Label, check_ranks, one_line
 from taxa.errors import InputError, choose
 
@@ -37,6 +38,7 @@ class Table(NamedTuple):
     labels: dict  # {ID: Label}, whose taxids are numbers from 1 on in the order of the names, one series per rank
     names: dict  # {rank: {number: name}}
     notes: list  # lines for the user: labels that look alike, and names in more than one place
+    parts: Optional[np.ndarray] = None  # (N,) uint8: which of SPLITS each record is in, where a column says so
 
 
 def delimiter(path):
@@ -59,12 +61,13 @@ def check_columns(ranks):
     return tuple(ranks)
 
 
-def read_table(path, sequence_column, ranks, scratch, classes=None):
+def read_table(path, sequence_column, ranks, scratch, classes=None, split_column=None):
     """Read a table, writing its sequences as a FASTA file into the folder `scratch`. Returns a Table.
 
     classes: {rank: [{"taxid", "name"}, ...]} whose names are kept to where the same label can be written in two ways (keep_classes).
-    Raises InputError, naming the file and the line, for a file that is missing, empty or no such table, a column that is not there, a row
-    with more or fewer fields than the header, and a sequence that is no letters.
+    split_column: the column that says train, validation or test. Raises InputError, naming the file and the line, for a file that is
+    missing, empty or no such table, a column that is not there, a row with more or fewer fields than the header, and a sequence that is no
+    letters.
     """
     path, fasta = Path(path), Path(scratch) / "table.fa"
     separator = delimiter(path)
@@ -73,7 +76,7 @@ def read_table(path, sequence_column, ranks, scratch, classes=None):
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     csv.field_size_limit(1 << 30)  # the module's own limit is 131,072 letters
-    ids, lines = {}, array.array("q")  # labels of a row -> its ID
+    ids, lines, parts = {}, array.array("q"), array.array("B")  # labels of a row -> its ID
     with gzip.open(path) if packed else open(path, "rb") as raw, open(fasta, "w", encoding="ascii") as out, \
             io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
         rows = csv.reader(text, delimiter=separator, strict=True)
@@ -84,13 +87,19 @@ def read_table(path, sequence_column, ranks, scratch, classes=None):
             twice = next((name for name in header if name and header.count(name) > 1), None)
             if twice:
                 raise InputError(f"{path}: line 1: two columns are named '{twice}'")
-            columns = [header.index(choose(f"column of {path}", name, header)) for name in (sequence_column, *ranks)]
+            split_columns = [split_column] if split_column else []
+            columns = [header.index(choose(f"column of {path}", name, header)) for name in (sequence_column, *split_columns, *ranks)]
             for row in rows:
                 if not row:
                     continue  # a blank line
                 if len(row) != len(header):
                     raise InputError(f"{path}: line {rows.line_num}: {len(row)} fields, but the header has {len(header)}")
                 sequence, *label = (row[column] for column in columns)
+                for name in split_columns:
+                    part = label.pop(0).strip()
+                    if part not in SPLITS:
+                        raise InputError(f"{path}: line {rows.line_num}: column {name}: '{part}' is none of {' '.join(SPLITS)}")
+                    parts.append(SPLITS.index(part))
                 sequence = bases(sequence.encode(), f"{path}: line {rows.line_num}: column {sequence_column}").decode()
                 identity = ids.setdefault(tuple(one_line(name).strip() for name in label), len(ids) + 1)
                 out.write(f">{identity}\n{sequence}\n")
@@ -105,7 +114,8 @@ def read_table(path, sequence_column, ranks, scratch, classes=None):
         labels, names, notes = label_rows(ids, ranks, classes or {})
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return Table(fasta, np.frombuffer(lines, dtype=np.int64), labels, names, [f"{path}: {note}" for note in notes])
+    return Table(fasta, np.frombuffer(lines, dtype=np.int64), labels, names, [f"{path}: {note}" for note in notes],
+                 np.frombuffer(parts, dtype=np.uint8) if split_column else None)
 
 
 def label_rows(ids, ranks, classes):
