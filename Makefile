@@ -1,10 +1,10 @@
-# Two commands on a fresh machine with Python 3.11 or 3.12 and make: make demo, make test.
+# Two commands on a fresh machine with Python 3.11 or later and make: make demo, make test. PYTHON=python3.12 names another one.
 PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
 JOBS = 2
 
-.PHONY: demo tiny-nt paper-mini test bench soak lint clean
+.PHONY: demo tiny-nt paper-mini test test-oldest test-newest bench soak lint clean
 
 # The environment: made once, and again when the lock file changes.
 $(VENV)/.installed: requirements.lock
@@ -70,6 +70,15 @@ soak: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist loadfile
 
+# The suite in an environment of its own for the Python of PYTHON=: the lower bounds of setup.py, or no pins at all. TORCH=2.14.1+cpu, say,
+# spares the gigabytes that a bare torch brings. docs/VERSIONS.md says what passed last.
+test-oldest test-newest: test-%:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check setuptools
+	.venv-$*/bin/python tests/bounds.py $* > .venv-$*/requirements.txt
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check -r .venv-$*/requirements.txt $(if $(TORCH),torch==$(TORCH))
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -n $(JOBS) --dist loadfile
+
 # A training step of every strategy beside public parts: about 9 minutes on 2 cores that do nothing else.
 bench: $(VENV)/.installed
 	$(RUN) benchmarks/step.py
@@ -78,5 +87,7 @@ lint: $(VENV)/.installed
 	$(RUN) -m compileall -q taxa tests benchmarks *.py
 	$(RUN) -m pyflakes taxa tests benchmarks *.py
 
+# What the commands of README.md leave behind, but for data and runs of your own: data/bertax, data/mine, and runs/ are yours to remove.
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-oldest .venv-newest build *.egg-info .pytest_cache .hypothesis data/demo data/sim runs/demo adapters exported report
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """A checkpoint -> balanced accuracy per rank on the held-out test split, each head by itself and all heads decoded jointly.
 
   python evaluate.py runs/tiny-nt-random/ckpt.pt
-  torchrun --nproc_per_node 2 evaluate.py runs/tiny-nt-random/ckpt.pt --data data/bertax --split validation
+  torchrun --standalone --nproc_per_node 2 -- evaluate.py runs/tiny-nt-random/ckpt.pt --data data/bertax --split validation
   python evaluate.py runs/tiny-nt-random/ckpt.pt --temperature      # temperature.json, for predict.py --temperature
   python evaluate.py runs/held-out/ckpt.pt --split unseen           # genera that nobody trained on (prepare.py --hold-out)
 """

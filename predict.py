@@ -2,7 +2,7 @@
 
   python predict.py runs/demo/ckpt.pt data/demo/source/Viruses_db.fa --out lineages.tsv
   zcat reads.fq.gz | python predict.py ckpt.pt - --format kraken --min-probability 0.5 > reads.kraken
-  torchrun --nproc_per_node 4 predict.py ckpt.pt reads_1.fa.gz reads_2.fa.gz --out lineages.tsv
+  torchrun --standalone --nproc_per_node 4 -- predict.py ckpt.pt reads_1.fa.gz reads_2.fa.gz --out lineages.tsv
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Masked language modelling: a backbone, and a prepared dataset or FASTA files -> a folder that train.py --weights loads.
 
   python pretrain.py --model tiny-nt --data data/demo --epochs 5 --out runs/pretrain-tiny-nt
-  torchrun --nproc_per_node 4 pretrain.py --model nt50m --data data/bertax --epochs 1 --precision bf16 --out runs/pretrain-nt50m
+  torchrun --standalone --nproc_per_node 4 -- pretrain.py --model nt50m --data data/bertax --epochs 1 --out runs/pretrain-nt50m
   python pretrain.py --model tiny-nt --fasta genomes.fa.gz --tied --epochs 1 --out runs/pretrain-genomes
   python train.py --model tiny-nt --strategy lora --r 4 --data data/demo --weights runs/pretrain-tiny-nt
 

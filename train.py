@@ -1,7 +1,7 @@
 """One training run: a backbone, a strategy, a prepared dataset -> a run folder with ckpt.pt and metrics.json.
 
   python train.py --model tiny-nt --strategy random --data demo --epochs 2
-  torchrun --nproc_per_node 4 -- train.py --model dnabert2 --strategy lora --r 4 --data data/bertax
+  torchrun --standalone --nproc_per_node 4 -- train.py --model dnabert2 --strategy lora --r 4 --data data/bertax
   python train.py --model nt50m --strategy freeze75 --dry-run      # what would train; builds and downloads nothing
 
 The "--" keeps torchrun from reading --r as a short form of its own --rdzv-id or --role (pytorch issue 120601); --lora-r needs none.

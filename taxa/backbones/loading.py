@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -15,6 +16,10 @@ from taxa.data.tokens import NTTokenizer, get_tokenizer
 from taxa.errors import InputError
 from taxa.random_init import reinitialize
 from taxa.runtime.files import UNREADABLE, check_finite, read_json
+from taxa.runtime.hub import cache_only
+
+
+DTYPE = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"  # its name in from_pretrained
 
 
 def find_model(name, weights=None, revision=None):
@@ -57,7 +62,7 @@ def _model_file(hub, revision, weights, name):
 
     try:
         with _quiet_transformers():
-            return Path(hf_hub_download(hub, name, revision=revision))
+            return Path(hf_hub_download(hub, name, revision=revision, local_files_only=cache_only()))
     except EntryNotFoundError:  # not in the repository, or not in the cache of a machine without a network
         return None
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
@@ -101,7 +106,7 @@ def load_backbone(name, weights=None, revision=None, pretrained=True):
     if weights is not None:
         source, arguments, config = str(weights), {"local_files_only": True}, backbone_config(row, weights)
     elif row.hub is not None:
-        source, arguments = row.hub, {"revision": revision or row.revision}
+        source, arguments = row.hub, {"revision": revision or row.revision, "local_files_only": cache_only()}
         config = checked_config(family, _hub_config(source, **arguments), f"{source} config.json")
     elif row.packaged is not None:
         source, arguments, config = str(row.packaged), {"local_files_only": True}, backbone_config(row, row.packaged)
@@ -110,13 +115,13 @@ def load_backbone(name, weights=None, revision=None, pretrained=True):
     return _from_pretrained(family, source, arguments, config)
 
 
-def _hub_config(source, revision):
+def _hub_config(source, revision, local_files_only):
     try:
         with _quiet_transformers():
-            values, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+            values, _ = PretrainedConfig.get_config_dict(source, revision=revision, local_files_only=local_files_only)
     except OSError as error:
-        raise InputError(f"cannot fetch {source} at revision {revision} from the hub ({_first_line(error)}); "
-                         "with no network, give --weights DIR with its files") from None
+        raise InputError(f"cannot fetch {source} at revision {revision} from the hub ({_first_line(error)}); with no network, give "
+                         "--weights DIR with its files, or have them in the hub's cache (HF_HUB_OFFLINE=1 looks there alone)") from None
     return values
 
 
@@ -126,7 +131,7 @@ def _from_pretrained(family, source, arguments, config):
         with _quiet_transformers():
             model, info = family.model.from_pretrained(
                 source, config=config, output_loading_info=True, weights_only=True, ignore_mismatched_sizes=True,
-                torch_dtype=torch.float32, **arguments)  # transformers 5 would take the dtype of the file and round the rest to it
+                **{DTYPE: torch.float32}, **arguments)  # transformers 5 would take the dtype of the file and round the rest to it
     except UNREADABLE as error:
         raise InputError(f"cannot load weights from {source}: {_first_line(error)}") from None
     prefix = family.model.base_model_prefix + "."

@@ -13,6 +13,7 @@ import numpy as np
 from taxa import ASSETS
 from taxa.errors import InputError, choose
 from taxa.runtime.files import read_text
+from taxa.runtime.hub import cache_only
 
 TOKENIZERS = ("nt", "dnabert", "tiny-dnabert", "bpe")  # bpe: any tokenizer.json; its tokens go by the vocabulary's digest
 TINY_BPE = ASSETS / "tiny_dnabert_tokenizer.json"
@@ -221,9 +222,10 @@ def _hub_tokenizer_file():
 
     repository, revision = DNABERT_HUB
     try:
-        return hf_hub_download(repository, "tokenizer.json", revision=revision)
+        return hf_hub_download(repository, "tokenizer.json", revision=revision, local_files_only=cache_only())
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
-        raise InputError(f"cannot fetch tokenizer.json of {repository} from the hub; with no network, give --tokenizer-file PATH") from None
+        raise InputError(f"cannot fetch tokenizer.json of {repository} from the hub; with no network, copy that file here and give it with "
+                         "--tokenizer-file PATH (for train.py first: prepare.py --add-tokens dnabert --tokenizer-file PATH --out DATA)") from None
 
 
 def train_bpe(sequences, vocab_size):
