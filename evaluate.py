@@ -47,7 +47,8 @@ def parse_args(argv=None):
         "and without it, and write temperature.json")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
     add = parser.group("output")
-    add("--out", metavar="DIR", help="where metrics.json, per_class.csv and confusion_*.csv go (default: the checkpoint's folder)")
+    add("--out", metavar="DIR", help="where metrics.json, per_class.csv and confusion_*.csv go (default: the run folder; for a folder DIR "
+        "of export.py runs/DIR-evaluated)")
     return parser.parse_args(argv)
 
 
@@ -73,7 +74,8 @@ def main(argv=None):
     if args.temperature and len(validation) == 0:
         raise InputError(f"{data.folder}: the temperature is fitted on the validation split, which is empty")
     used_splits = {args.split} | ({"validation"} if args.temperature else set()) | ({"test"} if args.split == UNSEEN else set())
-    out = Path(args.out or (args.checkpoint if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent))
+    folder = Path(args.checkpoint)  # of export.py: to be published, so what is measured goes elsewhere
+    out = Path(args.out or (Path("runs") / f"{folder.resolve().name}-evaluated" if folder.is_dir() else folder.parent))
     with world(args.device) as w:
         with main_first(w):
             if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine

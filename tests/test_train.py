@@ -25,10 +25,6 @@ FILES = {".lock", "args.json", "environment.json", "log.jsonl", "ckpt.pt", "last
          "confusion_superkingdom.csv", "confusion_phylum.csv", "confusion_genus.csv"}
 
 
-def torchrun(processes, *arguments, cwd):
-    return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *arguments, cwd=cwd)
-
-
 @pytest.fixture(scope="module")
 def two_processes(demo, weights, tmp_path_factory):
     """{(model, strategy): run folder} of 3 steps by two gloo processes, which also evaluate one of the checkpoints."""
@@ -171,18 +167,6 @@ def test_workers_give_the_same_run(short, weights, tmp_path):
         train.main(command("tiny-nt", "full", short, weights, tmp_path / workers, "--max-steps", "2", "--workers", workers))
     none, two = (checkpoint.read(tmp_path / workers / "ckpt.pt")["state"] for workers in ("0", "2"))
     assert all(torch.equal(none[name], two[name]) for name in none)
-
-
-def test_the_readme_commands(tmp_path):
-    """As typed in the README, but for --max-steps; a fresh working directory, nothing prepared."""
-    done = torchrun(2, "--", ROOT / "train.py", "--model", "tiny-dnabert", "--strategy", "lora", "--r", "4", "--data", "demo",
-                    "--max-steps", "2", "--batch-size", "4", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "heads train" in done.stdout and "no published weights" in done.stdout
-    done = python(ROOT / "evaluate.py", "runs/tiny-dnabert-lora-r4/ckpt.pt", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "genus" in done.stdout and (tmp_path / "runs/tiny-dnabert-lora-r4/metrics.json").is_file()
-    assert (tmp_path / "runs/tiny-dnabert-lora-r4/ckpt.pt").stat().st_size < 1_000_000
 
 
 @pytest.mark.parametrize("there", [False, True])
