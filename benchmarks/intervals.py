@@ -1,11 +1,12 @@
-"""Balanced accuracy of finished runs with 95% intervals, and what training the heads is worth, by a bootstrap over sequences and seeds.
+"""Balanced accuracy of finished runs with 95% intervals, and what training the heads is worth, by a bootstrap over runs and sequences.
 
   python benchmarks/intervals.py runs/converged --out docs/results/converged.json
 
-Every ckpt.pt predicts its test split. A replicate draws the test sequences of every class of the last rank anew, with replacement, the
-same ones for all runs on that data set, and of every arm (runs that differ only in the seed) as many seeds as it has, with replacement.
-An interval is from the 2.5th to the 97.5th percentile of the replicates; a gain is a difference in the same replicate. The share is
-(trained - frozen) / (full - frozen): how much of the distance from an adapter with frozen heads to full fine-tuning its heads make up.
+From the confusion_RANK.csv of each run. A replicate draws one of an arm's runs (which differ only in the seed), and the test sequences of
+every class anew, with replacement. An interval is from the 2.5th to the 97.5th percentile of the replicates: where one run with another
+seed and other test sequences would lie, wider than an interval of the mean. A gain is the difference of two arms, drawn independently. The
+share is (trained - frozen) / (full - frozen): how much of the distance from an adapter with frozen heads to full fine-tuning its heads
+make up.
 """
 
 import sys
@@ -15,15 +16,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from taxa.data.dataset import PreparedDataset  # noqa: E402
 from taxa.errors import InputError  # noqa: E402
-from taxa.results.evaluation import run_split  # noqa: E402
 from taxa.results.groups import group_runs  # noqa: E402
 from taxa.results.run_folders import find_runs, read_run  # noqa: E402
 from taxa.runtime.cli import Parser, positive_int, run, seed  # noqa: E402
-from taxa.runtime.distributed import world  # noqa: E402
 from taxa.runtime.files import write_json  # noqa: E402
-from taxa.training import checkpoint  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -33,35 +30,22 @@ def parse_args(argv=None):
     add("--out", required=True, metavar="FILE.json", help="where every number goes")
     add("--replicates", type=positive_int, default=2000, metavar="N", help="of the bootstrap (default 2000)")
     add("--seed", type=seed, default=0, metavar="N", help="of the bootstrap (default 0)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: CUDA where there is one")
     return parser.parse_args(argv)
 
 
-def right(w, each):
-    """(truth (N, R), is the prediction right (N, R)) of a run's test split."""
-    content = checkpoint.read(each.folder / "ckpt.pt")
-    split = PreparedDataset(content["data"]["folder"]).split("test", content["tokenizer"]["name"])
-    model = checkpoint.rebuild(content).to(w.device)
-    outcome = run_split(w, model, split, content["batch_size"], content["precision"], lineages=content["lineages"])
-    return outcome.truth, outcome.predicted == outcome.truth
+def resampled(confusion, replicates, rng):
+    """(B,) balanced accuracies of one run, its test sequences drawn anew within every class. confusion: (C, C), rows the truth."""
+    confusion = np.asarray(confusion)
+    counts = confusion.sum(axis=1)
+    present = counts > 0
+    right = rng.binomial(counts[present], np.diagonal(confusion)[present] / counts[present], size=(replicates, present.sum()))
+    return (right / counts[present]).mean(axis=1)
 
 
-def draws(strata, replicates, rng):
-    """(B, N) how often each sequence is in each replicate: within every stratum, as many as it has, with replacement."""
-    counts = np.zeros((replicates, len(strata)))
-    for stratum in np.unique(strata):
-        rows = np.flatnonzero(strata == stratum)
-        counts[:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=replicates)
-    return counts
-
-
-def balanced(counts, truth, correct):
-    """Balanced accuracy (B, M) of M runs in B replicates. counts (B, N), truth (N,), correct (N, M)."""
-    recalls = []
-    for one in np.unique(truth):
-        of_class = truth == one
-        recalls.append(counts[:, of_class] @ correct[of_class] / counts[:, of_class].sum(axis=1, keepdims=True))
-    return np.mean(recalls, axis=0)
+def replicates_of(group, rank, replicates, rng):
+    """(mean over the runs, (B,) replicates) of an arm."""
+    of_runs = np.stack([resampled(each.confusion(rank)[1], replicates, rng) for each in group.runs])
+    return np.mean(group.values(rank)), of_runs[rng.integers(len(of_runs), size=replicates), np.arange(replicates)]
 
 
 def interval(values):
@@ -69,29 +53,12 @@ def interval(values):
     return {"low": float(low), "high": float(high)}
 
 
-def arms_of(groups, found, ranks, args):
-    """{label: {rank: (mean over the seeds, replicates (B,))}} of the groups of one data set. found: {folder: right()}."""
-    truth = found[groups[0].runs[0].folder][0]
-    rng = np.random.default_rng(args.seed)
-    counts = np.concatenate([np.ones((1, len(truth))), draws(truth[:, -1], args.replicates, rng)])  # the first: as it is
-    arms = {}
-    for group in groups:
-        correct = np.stack([found[each.folder][1] for each in group.runs], axis=2)  # (N, R, seeds)
-        seeds = rng.integers(len(group.runs), size=(args.replicates, len(group.runs)))
-        arms[group.label] = {}
-        for i, rank in enumerate(ranks):
-            of_seeds = balanced(counts, truth[:, i], correct[:, i].astype(float))
-            arms[group.label][rank] = of_seeds[0].mean(), np.take_along_axis(of_seeds[1:], seeds, axis=1).mean(axis=1)
-    return arms
-
-
 def gain(trained, frozen, full):
     """What training the heads adds, and the share of the distance from frozen heads to full fine-tuning that it makes up."""
     added = {"gain": float(trained[0] - frozen[0]), **interval(trained[1] - frozen[1])}
     if full:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            shares = (trained[1] - frozen[1]) / (full[1] - frozen[1])
-        added["share"] = {"share": float((trained[0] - frozen[0]) / (full[0] - frozen[0])), **interval(shares)}
+        added["share"] = {"share": float((trained[0] - frozen[0]) / (full[0] - frozen[0])),
+                          **interval((trained[1] - frozen[1]) / (full[1] - frozen[1]))}
     return added
 
 
@@ -100,18 +67,20 @@ def main(argv=None):
     runs = [each for each in map(read_run, find_runs(args.runs)) if each.fine_tuned and each.metrics]
     if not runs:
         raise InputError(f"{', '.join(args.runs)}: no finished run of train.py")
-    with world(args.device) as w:
-        found = {each.folder: right(w, each) for each in runs}
-    document = {"replicates": args.replicates, "arms": [], "heads": []}
+    for each in runs:
+        if any(each.confusion(rank) is None for rank in each.metrics["ranks"]):
+            raise InputError(f"{each.folder} has no confusion_RANK.csv: evaluate.py writes them")
+    document, rng = {"replicates": args.replicates, "arms": [], "heads": []}, np.random.default_rng(args.seed)
     groups = group_runs(runs)
     for data, model in dict.fromkeys((group.data, group.model) for group in groups):
         here = [group for group in groups if (group.data, group.model) == (data, model)]
         ranks = list(here[0].runs[0].metrics["ranks"])
-        arms = arms_of(here, found, ranks, args)
-        print(f"\n| {model}, {data} | seeds | trains | " + " | ".join(ranks) + " |\n|" + "---|" * (len(ranks) + 3))
+        arms = {group.label: {rank: replicates_of(group, rank, args.replicates, rng) for rank in ranks} for group in here}
+        print(f"\n| {model}, {data} | runs | trains | " + " | ".join(ranks) + " |\n|" + "---|" * (len(ranks) + 3))
         for group in here:
             cells = {rank: {"mean": float(mean), **interval(values)} for rank, (mean, values) in arms[group.label].items()}
-            document["arms"].append({"data": data, "model": model, "arm": group.label, "seeds": len(group.runs),
+            document["arms"].append({"data": data, "model": model, "arm": group.label, "runs": len(group.runs),
+                                     "seeds": [each.args["seed"] for each in group.runs],
                                      "trainable_fraction": group.runs[0].trainable_fraction, **cells})
             print(f"| {group.label} | {len(group.runs)} | {group.runs[0].trainable_fraction:.2%} | "
                   + " | ".join(f"{c['mean']:.3f} ({c['low']:.3f} to {c['high']:.3f})" for c in cells.values()) + " |")

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from taxa.results.metrics import perplexity
-from taxa.results.groups import strategy_place
+from taxa.results.groups import ADAPTERS, strategy_place, strategy_row
 from taxa.strategies import STRATEGIES
 
 COLOURS = {name: row.colour for name, row in STRATEGIES.items()}
@@ -234,7 +234,13 @@ def ceilings(groups, limits):
 
 
 def heads(groups, ranks):
-    """Adapters with trained and frozen heads, side by side: a column for each rank, a row of axes for each data set and model."""
+    """Adapters with trained and frozen heads, side by side: a column for each rank, a row of axes for each data set and model.
+
+    An adapter whose two arms have learning rates of their own is one line, unless there are more than these two.
+    """
+    arms = [(g.data, g.model, g.strategy, g.r, g.heads) for g in groups]
+    groups = [g._replace(row=strategy_row(g.strategy, g.r)) if g.strategy in ADAPTERS and arms.count(arm) == 1 else g
+              for g, arm in zip(groups, arms)]
     frozen, trained = ({(g.data, g.model, g.row) for g in groups if g.heads == heads} for heads in ("frozen", "train"))
     pairs = frozen & trained
     places = unique((g.data, g.model) for g in groups if (g.data, g.model, g.row) in pairs)

@@ -68,8 +68,8 @@ def timed(m):
 
 def both_heads(m):
     """The groups of m.done whose adapter was run with trained and with frozen heads."""
-    cells = [{(g.data, g.model, g.row) for g in m.done if g.heads == heads} for heads in ("train", "frozen")]
-    return [g for g in m.done if (g.data, g.model, g.row) in set.intersection(*cells)]
+    cells = [{(g.data, g.model, g.strategy, g.r) for g in m.done if g.heads == heads} for heads in ("train", "frozen")]
+    return [g for g in m.done if (g.data, g.model, g.strategy, g.r) in set.intersection(*cells)]
 
 
 def seeds_sentence(groups, of_rank, one, other):
