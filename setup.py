@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "scikit-learn>=1.4", "peft>=0.13", "pytest-xdist>=3.5"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "scikit-learn>=1.4", "peft>=0.17", "pytest-xdist>=3.5"]
 
 setup(
     name="taxa",
@@ -17,7 +17,7 @@ setup(
     packages=find_packages(include=["taxa", "taxa.*"]),
     package_data={"taxa": ["assets/*.json", "assets/*.csv", "assets/tiny_nt/*"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",
         "transformers>=4.50,<6",
         "tokenizers>=0.21",
         "safetensors>=0.5",

@@ -1,7 +1,7 @@
 """The commands of README.md and docs/: each flag is one that its script has, and those marked with <!-- run --> run as pasted, in order.
 
-A mark stands on a line of its own above a block. The block after a line that ends in "should give:" or "should end with:" is what it prints,
-but for the numbers of a training run (<!-- run: other numbers -->), which depend on the machine.
+A mark stands on a line of its own above a block. The block after a line that ends in "should give:" or "should end with:" is what it
+prints, but for the numbers of a training run (<!-- run: other numbers -->), which depend on the machine.
 """
 
 import contextlib

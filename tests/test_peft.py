@@ -201,8 +201,8 @@ def test_our_folder_is_a_checkpoint_again(model, run, runs, tmp_path):
     assert all(torch.equal(again["state"][name], tensor) for name, tensor in first["state"].items())
     assert {**again["settings"], "targets": 0, "feedforward_targets": 0} == {**first["settings"], "targets": 0, "feedforward_targets": 0}
     assert again["classes"] == first["classes"] and again["lineages"] == first["lineages"]
-    assert evaluate.main([str(folder)]) == json.loads((runs[model, run] / "metrics.json").read_text())
-    assert (folder / "metrics.json").is_file()
+    assert evaluate.main([str(folder), "--out", str(tmp_path / "evaluated")]) == json.loads((runs[model, run] / "metrics.json").read_text())
+    assert (tmp_path / "evaluated" / "metrics.json").is_file() and not (folder / "metrics.json").exists()
     export.main([str(folder), "--adapters", "--out", str(tmp_path / "again")])
     assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
 

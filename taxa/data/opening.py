@@ -82,11 +82,11 @@ def load_batches(split, batches, workers, device):
     try:
         yield from read_ahead(loader) if device.type == "cuda" and not workers else loader
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in ("shared memory", "Bus error")):
+        if not any(sign in str(error) for sign in ("shared memory", "Bus error", "exited unexpectedly")):
             raise
         size = shutil.disk_usage(SHARED_MEMORY).total if Path(SHARED_MEMORY).is_dir() else 0
-        raise InputError(f"--workers {workers}: {SHARED_MEMORY}, of {size / 2**20:,.1f} MiB, is too small for their batches: give fewer, "
-                         "--workers 0, or a larger one (docker run --shm-size)") from None
+        raise InputError(f"--workers {workers}: {SHARED_MEMORY}, of {size / 2**20:,.1f} MiB, is too small for their batches (or one "
+                         "was killed, for want of memory): give fewer, --workers 0, or a larger one (docker run --shm-size)") from None
 
 
 class _Shared(Dataset):

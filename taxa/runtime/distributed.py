@@ -22,6 +22,8 @@ from taxa.errors import InputError, Stop
 # noticed at once, since its connections close; the limits are for one that hangs.
 STEP_LIMIT, PATIENCE = datetime.timedelta(minutes=10), datetime.timedelta(hours=12)
 JOIN_LIMIT = datetime.timedelta(minutes=1)  # to connect, once all are known to be there
+# Whether gloo heeds a limit that is set after connecting: not in torch 2.6 and 2.8, but in 2.13; between them nothing was tried.
+LATER_LIMITS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 INTERFACES = ("set GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME for GPUs, to the network interface that the machines reach each other by "
               "(ip addr lists them, eth0 say), or mend the machine's name in /etc/hosts")
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Timed out waiting", "Socket Timeout")
@@ -175,10 +177,10 @@ def _is_loopback(address):
 
 def _connect(rank, size, device, store, address):
     """Make the default group and return the patient one. Raises Stop, with the address that this process is known by, after a minute."""
-    limit = STEP_LIMIT if device.type == "cuda" else JOIN_LIMIT  # NCCL connects at the first collective
+    limit = JOIN_LIMIT if LATER_LIMITS and device.type != "cuda" else STEP_LIMIT  # NCCL connects at the first collective
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
-        patient = dist.new_group(backend="gloo", timeout=JOIN_LIMIT)
+        patient = dist.new_group(backend="gloo", timeout=JOIN_LIMIT if LATER_LIMITS else PATIENCE)
     except RuntimeError as error:
         raise Stop(f"rank {rank}, known to the others as {address}, could not connect to them within {JOIN_LIMIT.seconds} s "
                    f"({str(error).splitlines()[0]}): if no process ended before it, {INTERFACES}") from None
