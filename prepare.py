@@ -269,6 +269,9 @@ def report(manifest, out):
     if across := manifest["repeated"]["across_splits"]:
         print("on either strand: " + ", ".join(f"{count:,} of {which}" for which, count in across.items())
               + f": {Path(out) / ACROSS} names them; --drop-duplicates leaves them out of training")
+    if "without_training" in manifest:
+        print("note: no training sequence of " + ", ".join(f"{count:,} {rank} classes" for rank, count in
+                                                           manifest["without_training"].items()) + ": nothing of them can be right")
     if "held_out" in manifest:
         rank = list(manifest["classes"])[-1]
         print(f"held out, in the split unseen: {len(manifest['held_out'])} {rank} classes ("

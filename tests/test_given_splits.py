@@ -120,6 +120,17 @@ def test_wrong_files(flags, message, simulated, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_classes_without_training_are_said(tmp_path, capsys):
+    rows = [("train", "a"), ("train", "b"), ("validation", "a"), ("test", "c"), ("test", "b")]
+    letters = ["".join(np.random.default_rng(i).choice(list("ACGT"), 90)) for i in range(len(rows))]
+    (tmp_path / "table.csv").write_text("sequence,family,part\n" + "".join(f"{bases},{family},{part}\n"
+                                                                          for bases, (part, family) in zip(letters, rows)))
+    prepare.main(["--table", str(tmp_path / "table.csv"), "--ranks", "family", *FLAGS, "--split-column", "part", "--out",
+                  str(tmp_path / "out")])
+    assert PreparedDataset(tmp_path / "out").manifest["without_training"] == {"family": 1}
+    assert "note: no training sequence of 1 family classes" in capsys.readouterr().out
+
+
 def test_nothing_left_to_train_on(simulated, tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.fa").write_text("\n".join(simulated[0][0].read_text().splitlines()[:2]) + "\n")

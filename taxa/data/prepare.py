@@ -313,10 +313,18 @@ def write(source, labels, part, digests, changed, settings, found, out, mapped):
         "repeated": {"sequences": len(part) - len(np.unique(digest)),
                      "test_in_train": int(np.isin(digest[in_test], digest[in_train]).sum()),
                      "across_splits": write_across(out / ACROSS, source.files, records, taxid, part, either)},
+        **untrained(y[in_train], classes),
         **found,
         "classes": classes,
     }
     return write_manifest(out, manifest, nt_tokenizer())
+
+
+def untrained(y, classes):
+    """{"without_training": {rank: number of classes}} of the ranks where the training split, labels y (N, R), lacks any; else {}."""
+    lacking = {rank: len(table) - len(np.unique(y[:, i])) for i, (rank, table) in enumerate(classes.items())}
+    lacking = {rank: count for rank, count in lacking.items() if count}
+    return {"without_training": lacking} if lacking and len(y) else {}
 
 
 def write_across(path, files, records, taxid, part, either):

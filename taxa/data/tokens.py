@@ -224,8 +224,8 @@ def _hub_tokenizer_file():
     try:
         return hf_hub_download(repository, "tokenizer.json", revision=revision, local_files_only=cache_only())
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
-        raise InputError(f"cannot fetch tokenizer.json of {repository} from the hub; with no network, copy that file here and give it "
-                         "with --tokenizer-file PATH (train.py: first prepare.py --add-tokens dnabert --tokenizer-file PATH --out DATA)") from None
+        raise InputError(f"cannot fetch tokenizer.json of {repository} from the hub; with no network, copy that file here: "
+                         "--tokenizer-file PATH (train.py: prepare.py --add-tokens dnabert --tokenizer-file PATH --out DATA)") from None
 
 
 def train_bpe(sequences, vocab_size):
