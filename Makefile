@@ -79,7 +79,7 @@ test-oldest test-newest: test-%:
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check -r .venv-$*/requirements.txt $(if $(TORCH),torch==$(TORCH))
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -n $(JOBS) --dist loadfile
 
-# A training step of every strategy beside public parts: about 9 minutes on 2 cores that do nothing else.
+# A training step of every strategy beside public parts: 9 to 17 minutes on 2 cores that do nothing else.
 bench: $(VENV)/.installed
 	$(RUN) benchmarks/step.py
 
