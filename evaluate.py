@@ -55,6 +55,50 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     content = checkpoint.read(args.checkpoint)
+    data, tokenizer = open_data(args, content)
+    precision = args.precision or content["precision"]
+    how = (args.batch_size or content["batch_size"], precision, args.workers)
+    used_splits = {args.split} | ({"validation"} if args.temperature else set()) | ({"test"} if args.split == UNSEEN else set())
+    folder = Path(args.checkpoint)  # of export.py: to be published, so what is measured goes elsewhere
+    out = Path(args.out or (Path("runs") / f"{folder.resolve().name}-evaluated" if folder.is_dir() else folder.parent))
+    with world(args.device) as w:
+        with main_first(w):
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
+                for tokens in {tokenizer, "nt"} if args.both_strands else {tokenizer}:  # those of nt spell the bases
+                    data.verify(tokens, sorted(used_splits), progress)
+        set_precision(precision, w.device)
+        model = checkpoint.rebuild(content, args.weights).to(w.device)
+        out.mkdir(parents=True, exist_ok=True)
+        temperature, strands = None, dict.fromkeys(used_splits, ())
+        if args.both_strands:
+            reader = checkpoint.tokenizer_of(content, args.checkpoint, args.tokenizer_file)
+            strands = {name: [other_strands(data.split(name, "nt"), reader)] for name in used_splits}
+        if args.temperature:
+            temperature, used = split_temperature(w, model, data.split("validation", tokenizer), *how, others=strands["validation"])
+            fitted = {"temperature": temperature, "state_digest": checkpoint.state_digest(content["state"]), "split": "validation",
+                      "sequences": used, "dataset_digest": data.digest}
+        if args.split == UNSEEN:
+            return evaluate_unseen(w, model, data, tokenizer, strands, how, fitted, out)
+        outcome = run_split(w, model, data.split(args.split, tokenizer), *how, lineages=content["lineages"], temperature=temperature,
+                            others=strands[args.split])
+        metrics = summarize(args.split, outcome, data.num_classes, content["lineages"], data.digest, temperature)
+        if w.is_main:
+            print(table(metrics))
+            print(details(metrics), flush=True)
+            if data.digest != content["data"]["digest"]:
+                print(f"note: {data.folder} is not the dataset of the run: its {args.split} split may hold sequences trained on")
+                note_length(args.checkpoint, content, data, args.split)
+            write_tables(out, metrics, outcome, data.classes)
+            if temperature:
+                write_json(out / "temperature.json", fitted)
+    return metrics
+
+
+def open_data(args, content):
+    """(PreparedDataset, name of its tokens) for a checkpoint's content; sets args.temperature where --split unseen needs one.
+
+    Raises InputError where data and checkpoint do not go together, and where a split that is needed is missing or empty.
+    """
     trained_on = content["data"]
     if not args.data and not Path(trained_on["folder"]).is_dir():
         raise InputError(f"{args.checkpoint} was trained on {trained_on['folder']}, which is not there: give --data DIR")
@@ -66,48 +110,12 @@ def main(argv=None):
     tokenizer = tokens_of(content["tokenizer"], data)
     if args.split not in data.splits:
         raise InputError(f"{data.folder} has no split {args.split}: prepare it with --hold-out F, and train on it")
-    split = data.split(args.split, tokenizer)
-    if len(split) == 0:
+    if len(data.split(args.split, tokenizer)) == 0:
         raise InputError(f"{data.folder}: the {args.split} split is empty")
-    validation = data.split("validation", tokenizer)
     args.temperature |= args.split == UNSEEN
-    if args.temperature and len(validation) == 0:
+    if args.temperature and len(data.split("validation", tokenizer)) == 0:
         raise InputError(f"{data.folder}: the temperature is fitted on the validation split, which is empty")
-    used_splits = {args.split} | ({"validation"} if args.temperature else set()) | ({"test"} if args.split == UNSEEN else set())
-    folder = Path(args.checkpoint)  # of export.py: to be published, so what is measured goes elsewhere
-    out = Path(args.out or (Path("runs") / f"{folder.resolve().name}-evaluated" if folder.is_dir() else folder.parent))
-    with world(args.device) as w:
-        with main_first(w):
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
-                for tokens in {tokenizer, "nt"} if args.both_strands else {tokenizer}:  # those of nt spell the bases
-                    data.verify(tokens, sorted(used_splits), progress)
-        precision = args.precision or content["precision"]
-        set_precision(precision, w.device)
-        model = checkpoint.rebuild(content, args.weights).to(w.device)
-        out.mkdir(parents=True, exist_ok=True)
-        how = (args.batch_size or content["batch_size"], precision, args.workers)
-        temperature, strands = None, dict.fromkeys(used_splits, ())
-        if args.both_strands:
-            reader = checkpoint.tokenizer_of(content, args.checkpoint, args.tokenizer_file)
-            strands = {name: [other_strands(data.split(name, "nt"), reader)] for name in used_splits}
-        if args.temperature:
-            temperature, used = split_temperature(w, model, validation, *how, others=strands["validation"])
-            fitted = {"temperature": temperature, "state_digest": checkpoint.state_digest(content["state"]), "split": "validation",
-                      "sequences": used, "dataset_digest": data.digest}
-        if args.split == UNSEEN:
-            return evaluate_unseen(w, model, data, tokenizer, strands, how, fitted, out)
-        outcome = run_split(w, model, split, *how, lineages=content["lineages"], temperature=temperature, others=strands[args.split])
-        metrics = summarize(args.split, outcome, data.num_classes, content["lineages"], data.digest, temperature)
-        if w.is_main:
-            print(table(metrics))
-            print(details(metrics), flush=True)
-            if data.digest != trained_on["digest"]:
-                print(f"note: {data.folder} is not the dataset of the run: its {args.split} split may hold sequences trained on")
-                note_length(args.checkpoint, content, data, args.split)
-            write_tables(out, metrics, outcome, data.classes)
-            if temperature:
-                write_json(out / "temperature.json", fitted)
-    return metrics
+    return data, tokenizer
 
 
 def evaluate_unseen(w, model, data, tokenizer, strands, how, fitted, out):

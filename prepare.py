@@ -92,20 +92,9 @@ def parse_args(argv=None):
         parser.error("--describe writes nothing: leave out --out" if args.describe else "the following arguments are required: --out")
     if (args.fasta is None) != (args.taxdump is None):
         parser.error("--fasta and --taxdump go together")
-    useless = ["fasta", "taxdump", "length", "any_length", "test", "validation", "test_ids", "group", "seed",
-               "tokenizers", "ranks", "classes_of", "hold_out", "drop_duplicates"] if args.add_tokens or args.describe else []
-    useless += ["tokenizer_file", "overwrite"] if args.describe else ["picture"]
-    useless += [] if args.demo else ["demo_sequences"]
-    useless += ["group"] if args.table else ["sequence_column", "split_column"]
-    useless += ["test", "validation", "test_ids", "group", "hold_out"] if args.split_column else []
-    useless += ["test_ids", "group", "hold_out"] if args.train else []
-    useless += ["length"] if args.any_length else []
-    useless += ["test", "group", "hold_out"] if args.test_ids else []
-    useless += ["ranks", "test", "validation", "test_ids", "group", "hold_out", "train", "split_column",
-                "drop_duplicates"] if args.classes_of else []
     if args.hold_out == 0:
         parser.error("--hold-out 0 holds nothing out: leave it out")
-    for flag in useless:
+    for flag in without_effect(args):
         if getattr(args, flag) not in (None, False):
             parser.error(f"--{flag.replace('_', '-')} does nothing here: leave it out")
     if "nt" in (args.add_tokens or []):
@@ -126,6 +115,26 @@ def parse_args(argv=None):
     if args.test + args.validation >= 1:
         parser.error(f"--test {args.test} and --validation {args.validation} leave nothing to train on")
     return args
+
+
+def without_effect(args):
+    """Names of the arguments that mean nothing beside those that are given."""
+    made_before = ["fasta", "taxdump", "length", "any_length", "test", "validation", "test_ids", "group", "seed", "tokenizers", "ranks",
+                   "classes_of", "hold_out", "drop_duplicates"]
+    rules = (
+        (args.add_tokens or args.describe, made_before),
+        (args.describe, ["tokenizer_file", "overwrite"]),
+        (not args.describe, ["picture"]),
+        (not args.demo, ["demo_sequences"]),
+        (args.table, ["group"]),
+        (not args.table, ["sequence_column", "split_column"]),
+        (args.split_column, ["test", "validation", "test_ids", "group", "hold_out"]),
+        (args.train, ["test_ids", "group", "hold_out"]),
+        (args.any_length, ["length"]),
+        (args.test_ids, ["test", "group", "hold_out"]),
+        (args.classes_of, ["ranks", "test", "validation", "test_ids", "group", "hold_out", "train", "split_column", "drop_duplicates"]),
+    )
+    return [flag for given, flags in rules if given for flag in flags]
 
 
 def given_splits(parser, args):

@@ -228,8 +228,7 @@ def run_plan(args, plan):
         if Path(args.out).is_dir():
             hold(Path(args.out)).close()  # another study.py that is at work there is heard of at once
         check_flags(args, todo)
-    with Signals() as signals:
-        held = hold(Path(args.out))
+    with Signals() as signals, hold(Path(args.out)) as held:
         todo = [each for each in todo if not (Path(each.flags["out"]) / "metrics.json").is_file()]  # of a killed queue, in the meantime
         signals.defer()
         slots = slots_of(args, todo) if todo else []

@@ -43,7 +43,7 @@ def best_loss(folder):
 
 
 def choose(folders):
-    """[({flag: text} of an arm, {rate: validation loss})], arms in the order of their folders. Raises InputError for two runs of one rate."""
+    """[({flag: text} of an arm, {rate: validation loss})], arms in the order of their folders. Raises InputError for two runs of a rate."""
     arms = {}
     for folder in folders:
         if found := best_loss(folder):
@@ -70,7 +70,8 @@ def main(argv=None):
         edge = " (edge)" if len(losses) > 1 and best in (min(losses), max(losses)) else ""
         cells = [arm.get(flag, "") for flag in varying] + [f"{losses[rate]:.3f}" if rate in losses else "" for rate in rates]
         print("| " + " | ".join([*cells, f"{best:g}{edge}"]) + " |")
-        lines.append(arm | {"lr": f"{best:g}", "seed": " ".join(map(str, args.seeds))} | ({"epochs": str(args.epochs)} if args.epochs else {}))
+        epochs = {"epochs": str(args.epochs)} if args.epochs else {}
+        lines.append(arm | {"lr": f"{best:g}", "seed": " ".join(map(str, args.seeds))} | epochs)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(flag for line in lines for flag in line)), lineterminator="\n")
     writer.writeheader()

@@ -34,11 +34,11 @@ def files(simulated, tmp_path):
     dealt["train"] += [copied, (turned[0], reverse_complement(turned[1].encode()).decode())]
     for name, some in dealt.items():
         (tmp_path / f"{name}.fa").write_text("".join(f">{header}\n{bases}\n" for header, bases in some))
-    return {name: str(tmp_path / f"{name}.fa") for name in dealt}
+    return {name: tmp_path / f"{name}.fa" for name in dealt}
 
 
 def arguments(files, simulated):
-    return [word for name, path in files.items() for word in (f"--{name}", path)] + ["--taxdump", str(simulated[1]), *FLAGS]
+    return [word for name, path in files.items() for word in (f"--{name}", str(path))] + ["--taxdump", str(simulated[1]), *FLAGS]
 
 
 def sequences(data, name):
@@ -50,7 +50,7 @@ def test_files_of_each_split(files, simulated, tmp_path, capsys):
     prepare.main([*arguments(files, simulated), "--out", str(tmp_path / "out")])
     data = PreparedDataset(tmp_path / "out")
     for name, path in files.items():
-        assert sequences(data, name) == re.findall(r"^[ACGTN]+$", open(path).read(), re.MULTILINE)
+        assert sequences(data, name) == re.findall(r"^[ACGTN]+$", path.read_text(), re.MULTILINE)
     assert data.manifest["settings"] == {"length": 90, "seed": 42, "split_by": "file"}
     assert data.manifest["repeated"]["across_splits"] == {"validation in train": 1, "test in train": 1}
     assert data.manifest["repeated"]["test_in_train"] == 0  # the same letters, that is
@@ -63,18 +63,18 @@ def test_files_of_each_split(files, simulated, tmp_path, capsys):
 def test_duplicates_leave_training(files, simulated, tmp_path, capsys):
     prepare.main([*arguments(files, simulated), "--drop-duplicates", "--out", str(tmp_path / "out")])
     data, path = PreparedDataset(tmp_path / "out"), files["train"]
-    assert sequences(data, "train") == re.findall(r"^[ACGTN]+$", open(path).read(), re.MULTILINE)[:-2]
+    assert sequences(data, "train") == re.findall(r"^[ACGTN]+$", path.read_text(), re.MULTILINE)[:-2]
     for name in ("validation", "test"):
-        assert sequences(data, name) == re.findall(r"^[ACGTN]+$", open(files[name]).read(), re.MULTILINE)
+        assert sequences(data, name) == re.findall(r"^[ACGTN]+$", files[name].read_text(), re.MULTILINE)
     assert data.manifest["repeated"]["across_splits"] == {} and not (tmp_path / "out" / "across_splits.tsv").exists()
     assert data.manifest["dropped"] == [{"file": "train.fa", "reason": "training sequence that is in another split too", "sequences": 2,
-                                         "taxids": len({line.split()[0] for line in open(path) if line[0] == ">"
+                                         "taxids": len({line.split()[0] for line in path.read_text().splitlines() if line[0] == ">"
                                                         } & {">" + str(t) for t in dropped_taxids(files)})}]
     assert "training sequence that is in another split too, train.fa" in capsys.readouterr().out
 
 
 def dropped_taxids(files):
-    return {re.match(r">(\d+)", line)[1] for line in [open(files["train"]).read().splitlines()[i] for i in (-4, -2)]}
+    return {re.match(r">(\d+)", line)[1] for line in [files["train"].read_text().splitlines()[i] for i in (-4, -2)]}
 
 
 def test_a_column_of_the_table(tmp_path):

@@ -77,7 +77,7 @@ def test_train_and_evaluate_follow_the_folder(ranks, prepared, weights, tmp_path
                          "--out", str(out), "--max-steps", "2", "--batch-size", "8"])
     assert list(tested["ranks"]) == names and list(checkpoint.read(out / "ckpt.pt")["classes"]) == names
     assert sorted(path.name for path in out.glob("confusion_*.csv")) == sorted(f"confusion_{rank}.csv" for rank in names)
-    rows = list(csv.DictReader(open(out / "per_class.csv", encoding="utf-8")))
+    rows = list(csv.DictReader((out / "per_class.csv").read_text(encoding="utf-8").splitlines()))
     assert list(dict.fromkeys(row["rank"] for row in rows)) == names
     assert evaluate.main([str(out / "ckpt.pt")]) == tested
     other = prepared[5 - ranks]

@@ -123,7 +123,7 @@ def test_table_says_what_the_runs_say(runs, written):
             assert all(float(row[rank]) == ranks[rank]["balanced_accuracy"] for rank in ranks)
             assert float(row["epochs"]) == 2 and float(row["data_fraction"]) == 1
             assert float(row["trainable_fraction"]) == 17 * (args["r"] or 58) / 1000
-            speeds = [json.loads(line).get("sequences_per_s") for line in open(runs / name / "log.jsonl")]
+            speeds = [json.loads(line).get("sequences_per_s") for line in (runs / name / "log.jsonl").read_text().splitlines()]
             slowness = np.mean([1 / speed for speed in speeds if speed])  # every line is of five steps
             assert float(row["epoch_seconds"]) == pytest.approx(320 * slowness, rel=1e-12)
     unfinished = rows["unfinished"]
@@ -441,7 +441,8 @@ def test_status(runs, tmp_path, capsys):
     assert len(lines) == 2 * len(GRID) + 3
     assert "10/40" in lines["unfinished"] and lines["unfinished"].endswith("running")
     finished = lines["few-tiny-nt-full-train-seed1"]
-    best = min(json.loads(line).get("validation_loss", 99) for line in open(runs / "few-tiny-nt-full-train-seed1" / "log.jsonl"))
+    log = (runs / "few-tiny-nt-full-train-seed1" / "log.jsonl").read_text()
+    best = min(json.loads(line).get("validation_loss", 99) for line in log.splitlines())
     assert "40/40" in finished and f"{best:.4f}" in finished and finished.endswith("finished")
     half = make_run(tmp_path / "half", steps=10, finished=False)
     with open(half / "log.jsonl", "a") as file:

@@ -368,13 +368,13 @@ def test_ctrl_c_saves_and_a_second_study_is_refused(here, capsys):
 
 def test_a_second_ctrl_c_does_not_wait(here):
     write_grid("deaf,full,1")
-    queue_of_one = start()
-    wait_for(lambda: Path("runs/deaf-full-lr1-seed42/log.jsonl").exists())
-    queue_of_one.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        queue_of_one.wait(1)
-    queue_of_one.send_signal(signal.SIGINT)
-    assert queue_of_one.wait(10) == 130
+    with start() as queue_of_one:
+        wait_for(lambda: Path("runs/deaf-full-lr1-seed42/log.jsonl").exists())
+        queue_of_one.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            queue_of_one.wait(1)
+        queue_of_one.send_signal(signal.SIGINT)
+        assert queue_of_one.wait(10) == 130
     with open("runs/deaf-full-lr1-seed42/.lock") as lock:
         fcntl.lockf(lock.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)  # nobody holds it: the run is gone
 
@@ -386,11 +386,10 @@ def test_killed_twice_it_ends_as_one_that_was_not(here):
     rng = np.random.RandomState(0)
     for _ in range(2):
         logs = len(list(Path("runs").glob("*/log.jsonl")))
-        killed = start("--seeds", "2", "--jobs", "2", PAUSE="0.7")  # a step that is longer than it takes to start again
-        wait_for(lambda: len(list(Path("runs").glob("*/log.jsonl"))) > logs)
-        time.sleep(rng.uniform(0, 0.3))
-        killed.kill()
-        killed.wait()
+        with start("--seeds", "2", "--jobs", "2", PAUSE="0.7") as killed:  # a step that is longer than it takes to start again
+            wait_for(lambda: len(list(Path("runs").glob("*/log.jsonl"))) > logs)
+            time.sleep(rng.uniform(0, 0.3))
+            killed.kill()
         assert len(metrics()) < 12
     main("--seeds", "2", "--jobs", "2")
     assert len(metrics()) == 12 and metrics() == metrics("undisturbed")

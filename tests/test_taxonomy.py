@@ -1,5 +1,6 @@
 """taxid -> superkingdom, phylum, genus: small dumps in NCBI's layout, as they are and as they should not be."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -228,7 +229,8 @@ def test_date_is_that_of_the_name_or_else_of_the_nodes(tmp_path):
     for name, date in dates.items():
         kind = "zip" if name.endswith("zip") else "tar.gz"
         (tmp_path / name).write_bytes(archive_bytes(dump_texts(), kind))
-        assert Dump(tmp_path / name).date == date
+        with contextlib.closing(Dump(tmp_path / name)) as dump:
+            assert dump.date == date
 
 
 RENAMED = {"domain": {2: "domain", 2157: "domain", 2759: "domain", 10239: "acellular root", 131567: "cellular root"},
@@ -470,7 +472,8 @@ def read_all(path, data):
     """What of a dump its reader uses: the excerpt's bytes, current ids and reasons; None where the dump is refused."""
     path.write_bytes(data)
     try:
-        current, unknown, *_ = Dump(path).excerpt(ASKED, path.with_suffix(".excerpt"))
+        with contextlib.closing(Dump(path)) as dump:
+            current, unknown, *_ = dump.excerpt(ASKED, path.with_suffix(".excerpt"))
     except InputError as error:
         assert str(error).startswith(f"{path}: ")
         return None

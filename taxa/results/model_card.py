@@ -16,11 +16,13 @@ LICENCES = {  # of published weights: what it asks of a model that is made from 
 
 LOAD_MERGED = '''```python
 import json
+from pathlib import Path
+
 from safetensors.torch import load_file
 from taxa.backbones import load_backbone
 from taxa.model import TaxonClassifier
 
-labels = json.load(open("labels.json"))
+labels = json.loads(Path("labels.json").read_text(encoding="utf-8"))
 model = TaxonClassifier(load_backbone("{model}", "."), {{rank: len(classes) for rank, classes in labels.items()}}).eval()
 model.heads.load_state_dict(load_file("heads.safetensors"))
 logits = model(input_ids, attention_mask)  # {{rank: (B, classes)}}
