@@ -33,9 +33,9 @@ def parser_of(script, monkeypatch):
 
 
 def examples(script):
-    """(module, arguments) of each command line in a script's docstring."""
+    """(module, arguments) of each command line in a script's docstring, from which Python 3.13 takes the indentation."""
     for line in importlib.import_module(script).__doc__.replace("\\\n", " ").splitlines():
-        found = re.match(r"\s+(?:torchrun .*?|python) (?:-- )?(\S+\.py|-m \S+)(.*)", line.partition("  #")[0])
+        found = re.match(r"\s*(?:torchrun .*?|python) (?:-- )?(\S+\.py|-m \S+)(.*)", line.partition("  #")[0])
         if found:
             yield found[1].removesuffix(".py").removeprefix("-m "), shlex.split(found[2])
 
