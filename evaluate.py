@@ -49,7 +49,9 @@ def parse_args(argv=None):
     add = parser.group("output")
     add("--out", metavar="DIR", help="where metrics.json, per_class.csv and confusion_*.csv go (default: the run folder; for a folder DIR "
         "of export.py runs/DIR-evaluated)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.temperature |= args.split == UNSEEN
+    return args
 
 
 def main(argv=None):
@@ -95,10 +97,8 @@ def main(argv=None):
 
 
 def open_data(args, content):
-    """(PreparedDataset, name of its tokens) for a checkpoint's content; sets args.temperature where --split unseen needs one.
-
-    Raises InputError where data and checkpoint do not go together, and where a split that is needed is missing or empty.
-    """
+    """(PreparedDataset, name of its tokens) for a checkpoint's content. Raises InputError where the two do not go together, and where a
+    split that is needed is missing or empty."""
     trained_on = content["data"]
     if not args.data and not Path(trained_on["folder"]).is_dir():
         raise InputError(f"{args.checkpoint} was trained on {trained_on['folder']}, which is not there: give --data DIR")
@@ -112,7 +112,6 @@ def open_data(args, content):
         raise InputError(f"{data.folder} has no split {args.split}: prepare it with --hold-out F, and train on it")
     if len(data.split(args.split, tokenizer)) == 0:
         raise InputError(f"{data.folder}: the {args.split} split is empty")
-    args.temperature |= args.split == UNSEEN
     if args.temperature and len(data.split("validation", tokenizer)) == 0:
         raise InputError(f"{data.folder}: the temperature is fitted on the validation split, which is empty")
     return data, tokenizer

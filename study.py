@@ -221,23 +221,28 @@ class ProgressLine:
         return f", about {f'{seconds / 3600:.1f} h' if seconds > 5400 else f'{seconds / 60:.0f} min'} left"
 
 
+def unfinished(plan):
+    """The runs without metrics.json, which train.py writes last."""
+    return [each for each in plan if not (Path(each.flags["out"]) / "metrics.json").is_file()]
+
+
 def run_plan(args, plan):
     """Run what is not done. Raises Stop when a run failed, Saved when a signal stopped it all."""
-    todo = [each for each in plan if not (Path(each.flags["out"]) / "metrics.json").is_file()]
-    if todo:
+    remaining = unfinished(plan)
+    if remaining:
         if Path(args.out).is_dir():
             hold(Path(args.out)).close()  # another study.py that is at work there is heard of at once
-        check_flags(args, todo)
+        check_flags(args, remaining)
     with Signals() as signals, hold(Path(args.out)) as held:
-        todo = [each for each in todo if not (Path(each.flags["out"]) / "metrics.json").is_file()]  # of a killed queue, in the meantime
+        remaining = unfinished(remaining)  # runs of a killed queue may have ended in the meantime
         signals.defer()
-        slots = slots_of(args, todo) if todo else []
-        jobs = [Job(each.name, command(each, args.gpus_per_run), grid.output(Path(each.flags["out"]))) for each in todo]
-        weights = {each.name: each.published.epoch_seconds if each.published else 1.0 for each in todo}
-        line = ProgressLine(plan, len(plan) - len(todo), weights)
+        slots = slots_of(args, remaining) if remaining else []
+        jobs = [Job(each.name, command(each, args.gpus_per_run), grid.output(Path(each.flags["out"]))) for each in remaining]
+        weights = {each.name: each.published.epoch_seconds if each.published else 1.0 for each in remaining}
+        line = ProgressLine(plan, len(plan) - len(remaining), weights)
         statuses = run_jobs(jobs, slots, signals, held, line)
         print("\n" * sys.stdout.isatty(), end="")
-    failed = [each.name for each in todo if statuses.get(each.name, 0) not in (0, grid.STOPPED)]
+    failed = [each.name for each in remaining if statuses.get(each.name, 0) not in (0, grid.STOPPED)]
     for name in failed:
         print(f"failed: {name}: {grid.last_words(line.plan[name])[1]} ({grid.output(line.plan[name])})")
     if signals.received is not None:
@@ -250,16 +255,16 @@ def run_plan(args, plan):
 def write_script(args, plan):
     """The sbatch script of the runs that are not finished."""
     check_flags(args, plan)
-    todo = [each for each in plan if not (Path(each.flags["out"]) / "metrics.json").is_file()]
-    if not todo:
+    remaining = unfinished(plan)
+    if not remaining:
         raise InputError(f"all {len(plan)} runs are done: nothing is left for a script")
-    commands = [shlex.join(command(each, 1, here=False)) for each in todo]
+    commands = [shlex.join(command(each, 1, here=False)) for each in remaining]
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    on_gpus = any(each.flags.get("device") != "cpu" for each in todo)
-    text = array_script(f"{len(todo)} runs of {args.out}, written by study.py", args.slurm, commands, Path(args.out).resolve(),
+    on_gpus = any(each.flags.get("device") != "cpu" for each in remaining)
+    text = array_script(f"{len(remaining)} runs of {args.out}, written by study.py", args.slurm, commands, Path(args.out).resolve(),
                         shlex.quote(str(Path.cwd())), args.gpus_per_run, on_gpus)
     Path(args.slurm).write_text(text, encoding="utf-8")
-    print(f"{args.slurm}: an array of {len(todo)} tasks; fill in its marked places, then: sbatch {args.slurm}")
+    print(f"{args.slurm}: an array of {len(remaining)} tasks; fill in its marked places, then: sbatch {args.slurm}")
 
 
 def main(argv=None):

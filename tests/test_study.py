@@ -1,5 +1,6 @@
 """study.py: the plan, the queue with all that can happen to it, SLURM's script. train.py is a stand-in but where its numbers matter."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -112,11 +113,16 @@ def main(*words):
     study.main(["--grid", "grid.csv", "--data", "data", "--out", "runs", *words])
 
 
+@contextlib.contextmanager
 def start(*words, **environment):
-    """study.py in a process of its own, with the stand-in of the working directory."""
+    """study.py in a process of its own, with the stand-in of the working directory; killed at the end of the block if it still runs."""
     flags = ["--grid", "grid.csv", "--data", "data", "--out", "runs", *words]
-    return subprocess.Popen([sys.executable, "-c", STUDY, str(Path("train.py").resolve()), *flags], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
+    with subprocess.Popen([sys.executable, "-c", STUDY, str(Path("train.py").resolve()), *flags], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def wait_for(condition, seconds=30):
@@ -346,18 +352,18 @@ def test_a_run_that_fails_stops_no_other(here, capsys):
 
 def test_ctrl_c_saves_and_a_second_study_is_refused(here, capsys):
     write_grid("tiny-nt,full,0.1", "tiny-nt,ia3,0.2", "tiny-nt,random,0.3")
-    first = start("--jobs", "2", STEPS="400")
-    wait_for(lambda: len(list(Path("runs").glob("*/log.jsonl"))) == 2)
-    began = time.time()
-    with pytest.raises(InputError, match="runs: another study.py is at work there"):
-        main()
-    assert time.time() - began < 1
-    main("--status")
-    table = capsys.readouterr().out
-    assert "2 running; 1 waiting" in table and re.search(r"tiny-nt-full-lr0.1-seed42 +running +1 +- +0.00", table)
-    first.send_signal(signal.SIGINT)
-    out, err = first.communicate(timeout=30)
-    assert first.returncode == 75 and "SIGINT: all runs have left and saved" in err and "failed:" not in out, out + err
+    with start("--jobs", "2", STEPS="400") as first:
+        wait_for(lambda: len(list(Path("runs").glob("*/log.jsonl"))) == 2)
+        began = time.time()
+        with pytest.raises(InputError, match="runs: another study.py is at work there"):
+            main()
+        assert time.time() - began < 1
+        main("--status")
+        table = capsys.readouterr().out
+        assert "2 running; 1 waiting" in table and re.search(r"tiny-nt-full-lr0.1-seed42 +running +1 +- +0.00", table)
+        first.send_signal(signal.SIGINT)
+        out, err = first.communicate(timeout=30)
+        assert first.returncode == 75 and "SIGINT: all runs have left and saved" in err and "failed:" not in out, out + err
     main("--status")
     assert "2 stopped; 1 waiting" in capsys.readouterr().out
     steps = [json.loads(path.read_text())[0] for path in Path("runs").glob("*/last.json")]

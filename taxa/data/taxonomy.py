@@ -125,33 +125,44 @@ class Dump:
         self.path, self._archive = Path(path), None
         if not self.path.exists():
             raise InputError(f"{self.path}: no such file; give NCBI's taxdmp_YYYY-MM-DD.zip or taxdump.tar.gz, or a folder of its files")
-        with contextlib.ExitStack() as opened:
-            with self._errors():
-                if self.path.is_dir():
-                    names = {str(file.relative_to(self.path)): file for pattern in ("*.dmp", "*/*.dmp") for file in self.path.glob(pattern)}
-                    times = {}  # a copied file has the time of the copy
-                elif zipfile.is_zipfile(self.path):
-                    self._archive = opened.enter_context(zipfile.ZipFile(self.path))
-                    names = {info.filename: info for info in self._archive.infolist()}
-                    times = {name: time.struct_time((*info.date_time, 0, 0, -1)) for name, info in names.items()}
-                else:
-                    self._archive = opened.enter_context(tarfile.open(self.path))
-                    names = {member.name.removeprefix("./"): member for member in self._archive.getmembers() if member.isfile()}
-                    times = {name: time.gmtime(member.mtime) for name, member in names.items()}
-                    while self._archive.fileobj.read(1 << 20):  # to the end: only there does gzip compare its checksum
-                        pass
-            folders = sorted({name.removesuffix("nodes.dmp") for name in names if name.split("/")[-1] == "nodes.dmp"})
-            if len(folders) > 1:
-                some = ", ".join(f"{folder}nodes.dmp" for folder in folders[:3])
-                raise InputError(f"{self.path}: nodes.dmp is in it more than once ({some}): give one dump")
-            self._members = {name: names[folder + name] for folder in folders for name in MEMBERS if folder + name in names}
-            for name in ("nodes.dmp", "names.dmp"):
-                if name not in self._members:
-                    raise InputError(f"{self.path}: no {name} in it: not an NCBI taxonomy dump")
-            named = re.search(r"\d{4}-\d{2}-\d{2}", self.path.name)
-            with self._errors():  # the date of the name, else of nodes.dmp in an archive
-                self.date = named[0] if named else time.strftime("%Y-%m-%d", times[f"{folders[0]}nodes.dmp"]) if times else None
-            self.close = opened.pop_all().close  # the archive's
+        try:
+            self._open()
+        except InputError:
+            self.close()
+            raise
+
+    def close(self):
+        """Close the archive."""
+        if self._archive is not None:
+            self._archive.close()
+
+    def _open(self):
+        """Find the members and the date."""
+        with self._errors():
+            if self.path.is_dir():
+                names = {str(file.relative_to(self.path)): file for pattern in ("*.dmp", "*/*.dmp") for file in self.path.glob(pattern)}
+                times = {}  # a copied file has the time of the copy
+            elif zipfile.is_zipfile(self.path):
+                self._archive = zipfile.ZipFile(self.path)
+                names = {info.filename: info for info in self._archive.infolist()}
+                times = {name: time.struct_time((*info.date_time, 0, 0, -1)) for name, info in names.items()}
+            else:
+                self._archive = tarfile.open(self.path)
+                names = {member.name.removeprefix("./"): member for member in self._archive.getmembers() if member.isfile()}
+                times = {name: time.gmtime(member.mtime) for name, member in names.items()}
+                while self._archive.fileobj.read(1 << 20):  # to the end: only there does gzip compare its checksum
+                    pass
+        folders = sorted({name.removesuffix("nodes.dmp") for name in names if name.split("/")[-1] == "nodes.dmp"})
+        if len(folders) > 1:
+            some = ", ".join(f"{folder}nodes.dmp" for folder in folders[:3])
+            raise InputError(f"{self.path}: nodes.dmp is in it more than once ({some}): give one dump")
+        self._members = {name: names[folder + name] for folder in folders for name in MEMBERS if folder + name in names}
+        for name in ("nodes.dmp", "names.dmp"):
+            if name not in self._members:
+                raise InputError(f"{self.path}: no {name} in it: not an NCBI taxonomy dump")
+        named = re.search(r"\d{4}-\d{2}-\d{2}", self.path.name)
+        with self._errors():  # the date of the name, else of nodes.dmp in an archive
+            self.date = named[0] if named else time.strftime("%Y-%m-%d", times[f"{folders[0]}nodes.dmp"]) if times else None
 
     @contextlib.contextmanager
     def _errors(self):
