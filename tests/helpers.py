@@ -1,6 +1,7 @@
 """What several test files share: small networks and folders of weights, batches, naive loops, runs as a user types them."""
 
 import functools
+import importlib
 import json
 import math
 import os
@@ -11,12 +12,15 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from runs import free_port
 from safetensors.torch import save_file
 
 from taxa.backbones import FAMILIES, get_model
 from taxa.backbones.published import published_sizes
+from taxa.errors import InputError
+from taxa.runtime import cli
 from taxa.strategies import classifier_on_meta, settings_from_flags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -273,6 +277,21 @@ def naive_dnabert(w, ids, heads, layers):
 def command(model, strategy, data, weights, out, *more):
     return ["--model", model, "--strategy", strategy, "--data", str(data), "--weights", str(weights[model]), "--out", str(out),
             "--batch-size", "8", "--lr", "0.01", *STRATEGIES[strategy], *more]
+
+
+def parser_of(script, monkeypatch):
+    """The parser that a script's parse_args() builds."""
+    built = []
+
+    def stop(parser, args=None, namespace=None):
+        built.append(parser)
+        raise InputError("built")
+
+    monkeypatch.setattr(cli.Parser, "parse_args", stop)
+    with pytest.raises(InputError, match="built"):
+        importlib.import_module(script).parse_args([])
+    monkeypatch.undo()
+    return built[0]
 
 
 def python(*arguments, cwd, **environment):

@@ -27,6 +27,7 @@ import pretrain  # noqa: E402
 import train  # noqa: E402
 from taxa.runtime import cli  # noqa: E402
 from taxa.runtime.distributed import world  # noqa: E402
+from taxa.training import checkpoint  # noqa: E402
 
 
 class Killed(BaseException):
@@ -101,6 +102,39 @@ def ranks(size, main, output=None):
                 sys.stderr.flush()
                 os._exit(status)
     return ids
+
+
+def same(a, b, path=""):
+    """Assert that two nested values are equal, tensors bit for bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{path}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def log_of(folder):
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key != "sequences_per_s"} for line in lines]
+
+
+def assert_same_end(one, other):
+    """Two run folders hold the same weights, optimizer, best epoch, log and metrics."""
+    timing = ("args", "seconds", "logs")
+    last = [{key: value for key, value in checkpoint.read(folder / "last.pt", checkpoint.RESUME_STATE).items() if key not in timing}
+            for folder in (one, other)]
+    same(*last)
+    same(checkpoint.read(one / "ckpt.pt"), checkpoint.read(other / "ckpt.pt"))
+    assert (one / "metrics.json").read_bytes() == (other / "metrics.json").read_bytes()
+    assert log_of(one) == log_of(other)
 
 
 def run_all(runs):

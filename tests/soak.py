@@ -27,7 +27,7 @@ import torch  # noqa: E402
 
 import prepare  # noqa: E402
 import train  # noqa: E402
-from runs import free_port, ranks  # noqa: E402
+from runs import assert_same_end, free_port, ranks  # noqa: E402
 from taxa.data.dataset import micro_batches  # noqa: E402
 from taxa.errors import InputError  # noqa: E402
 from taxa.runtime.cli import Parser, positive_int, run  # noqa: E402
@@ -35,7 +35,6 @@ from taxa.runtime.cli import seed as seed_type  # noqa: E402
 from taxa.runtime.files import write_json  # noqa: E402
 from taxa.training import checkpoint  # noqa: E402
 from taxa.training.run import LAST, PREVIOUS  # noqa: E402
-from test_resume import assert_same_end  # noqa: E402
 
 KINDS = ("SIGKILL to all", "SIGKILL to rank 0", "SIGKILL to rank 1", "SIGTERM to all")
 LIMIT = 60  # seconds in which all processes of a run must be gone when one is

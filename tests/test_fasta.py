@@ -6,25 +6,11 @@ import multiprocessing
 
 import numpy as np
 import pytest
+from inputs import index_bytes, naive_normal, naive_records
 
 from taxa.data.fasta import batches, index_fasta, read_sequences
 from taxa.data.grammar import normalize
 from taxa.errors import InputError
-
-
-def naive_records(data):
-    """[(taxid, letters)] of the bytes of a FASTA file."""
-    records = []
-    for line in data.splitlines():
-        if line.startswith(b">"):
-            records.append((int(line[1:].split()[0]), []))
-        elif records:
-            records[-1][1].append(line)
-    return [(taxid, b"".join(lines)) for taxid, lines in records]
-
-
-def naive_normal(letters):
-    return bytes(ord(chr(x).upper()) if chr(x) in "ACGTNacgtn" else ord("T" if chr(x) in "Uu" else "N") for x in letters)
 
 
 def random_letters(n, seed, alphabet=b"ACGT"):
@@ -39,12 +25,6 @@ def fasta(lengths, width=None, end=b"\n", header=b">%d %d", alphabet=b"ACGT", la
         lines.append(header % ((9606 + i // 2, i) if header.count(b"%") == 2 else 9606 + i // 2))
         lines += [letters[start:start + (width or length)] for start in range(0, length, width or length)]
     return end.join(lines) + (end if last_end else b"")
-
-
-def index_bytes(folder, data, name="x.fa"):
-    (folder / name).write_bytes(data)
-    (folder / "scratch").mkdir(exist_ok=True)
-    return index_fasta(folder / name, folder / "scratch")
 
 
 def cut(index, records, letters):

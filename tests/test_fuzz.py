@@ -15,8 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_fasta import index_bytes, naive_normal, naive_records
-from test_taxonomy import archive_bytes, dump_texts
+from inputs import archive_bytes, dump_texts, index_bytes, naive_normal, naive_records
 
 from taxa.data.dataset import PreparedDataset
 from taxa.data.fasta import batches, read_sequences

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_prepare import write_dump
+from inputs import write_dump
 
 import predict
 import prepare

@@ -6,30 +6,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+from helpers import parser_of
 
 import prepare
 import train
 from taxa.errors import InputError
-from taxa.runtime import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "def parse_args(" in path.read_text(encoding="utf-8"))
 SCRIPTS.append("taxa.measure.tree")
-
-
-def parser_of(script, monkeypatch):
-    """The parser that a script's parse_args() builds."""
-    built = []
-
-    def stop(parser, args=None, namespace=None):
-        built.append(parser)
-        raise InputError("built")
-
-    monkeypatch.setattr(cli.Parser, "parse_args", stop)
-    with pytest.raises(InputError, match="built"):
-        importlib.import_module(script).parse_args([])
-    monkeypatch.undo()
-    return built[0]
 
 
 def examples(script):

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from inputs import FEW, row, write_dump
 
 import prepare
 from taxa import RANKS
@@ -110,25 +111,8 @@ def run_main(*arguments):
     prepare.main([str(argument) for argument in arguments])
 
 
-def row(*fields):
-    return "\t|\t".join(map(str, fields)) + "\t|\n"
-
-
-NODES = [(1, 1, "no rank", "root"), (2, 1, "domain", "Bacteria"), (10239, 1, "acellular root", "Viruses"),
-         (20, 2, "phylum", "P"), (21, 20, "genus", "'G one'"), (22, 21, "species", "s"), (23, 20, "genus", "G two"),
-         (30, 10239, "phylum", "V"), (31, 30, "genus", "W"), (40, 2, "genus", "no phylum"),
-         (50, 20, "family", "no genus"), (60, 1, "no rank", "no superkingdom")]
 LINEAGES = {22: (2, 20, 21), 21: (2, 20, 21), 23: (2, 20, 23), 31: (10239, 30, 31), 99: (2, 20, 23)}  # 99 is now 23
-NAMES = {taxid: name for taxid, _, _, name in NODES}
-
-
-def write_dump(path):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("nodes.dmp", "".join(row(*node[:3], "", 0) for node in NODES))
-        archive.writestr("names.dmp", "".join(row(taxid, name, "", "scientific name") for taxid, _, _, name in NODES))
-        archive.writestr("merged.dmp", row(99, 23))
-        archive.writestr("delnodes.dmp", row(98))
-    return path
+NAMES = {taxid: name for taxid, _, _, name in FEW}
 
 
 def write_fasta(path, records, width=None):

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from runs import free_port, in_step
-from test_resume import RESUME
 from helpers import ROOT, command, forked
 
 import evaluate
@@ -131,7 +130,7 @@ def test_a_bad_step_is_not_applied_and_names_its_records(value, short, weights, 
     assert int(headers[at["record"] - 1].split()[0]) == at["taxid"]
 
     calls.clear()  # the step before is saved, and those that were not applied left the weights as they were
-    last = checkpoint.read(tmp_path / "run" / "last.pt", RESUME)
+    last = checkpoint.read(tmp_path / "run" / "last.pt", checkpoint.RESUME_STATE)
     assert last["step"] == 3 and last["bad_steps"] == 1
     assert all(torch.isfinite(tensor).all() for tensor in last["state"].values())
     assert all(entry["step"] == 2 for entry in last["optimizer"]["state"].values())
@@ -415,7 +414,7 @@ def test_two_agents_that_meet_by_a_rendezvous_train_one_model(short, weights, tm
     assert [agent.returncode for agent in agents] == [0, 0], ends
     assert sorted("best epoch 1" in out for out, _ in ends) == [False, True]  # one of the two is rank 0
     train.main([*arguments, "--batch-size", "32", "--out", str(tmp_path / "one")])
-    one, two = (checkpoint.read(folder / "last.pt", RESUME) for folder in (tmp_path / "one", tmp_path / "run"))
+    one, two = (checkpoint.read(folder / "last.pt", checkpoint.RESUME_STATE) for folder in (tmp_path / "one", tmp_path / "run"))
     assert one["step"] == two["step"] == 4 and two["sequences per step"] == 32
     for name in one["state"]:
         torch.testing.assert_close(two["state"][name], one["state"][name], rtol=1e-4, atol=2e-5)
@@ -443,7 +442,7 @@ def test_one_two_and_three_processes_evaluate_to_the_last_bit(trained, several, 
 
 def test_a_last_step_with_fewer_sequences_than_processes(several, short, weights, tmp_path):
     train.main(command("tiny-nt", "ia3", short, weights, tmp_path / "run", "--epochs", "1", "--batch-size", "291"))
-    one, of_three = (checkpoint.read(folder / "run" / "last.pt", RESUME) for folder in (tmp_path, several))
+    one, of_three = (checkpoint.read(folder / "run" / "last.pt", checkpoint.RESUME_STATE) for folder in (tmp_path, several))
     assert one["step"] == of_three["step"] == 2
     for name in one["state"]:
         torch.testing.assert_close(of_three["state"][name], one["state"][name], rtol=1e-4, atol=2e-5)

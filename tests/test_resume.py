@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from runs import Killed, dies, in_step
+from runs import Killed, assert_same_end, dies, in_step, log_of
 from helpers import ROOT, STRATEGIES, command, forked
 
 import pretrain
@@ -21,40 +21,6 @@ from taxa.training.flags import MAY_CHANGE, PATHS
 from taxa.training.run import lock, read_last, save_last
 
 MORE = ("--epochs", "2", "--batch-size", "32", "--log-every", "3", "--save-every", "4")  # 292 sequences: 10 steps an epoch, 5 by two
-RESUME = checkpoint.RESUME_STATE
-
-
-def same(a, b, path=""):
-    """Assert that two nested values are equal, tensors bit for bit."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            same(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            same(x, y, f"{path}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    else:
-        assert a == b, path
-
-
-def log_of(folder):
-    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key != "sequences_per_s"} for line in lines]
-
-
-def assert_same_end(one, other):
-    """Two run folders hold the same weights, optimizer, best epoch, log and metrics."""
-    timing = ("args", "seconds", "logs")
-    last = [{key: value for key, value in checkpoint.read(folder / "last.pt", RESUME).items() if key not in timing}
-            for folder in (one, other)]
-    same(*last)
-    same(checkpoint.read(one / "ckpt.pt"), checkpoint.read(other / "ckpt.pt"))
-    assert (one / "metrics.json").read_bytes() == (other / "metrics.json").read_bytes()
-    assert log_of(one) == log_of(other)
 
 
 # ------------------------------------------------------------------ killed and resumed
@@ -97,7 +63,7 @@ def test_two_processes_killed_and_resumed_end_bit_for_bit_the_same(strategy, two
 def test_begun_by_one_process_and_ended_by_two(two, short, weights, tmp_path):
     """16 sequences in 4 micro-batches by one process, then 32 by each of two: the same steps, so the same weights but for rounding."""
     train.main(command("tiny-nt", "full", short, weights, tmp_path / "whole", *MORE, "--batch-size", "64"))
-    whole, both = (checkpoint.read(folder / "last.pt", RESUME) for folder in (tmp_path / "whole", two / "one"))
+    whole, both = (checkpoint.read(folder / "last.pt", checkpoint.RESUME_STATE) for folder in (tmp_path / "whole", two / "one"))
     assert whole["step"] == both["step"] == 10
     for name in whole["state"]:
         torch.testing.assert_close(both["state"][name], whole["state"][name], rtol=1e-3, atol=2e-4)
@@ -142,7 +108,7 @@ def test_killed_in_the_validation(short, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "run_split", dies_there)
     with pytest.raises(KeyboardInterrupt):
         train.main(arguments)
-    last = checkpoint.read(tmp_path / "run" / "last.pt", RESUME)
+    last = checkpoint.read(tmp_path / "run" / "last.pt", checkpoint.RESUME_STATE)
     assert last["step"] == 10 and last["epoch"] == 0 and not (tmp_path / "run" / "ckpt.pt").exists()
     monkeypatch.setattr(train, "run_split", run_split)
     train.main([*arguments, "--resume"])
@@ -159,7 +125,7 @@ def test_a_signal_saves_and_leaves_with_75(number, short, weights, tmp_path, cap
     line, = capsys.readouterr().err.splitlines()
     assert left.value.code == 75 and signal.Signals(number).name in line and "--resume" in line
     assert signal.getsignal(number) == before
-    assert checkpoint.read(tmp_path / "run" / "last.pt", RESUME)["step"] in (3, 4)
+    assert checkpoint.read(tmp_path / "run" / "last.pt", checkpoint.RESUME_STATE)["step"] in (3, 4)
     train.main([*arguments, "--resume"])
     train.main(command("tiny-nt", "ia3", short, weights, tmp_path / "whole", *MORE))
     assert_same_end(tmp_path / "run", tmp_path / "whole")
@@ -228,7 +194,7 @@ def test_a_last_pt_of_before_the_rooms_is_resumed(short, weights, tmp_path):
     content = read_last(tmp_path / "run")
     del content["args"]["activation_checkpointing"], content["tokenizer"]
     content["args"]["recompute"] = False
-    checkpoint.save(tmp_path / "run" / "last.pt", content, RESUME)
+    checkpoint.save(tmp_path / "run" / "last.pt", content, checkpoint.RESUME_STATE)
     train.main([*arguments, "--resume"])
     train.main(command("tiny-nt", "lora", short, weights, tmp_path / "whole", *MORE))
     assert_same_end(tmp_path / "run", tmp_path / "whole")
@@ -243,7 +209,7 @@ def test_the_list_of_flags_that_may_change_names_flags_that_there_are():
 def test_minutes_between_saves(short, weights, tmp_path):
     arguments = command("tiny-nt", "ia3", short, weights, tmp_path / "run", *MORE, "--save-every", "0.000001m")
     dies(8, arguments)
-    assert checkpoint.read(tmp_path / "run" / "last.pt", RESUME)["step"] == 7
+    assert checkpoint.read(tmp_path / "run" / "last.pt", checkpoint.RESUME_STATE)["step"] == 7
 
 
 # ------------------------------------------------------------------ what may differ, and what may not
@@ -307,7 +273,7 @@ def test_a_damaged_last_pt_gives_way_to_the_one_before(damage, stopped, tmp_path
     assert "last.pt" in line and "going on from last.prev.pt, step 1" in line
     save_last(tmp_path, content | {"step": 3})
     assert read_last(tmp_path)["step"] == 3
-    assert checkpoint.read(tmp_path / "last.prev.pt", RESUME)["step"] == 1  # the damaged one did not come to lie over it
+    assert checkpoint.read(tmp_path / "last.prev.pt", checkpoint.RESUME_STATE)["step"] == 1  # the damaged one did not come to lie over it
     (tmp_path / "last.pt").write_bytes(b"")
     (tmp_path / "last.prev.pt").write_bytes(b"")
     with pytest.raises(cli.InputError, match="last.prev.pt"):

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from test_help import parser_of
+from helpers import parser_of
 
 import study
 import train

@@ -3,19 +3,17 @@
 import contextlib
 import gzip
 import hashlib
-import io
 import os
 import re
 import socket
 import subprocess
 import sys
-import tarfile
 import urllib.request
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from inputs import DELETED, MERGED, NODES, archive_bytes, dump_texts, row
 
 from taxa.data.taxonomy import Dump, check_ranks, keep_classes, label_taxids, renumber
 from taxa.data.taxonomy import Label as LabelAt
@@ -29,85 +27,9 @@ def Label(superkingdom=None, phylum=None, genus=None, reason=None):
     return LabelAt((superkingdom, phylum, genus), reason)
 
 
-# (taxid, parent, rank, scientific name). 70xx: taxa in which something is missing
-NODES = [
-    (1, 1, "no rank", "root"),
-    (131567, 1, "no rank", "cellular organisms"),
-    (2, 131567, "superkingdom", "Bacteria"),
-    (2157, 131567, "superkingdom", "Archaea"),
-    (2759, 131567, "superkingdom", "Eukaryota"),
-    (10239, 1, "superkingdom", "Viruses"),
-    (1224, 2, "phylum", "Pseudomonadota"),
-    (1236, 1224, "class", "Gammaproteobacteria"),
-    (561, 1236, "genus", "Escherichia"),
-    (562, 561, "species", "Escherichia coli"),
-    (83333, 562, "strain", "Escherichia coli K-12"),
-    (28890, 2157, "phylum", "Methanobacteriota"),
-    (2207, 28890, "genus", "Methanosarcina"),
-    (2209, 2207, "species", "Methanosarcina mazei"),
-    (33208, 2759, "kingdom", "Metazoa"),
-    (7711, 33208, "phylum", "Chordata"),
-    (89593, 7711, "subphylum", "Craniata"),
-    (9605, 89593, "genus", "Homo"),
-    (9606, 9605, "species", "Homo sapiens"),
-    (2559587, 10239, "clade", "Riboviria"),
-    (2732408, 2559587, "phylum", "Pisuviricota"),
-    (12059, 2732408, "genus", "Enterovirus"),
-    (138950, 12059, "species", "Enterovirus C"),
-    (7001, 2, "genus", "a genus in no phylum"),
-    (7002, 7001, "species", "its species"),
-    (7003, 1236, "family", "a family without genera"),
-    (7004, 7003, "species", "its species"),
-    (28384, 1, "no rank", "other sequences"),
-    (7005, 28384, "genus", "a genus in no superkingdom"),
-    (7006, 131567, "phylum", "a phylum in no superkingdom"),
-    (7007, 7006, "genus", "its genus"),
-]
-# (old, new): one step, three steps, into a node that is labelled anyway, onto nothing, and two cycles
-MERGED = [(8001, 562), (8002, 8003), (8003, 8004), (8004, 9606), (8005, 561), (8006, 7999), (8007, 8008), (8008, 8007),
-          (8009, 8009), (9606, 562)]  # the last: an id that is still a node
-DELETED = [9001, 9002]
 ASKED = [83333, 562, 561, 2209, 9606, 138950, 12059, 7002, 7004, 7005, 7007, 1224, 2, 131567, 1, 9999,
          *(old for old, _ in MERGED), *DELETED]
 SUPERKINGDOMS = {2: "Bacteria", 2157: "Archaea", 2759: "Eukaryota", 10239: "Viruses"}
-
-
-def row(*fields):
-    return "\t|\t".join(map(str, fields)) + "\t|\n"
-
-
-def dump_texts(nodes=NODES, merged=MERGED, deleted=DELETED):
-    """{member: text} of a dump as NCBI writes it: 13 columns of nodes, several names of a taxon."""
-    names = [line for taxid, _, _, name in nodes for line in (
-        row(taxid, f"{name} of old", "", "synonym"), row(taxid, name, "", "scientific name"),
-        row(taxid, f"common {taxid}", "", "genbank common name"),
-        row(taxid, f"{name} Linnaeus, 1758", "", "authority"))]
-    return {
-        "nodes.dmp": "".join(row(*node[:3], "", 0, 0, 1, 0, 0, 0, 0, 0, "") for node in nodes),
-        "names.dmp": "".join(names),
-        "merged.dmp": "".join(row(old, new) for old, new in merged),
-        "delnodes.dmp": "".join(row(taxid) for taxid in deleted),
-        "division.dmp": row(0, "BCT", "Bacteria", ""),
-        "readme.txt": "not a table\n",
-    }
-
-
-def archive_bytes(texts, kind, prefix=""):
-    """The bytes of an archive. kind: zip, stored.zip, tar.gz or tar. texts: str or bytes."""
-    datas = {prefix + name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
-    out = io.BytesIO()
-    if kind.endswith("zip"):
-        how = zipfile.ZIP_STORED if kind == "stored.zip" else zipfile.ZIP_DEFLATED
-        with zipfile.ZipFile(out, "w", how) as archive:
-            for name, data in datas.items():
-                archive.writestr(zipfile.ZipInfo(name, date_time=(2023, 5, 6, 7, 8, 10)), data, how)
-        return out.getvalue()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, data in datas.items():
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(data), 1683356890  # 2023-05-06
-            archive.addfile(info, io.BytesIO(data))
-    return gzip.compress(out.getvalue(), mtime=0) if kind == "tar.gz" else out.getvalue()
 
 
 def labelled_with_notes(folder, texts, taxids=ASKED, kind="zip", name=None, prefix="", **more):
