@@ -4,7 +4,21 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "scikit-learn>=1.4", "peft>=0.17", "pytest-xdist>=3.5"]
+# Lower bounds: the oldest releases that the suite has run on (docs/VERSIONS.md), or for a newer Python the oldest with a wheel for it.
+TEST = [
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "scikit-learn>=1.4; python_version < '3.13'",
+    "scikit-learn>=1.5.2; python_version == '3.13'",
+    "scikit-learn>=1.7.2; python_version >= '3.14'",
+    "peft>=0.17",
+    "pytest-xdist>=3.5",
+]
+REPORT = [
+    "matplotlib>=3.8; python_version < '3.13'",
+    "matplotlib>=3.9.2; python_version == '3.13'",
+    "matplotlib>=3.10.5; python_version >= '3.14'",
+]
 
 setup(
     name="taxa",
@@ -17,17 +31,20 @@ setup(
     packages=find_packages(include=["taxa", "taxa.*"]),
     package_data={"taxa": ["assets/*.json", "assets/*.csv", "assets/tiny_nt/*"]},
     install_requires=[
-        "torch>=2.8",
+        "torch>=2.8; python_version < '3.14'",
+        "torch>=2.9; python_version >= '3.14'",
         "transformers>=4.50,<6",
         "tokenizers>=0.21",
         "safetensors>=0.5",
         "huggingface_hub>=0.26",
-        "numpy>=1.26",
+        "numpy>=1.26; python_version < '3.13'",
+        "numpy>=2.1; python_version == '3.13'",
+        "numpy>=2.3.2; python_version >= '3.14'",
         "pyfaidx>=0.8",
         "ete3>=3.1.3,<4",
         "six>=1.16",  # ete3 needs it and does not say so
         "legacy-cgi>=2.6; python_version >= '3.13'",  # ete3 imports cgi, which Python 3.13 dropped
         "tqdm>=4.60",
     ],
-    extras_require={"test": TEST, "bench": TEST, "report": ["matplotlib>=3.8"]},
+    extras_require={"test": TEST, "bench": TEST, "report": REPORT},
 )

@@ -25,6 +25,7 @@ from taxa.results import grid
 from taxa.results.rates import hours, read_rates
 from taxa.results.run_folders import read_run
 from taxa.runtime.cli import Parser, positive_int, run
+from taxa.runtime.files import replacing
 from taxa.runtime.queue import Job, gpus, hold, run_jobs
 from taxa.runtime.signals import Signals
 from taxa.runtime.slurm import array_script
@@ -263,7 +264,8 @@ def write_script(args, plan):
     on_gpus = any(each.flags.get("device") != "cpu" for each in remaining)
     text = array_script(f"{len(remaining)} runs of {args.out}, written by study.py", args.slurm, commands, Path(args.out).resolve(),
                         shlex.quote(str(Path.cwd())), args.gpus_per_run, on_gpus)
-    Path(args.slurm).write_text(text, encoding="utf-8")
+    with replacing(args.slurm) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     print(f"{args.slurm}: an array of {len(remaining)} tasks; fill in its marked places, then: sbatch {args.slurm}")
 
 
