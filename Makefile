@@ -74,7 +74,7 @@ test: $(VENV)/.installed
 # spares the gigabytes that a bare torch brings. docs/VERSIONS.md says what passed last.
 test-oldest test-newest: test-%:
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/pip install --quiet --disable-pip-version-check setuptools
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --upgrade setuptools
 	.venv-$*/bin/python tests/bounds.py $* > .venv-$*/requirements.txt
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check -r .venv-$*/requirements.txt $(if $(TORCH),torch==$(TORCH))
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -n $(JOBS) --dist loadfile

@@ -9,7 +9,7 @@ from distutils.core import run_setup
 
 def requirements(which):
     """The lines of a requirements file. Raises ValueError for a requirement without a lower bound: nobody could say what was tested."""
-    package = run_setup("setup.py", stop_after="init")
+    package = run_setup("setup.py", stop_after="init")  # an old setuptools hides extras with markers: make upgrades it
     asked = sorted({*package.install_requires, *package.extras_require["test"], *package.extras_require["report"]})
     return asked if which == "newest" else [pinned(requirement) for requirement in asked]
 

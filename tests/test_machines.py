@@ -163,24 +163,26 @@ def test_a_python_without_fcntl_names_the_platforms():
 # ------------------------------------------------------------------ shared memory
 
 
+class Broken(torch.utils.data.Dataset):
+    """A split that its worker cannot read."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def __getitem__(self, rows):
+        raise RuntimeError(self.message)
+
+
 @pytest.mark.parametrize("message", ["unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)",
                                      "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"])
-def test_shared_memory_that_is_too_small_is_one_line(message, short, weights, tmp_path, monkeypatch):
-    def share(_):
-        raise RuntimeError(message)
-
-    monkeypatch.setattr(torch.Tensor, "share_memory_", share)  # the workers are forked, and have it too
+def test_shared_memory_that_is_too_small_is_one_line(message):
     with pytest.raises(InputError, match=r"^--workers 2: /dev/shm, of [0-9,.]+ MiB, is too small.*--workers 0"):
-        train.main(command("tiny-nt", "ia3", short, weights, tmp_path / "run", "--workers", "2", "--max-steps", "1"))
+        list(load_batches(Broken(message), [[0]], 2, torch.device("cpu")))
 
 
-def test_another_error_of_a_worker_stays_what_it_is(short):
-    class Broken(torch.utils.data.Dataset):
-        def __getitem__(self, rows):
-            raise RuntimeError("of another kind")
-
+def test_another_error_of_a_worker_stays_what_it_is():
     with pytest.raises(RuntimeError, match="of another kind"):
-        list(load_batches(Broken(), [[0]], 1, torch.device("cpu")))
+        list(load_batches(Broken("of another kind"), [[0]], 1, torch.device("cpu")))
 
 
 def test_a_shared_memory_that_fills_ends_the_run(demo, weights, tmp_path):

@@ -1,5 +1,6 @@
 """A prepared dataset as a run needs it: which folder, the demo and missing tokens, its batches, and where a step's sequences came from."""
 
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -77,8 +78,10 @@ def load_batches(split, batches, workers, device):
     Draws nothing from torch's global generator, on which dropout hangs. Raises InputError when the shared memory through which they hand
     them over is too small.
     """
+    forks = multiprocessing.get_context("forkserver")  # not of this process, whose threads may hold locks that no child would ever open
+    forks.set_forkserver_preload(["taxa.data.opening"])
     loader = DataLoader(_Shared(split) if workers else split, batch_size=None, sampler=batches, num_workers=workers,
-                        pin_memory=device.type == "cuda", generator=torch.Generator())
+                        pin_memory=device.type == "cuda", generator=torch.Generator(), multiprocessing_context=forks if workers else None)
     try:
         yield from read_ahead(loader) if device.type == "cuda" and not workers else loader
     except RuntimeError as error:
