@@ -23,7 +23,7 @@ REPORT = [
 setup(
     name="taxa",
     version="0.1.0",
-    description="Fine-tune genomic language models to name the superkingdom, phylum and genus of a piece of DNA",
+    description="Fine-tune genomic language models to classify DNA fragments by superkingdom, phylum and genus",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

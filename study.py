@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from taxa import STUDY_TRAINING_SEQUENCES
+from taxa import RANKS, STUDY_TRAINING_SEQUENCES
 from taxa.errors import InputError, Saved, Stop, choose, nearest
 from taxa.results import grid
 from taxa.results.rates import hours, read_rates
@@ -32,7 +32,6 @@ from taxa.runtime.slurm import array_script
 
 ROOT = Path(__file__).resolve().parent
 TRAIN = ROOT / "train.py"
-RANKS = ("superkingdom", "phylum", "genus")
 
 
 def parse_args(argv=None):

@@ -173,7 +173,7 @@ def train(w, run, args, row, settings, start=None):
     model.to(w.device)
     if args.compile:
         compile_in_place(model, backbone.encoder.layer, args.compile, w.device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    clipped = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(model, args.lr, args.weight_decay)
 
     last = run.begin({"sequences per step": per_step, "dataset": data.digest, "base weights": base.get("digest"),
@@ -217,7 +217,7 @@ def train(w, run, args, row, settings, start=None):
                     loss = sequence_losses(logits, batch["labels"]).sum() * weight
                     (loss * w.size / count).backward()  # DDP averages over processes: the gradient is that of the mean over `count`
                 step_loss += loss.detach().double()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(clipped, args.max_grad_norm)
             run.meet()
             step_loss, norm = float(sum_over_ranks(w, step_loss)), float(norm)  # of all processes, so that all decide alike
             finite = math.isfinite(step_loss) and math.isfinite(norm)

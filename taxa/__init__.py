@@ -1,4 +1,4 @@
-"""taxa: fine-tune genomic language models to name the superkingdom, phylum and genus of a piece of DNA."""
+"""taxa: fine-tune genomic language models to classify DNA fragments by superkingdom, phylum and genus."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 try:
     import fcntl  # noqa: F401
 except ImportError:
-    sys.exit("taxa runs on Linux and macOS, and on Windows in WSL: this Python has no fcntl, which locks the folders that are written")
+    sys.exit("taxa runs on Linux (on Windows: in WSL): this Python has no fcntl, which locks the folders that are written")
 
 __version__ = "0.1.0"
 ASSETS = Path(__file__).resolve().parent / "assets"  # small files that come with the package

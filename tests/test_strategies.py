@@ -167,7 +167,7 @@ def test_chosen_feedforward_targets_stand_alone(name, inner):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_head_is_told_from_an_adapter_by_type_and_not_by_name(name):
+def test_a_parameter_of_the_base_named_lora_A_does_not_train(name):
     """A parameter of the base whose name contains lora_ or ia3_l does not train."""
     classifier, settings, names = prepared(name, "lora", "corrected", "frozen")
     classifier.backbone.encoder.layer[0].lora_A = torch.nn.Parameter(torch.zeros(2))
