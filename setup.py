@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# Lower bounds: the oldest releases that the suite has run on (docs/VERSIONS.md), or for a newer Python the oldest with a wheel for it.
+# Lower bounds: the oldest releases that the suite has run on (docs/VERSIONS.md), or for a newer Python the oldest that have a wheel for it
+# (torch on 3.14: the oldest that compiles there).
 TEST = [
     "pytest>=8",
     "hypothesis>=6.100",
@@ -32,7 +33,7 @@ setup(
     package_data={"taxa": ["assets/*.json", "assets/*.csv", "assets/tiny_nt/*"]},
     install_requires=[
         "torch>=2.8; python_version < '3.14'",
-        "torch>=2.9; python_version >= '3.14'",
+        "torch>=2.10; python_version >= '3.14'",
         "transformers>=4.50,<6",
         "tokenizers>=0.21",
         "safetensors>=0.5",

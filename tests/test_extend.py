@@ -5,11 +5,15 @@ import types
 
 import pytest
 import torch
+from runs import dies
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+import evaluate
+import export
 import train
 from taxa.backbones import load_backbone, table
+from taxa.errors import InputError
 from taxa.model import TaxonClassifier
 from taxa.strategies import STRATEGIES, Strategy, inject_adapters, settings_from_flags, train_only, trainable_names
 
@@ -34,9 +38,15 @@ def test_a_strategy_is_one_row(bitfit, short, tmp_path, capsys):
     trains = {name for name, p in classifier.named_parameters() if p.requires_grad}
     assert {name.rpartition(".")[2] for name in trains if name.startswith("backbone.")} == {"bias"}
     assert {name for name, _ in classifier.named_parameters() if name.startswith("heads.")} < trains
-    metrics = train.main(["--model", "tiny-nt", "--strategy", "bitfit", "--data", str(short), "--max-steps", "2", "--batch-size", "4",
-                          "--device", "cpu", "--out", str(tmp_path / "run")])
-    assert metrics["sequences"] > 0 and "bitfit" in capsys.readouterr().out
+    arguments = ["--model", "tiny-nt", "--strategy", "bitfit", "--data", str(short), "--max-steps", "4", "--save-every", "1", "--batch-size",
+                 "4", "--device", "cpu", "--out", str(tmp_path / "run")]
+    dies(3, arguments)
+    metrics = train.main([*arguments, "--resume"])
+    assert "resumed after step 2" in capsys.readouterr().out
+    again = evaluate.main([str(tmp_path / "run" / "ckpt.pt"), "--device", "cpu"])
+    assert metrics["sequences"] > 0 and again["loss"] == metrics["loss"]
+    export.main([str(tmp_path / "run" / "ckpt.pt"), "--out", str(tmp_path / "exported")])
+    assert "bitfit" in (tmp_path / "exported" / "README.md").read_text(encoding="utf-8").lower()
 
 
 class ToyConfig(PretrainedConfig):
@@ -93,3 +103,9 @@ def test_a_backbone_is_a_file_and_its_rows(toy, short, tmp_path, strategy):
                           "--device", "cpu", "--activation-checkpointing", "selective", "--out", str(tmp_path / "run")])
     assert metrics["sequences"] > 0
     assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["model"] == "toy"
+
+
+def test_a_backbone_that_nothing_is_published_of_has_no_published_boundary(toy, short, tmp_path):
+    with pytest.raises(InputError, match="--protocol published .* none is known of 'toy'"):
+        train.main(["--model", "toy", "--strategy", "freeze75", "--protocol", "published", "--data", str(short), "--device", "cpu",
+                    "--out", str(tmp_path / "run")])

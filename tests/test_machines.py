@@ -18,6 +18,7 @@ from taxa.data.dataset import PreparedDataset
 from taxa.data.opening import load_batches
 from taxa.errors import InputError
 from taxa.runtime import distributed, files
+from taxa.runtime.progress import progress
 
 # A rank that prints what world() gives it, with stand-ins for torch's functions.
 RANK = """
@@ -160,6 +161,15 @@ def test_a_python_without_fcntl_names_the_platforms():
     assert "Linux" in (ROOT / "README.md").read_text() and "Windows" in (ROOT / "README.md").read_text()
 
 
+def test_no_bar_is_made_where_nobody_watches(capsys):
+    """A signal that falls into tqdm's constructor prints a traceback of its finalizer."""
+    items = [1, 2]
+    assert progress(items, "x") is items
+    with progress(None, "x", 3) as bar:
+        bar.update(2)
+    assert capsys.readouterr() == ("", "")
+
+
 # ------------------------------------------------------------------ shared memory
 
 
@@ -178,6 +188,18 @@ class Broken(torch.utils.data.Dataset):
 def test_shared_memory_that_is_too_small_is_one_line(message):
     with pytest.raises(InputError, match=r"^--workers 2: /dev/shm, of [0-9,.]+ MiB, is too small.*--workers 0"):
         list(load_batches(Broken(message), [[0]], 2, torch.device("cpu")))
+
+
+class Parents(torch.utils.data.Dataset):
+    """Batches that hold the id of the process which started the one that made them."""
+
+    def __getitem__(self, rows):
+        return {"parent": torch.tensor(os.getppid())}
+
+
+def test_a_worker_is_not_forked_from_this_process_whose_threads_may_hold_locks():
+    parents = {int(batch["parent"]) for batch in load_batches(Parents(), [[0], [1]], 2, torch.device("cpu"))}
+    assert len(parents) == 1 and os.getpid() not in parents
 
 
 def test_another_error_of_a_worker_stays_what_it_is():

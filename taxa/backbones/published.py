@@ -3,6 +3,7 @@
 Audit code, for --protocol published: the sizes are those of the hub's checkpoints, which the supplement's trainable fractions confirm.
 """
 
+from taxa.errors import InputError
 from taxa.inject import adapter_names
 
 
@@ -39,5 +40,7 @@ def published_sizes(classifier):
     sizes = {name: p.numel() for name, p in classifier.named_parameters() if name not in adapters}
     held = [(name.removeprefix("backbone."), size) for name, size in sizes.items() if name.startswith("backbone.")]
     config = classifier.backbone.config
+    if config.model_type not in PUBLISHED:
+        raise InputError(f"--protocol published counts the tensors of a published checkpoint, and none is known of '{config.model_type}'")
     whole = {f"backbone.{name}": size for name, size in PUBLISHED[config.model_type](config, held)}
     return whole | {name: size for name, size in sizes.items() if name.startswith("heads.")}

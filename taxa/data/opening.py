@@ -78,10 +78,12 @@ def load_batches(split, batches, workers, device):
     Draws nothing from torch's global generator, on which dropout hangs. Raises InputError when the shared memory through which they hand
     them over is too small.
     """
-    forks = multiprocessing.get_context("forkserver")  # not of this process, whose threads may hold locks that no child would ever open
-    forks.set_forkserver_preload(["taxa.data.opening"])
+    server = None
+    if workers:  # forked from a server, not from this process, whose threads may hold locks that no child would ever open
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["taxa.data.opening"])
     loader = DataLoader(_Shared(split) if workers else split, batch_size=None, sampler=batches, num_workers=workers,
-                        pin_memory=device.type == "cuda", generator=torch.Generator(), multiprocessing_context=forks if workers else None)
+                        pin_memory=device.type == "cuda", generator=torch.Generator(), multiprocessing_context=server)
     try:
         yield from read_ahead(loader) if device.type == "cuda" and not workers else loader
     except RuntimeError as error:
