@@ -63,8 +63,7 @@ def parse_args(argv=None):
     add = parser.group("what a batch is")
     add("--length", type=positive_int, metavar="TOKENS", help="of each random sequence (default: as many as 1500 bases make)")
     add("--data", metavar="DIR", help="prepared dataset: its training sequences instead of random tokens, its classes and its number")
-    add("--sequences", type=positive_int, metavar="N",
-        help=f"in an epoch (default {STUDY_TRAINING_SEQUENCES:,}, the study's, or --data's)")
+    add("--sequences", type=positive_int, metavar="N", help=f"in an epoch (default {STUDY_TRAINING_SEQUENCES:,}, the study's, or --data's)")
     add = parser.group("the search")
     add("--memory-limit", type=byte_size, metavar="SIZE", help="such as 80GiB, 500MB (default: the card; on the CPU 80%% of what is free)")
     add("--batch-sizes", type=positive_int, nargs="+", metavar="B", help="measure these and search nothing")
@@ -177,8 +176,7 @@ def search(fits, largest=None, first=FIRST_BATCH, tolerance=TOLERANCE):
 
 def probe(args, label, mode, settings, device, isolated):
     """Measure one strategy; prints a line per size. Returns its part of the JSON document. isolated(work) -> result or None."""
-    row = get_model(args.model)
-    sizes = {}
+    row, sizes = get_model(args.model), {}
 
     def fits(batch):
         lr = row.learning_rate * batch / row.batch_size
