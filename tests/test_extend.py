@@ -1,31 +1,42 @@
-"""docs/READING.md's two worked examples, as a user would add them: a fifth strategy (BitFit) and a toy backbone of one layer."""
+"""docs/READING.md's two worked examples, added as a user would: a fifth strategy (BitFit) and a toy backbone of one layer.
 
+The code is what stands on that page between ```python and ```, in order: BitFit's function and row, the backbone's file and its two rows.
+"""
+
+import importlib.util
+import re
 import sys
-import types
+from pathlib import Path
 
 import pytest
 import torch
 from runs import dies
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 import evaluate
 import export
 import train
+from taxa import strategies
 from taxa.backbones import load_backbone, table
 from taxa.errors import InputError
 from taxa.model import TaxonClassifier
-from taxa.strategies import STRATEGIES, Strategy, inject_adapters, settings_from_flags, train_only, trainable_names
+from taxa.strategies import STRATEGIES, inject_adapters, settings_from_flags, train_only, trainable_names
+
+READING = Path(__file__).resolve().parents[1] / "docs" / "READING.md"
+FUNCTION, STRATEGY_ROW, BACKBONE, FAMILY_ROW, MODEL_ROW = re.findall(r"^```python\n(.*?)^```$", READING.read_text(encoding="utf-8"),
+                                                                    flags=re.M | re.S)
 
 
-def biases_and_heads(classifier, settings):
-    """BitFit (Ben Zaken et al. 2022): the biases train, everything else stays as pretrained; here the heads train with them."""
-    return [name for name, _ in classifier.named_parameters() if name.endswith(".bias") or name.startswith("heads.")]
+def row(code, names):
+    """The value of a table's row, `"key": value,`. names: what its file knows."""
+    ((_, value),) = eval("{" + code + "}", names).items()
+    return value
 
 
 @pytest.fixture
 def bitfit(monkeypatch):
-    monkeypatch.setitem(STRATEGIES, "bitfit", Strategy("BitFit", "#E69F00", biases_and_heads))
+    names = dict(vars(strategies))
+    exec(FUNCTION, names)
+    monkeypatch.setitem(STRATEGIES, "bitfit", row(STRATEGY_ROW, names))
 
 
 def test_a_strategy_is_one_row(bitfit, short, tmp_path, capsys):
@@ -49,52 +60,16 @@ def test_a_strategy_is_one_row(bitfit, short, tmp_path, capsys):
     assert "bitfit" in (tmp_path / "exported" / "README.md").read_text(encoding="utf-8").lower()
 
 
-class ToyConfig(PretrainedConfig):
-    model_type = "toy"
-
-    def __init__(self, vocab_size=4107, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16,
-                 initializer_range=0.1, pad_token_id=1, **kwargs):
-        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
-        self.num_attention_heads, self.intermediate_size, self.initializer_range = num_attention_heads, intermediate_size, initializer_range
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
-
-
-class ToyLayer(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x):
-        return x + self.dense(x).relu()
-
-
-class Toy(PreTrainedModel):
-    config_class, base_model_prefix, main_input_name = ToyConfig, "toy", "input_ids"
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.embeddings = nn.ModuleDict({"word_embeddings": nn.Embedding(config.vocab_size, config.hidden_size)})
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(ToyLayer(config) for _ in range(config.num_hidden_layers))})
-        self.post_init()
-
-    def forward(self, input_ids, attention_mask=None):
-        x = self.embeddings.word_embeddings(input_ids)
-        for layer in self.encoder.layer:
-            x = layer(x)
-        return x
-
-
 @pytest.fixture
-def toy(monkeypatch):
-    module = types.ModuleType("toy")
-    module.LICENSE, module.TOKENS_OF_1500_BP, module.LORA_TARGETS, module.LAYER_ORDER = "mit", 251, ("layer.*.dense",), ("dense",)
-    module.IA3_TARGETS = {"corrected": (("layer.*.dense",), ()), "published": (("layer.*.dense",), ())}
-    module.SIGN, module.SIGN_MEANS, module.FIXED, module.dropped_keys = "toy", "only this one has that", {}, lambda config: set()
-    sys.modules["toy"] = module
-    monkeypatch.setitem(table.FAMILIES, "toy", table.Family(Toy, ToyConfig, module))
-    monkeypatch.setitem(table.MODELS, "toy", table.Model(None, None, "toy", "nt", dict(initializer_range=0.1), 1e-2, 8))
-    yield
-    del sys.modules["toy"]
+def toy(monkeypatch, tmp_path):
+    (tmp_path / "toy.py").write_text(BACKBONE, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("toy", tmp_path / "toy.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "toy", module)  # where transformers looks for a model's file
+    spec.loader.exec_module(module)
+    names = {**vars(table), "toy": module}
+    monkeypatch.setitem(table.FAMILIES, "toy", row(FAMILY_ROW, names))
+    monkeypatch.setitem(table.MODELS, "toy", row(MODEL_ROW, names))
 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
