@@ -1,9 +1,11 @@
-"""Two processes: how often gradients cross between them, counted in train.py's own loop."""
+"""Two processes: how often gradients cross between them, counted in train.py's own loop, and checkpointed layers under DDP."""
 
 import json
 
 import pytest
 from helpers import ROOT, forked
+
+from taxa.training.activation_checkpointing import MODES
 
 # Runs train.py in each process with a DistributedDataParallel that counts its all-reduces, one for each bucket of gradients.
 COUNTING = """
@@ -41,3 +43,16 @@ def test_a_step_has_one_all_reduce_for_each_bucket(short, tmp_path, accumulate):
     buckets = json.loads((tmp_path / "buckets.json").read_text())
     n = len(set(buckets))  # of the steps after the first, in which DDP has yet to learn the order of the gradients and may have fewer
     assert buckets[-3 * n:] == list(range(n)) * 3 and 1 <= len(buckets) - 3 * n <= n
+
+
+@pytest.mark.parametrize("model, strategy", [("tiny-nt", "full"), ("tiny-dnabert", "lora")])
+def test_checkpointed_layers_give_the_same_losses_to_the_last_digit(model, strategy, short, tmp_path):
+    losses = {}
+    for mode in MODES:
+        words = ["train.py", "--model", model, "--strategy", strategy, "--data", short, "--device", "cpu", "--batch-size", "4",
+                 "--max-steps", "4", "--log-every", "1", "--activation-checkpointing", mode, "--out", tmp_path / mode]
+        for rank in forked(words, words, cwd=ROOT):
+            assert rank.returncode == 0, rank.stderr
+        log = map(json.loads, (tmp_path / mode / "log.jsonl").read_text().splitlines())
+        losses[mode] = [entry["loss"] for entry in log if "loss" in entry]
+    assert len(losses["none"]) == 4 and losses["none"] == losses["selective"] == losses["full"]

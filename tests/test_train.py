@@ -76,7 +76,8 @@ def test_two_processes_equal_one_with_accumulation(model, strategy, demo, weight
         if name.endswith("Wqkv.bias"):  # a key's bias shifts all scores of a query alike: its gradient is noise, which Adam scales up
             third = len(one[name]) // 3
             one[name][third:2 * third] = two[name][third:2 * third]
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        # Adam scales up the rounding of a gradient near zero; three steps of rate 0.01 move a weight by up to 0.03
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_two_processes_evaluate_as_one(two_processes):
@@ -139,18 +140,20 @@ def first_losses(folder):
     return [entry["loss"] for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in entry]
 
 
-@pytest.mark.parametrize("model, strategy, flag", [
-    ("tiny-nt", "lora", "--activation-checkpointing=full"), ("tiny-dnabert", "ia3", "--activation-checkpointing=full"),
-    ("tiny-nt", "full", "--compile")])
-def test_checkpointing_and_compile_give_the_same_losses(model, strategy, flag, short, weights, tmp_path, monkeypatch):
+@pytest.mark.parametrize("model, strategy, flags", [
+    ("tiny-nt", "lora", ["--activation-checkpointing=full"]), ("tiny-dnabert", "ia3", ["--activation-checkpointing=full"]),
+    ("tiny-nt", "full", ["--compile"]), ("tiny-nt", "ia3", ["--activation-checkpointing=selective", "--compile"]),
+    ("tiny-dnabert", "full", ["--activation-checkpointing=selective", "--compile"])])
+def test_checkpointing_and_compile_give_the_same_losses(model, strategy, flags, short, weights, tmp_path, monkeypatch):
     """Compiled as far as the graph; making machine code of it would take minutes."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     more = ("--max-steps", "2", "--log-every", "1")
     train.main(command(model, strategy, short, weights, tmp_path / "plain", *more))
-    train.main(command(model, strategy, short, weights, tmp_path / "flag", *more, flag))
-    assert first_losses(tmp_path / "flag") == pytest.approx(first_losses(tmp_path / "plain"), abs=2e-5)
-    name, _, value = flag.strip("-").partition("=")
-    assert json.loads((tmp_path / "flag" / "args.json").read_text())[name.replace("-", "_")] == (value or "layers")
+    train.main(command(model, strategy, short, weights, tmp_path / "flags", *more, *flags))
+    assert first_losses(tmp_path / "flags") == pytest.approx(first_losses(tmp_path / "plain"), abs=2e-5)
+    for flag in flags:
+        name, _, value = flag.strip("-").partition("=")
+        assert json.loads((tmp_path / "flags" / "args.json").read_text())[name.replace("-", "_")] == (value or "layers")
 
 
 def test_compile_without_a_compiler_is_one_line(short, weights, tmp_path, monkeypatch):
