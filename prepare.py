@@ -14,11 +14,11 @@ import shutil
 import signal
 from pathlib import Path
 
-from taxa import RANKS
+from taxa import RANKS, STUDY_SEED
 from taxa.data.dataset import PreparedDataset
 from taxa.data.describe import describe, picture
 from taxa.data.grammar import is_packed
-from taxa.data.prepare import ACROSS, DEMO_SEQUENCES, LENGTH, SEED, TEST, VALIDATION, prepare, simulated_source
+from taxa.data.prepare import ACROSS, DEMO_SEQUENCES, LENGTH, TEST, VALIDATION, prepare, simulated_source
 from taxa.data.sources import FastaSource, TableSource
 from taxa.data.table import check_columns
 from taxa.data.taxonomy import check_ranks
@@ -69,7 +69,7 @@ def parse_args(argv=None):
              "each sequence on its own)")
     add("--hold-out", type=fraction, metavar="F",
         help="share of the genera that go whole into a fourth split, unseen, for evaluate.py --split unseen; never the last of its phylum")
-    add("--seed", type=seed, metavar="N", help=f"of the split, and of the simulation (default {SEED})")
+    add("--seed", type=seed, metavar="N", help=f"of the split, and of the simulation (default {STUDY_SEED})")
     add = parser.group("tokens")
     add("--tokenizers", nargs="+", metavar="NAME",
         help=f"which tokens to write, of {' '.join(TOKENIZERS)}; nt is always written (default nt)")
@@ -100,7 +100,7 @@ def parse_args(argv=None):
     if "nt" in (args.add_tokens or []):
         parser.error("--add-tokens nt: nt tokens are always there")
     for flag, default in (("demo_sequences", DEMO_SEQUENCES), ("length", LENGTH), ("test", TEST), ("validation", VALIDATION),
-                          ("seed", SEED), ("tokenizers", ["nt"]), ("ranks", RANKS), ("sequence_column", "sequence")):
+                          ("seed", STUDY_SEED), ("tokenizers", ["nt"]), ("ranks", RANKS), ("sequence_column", "sequence")):
         if getattr(args, flag) is None:
             setattr(args, flag, default)
     if args.tokenizer_file and sum(name in ("dnabert", "bpe") for name in args.add_tokens or args.tokenizers) != 1:

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from taxa import RANKS, STUDY_TRAINING_SEQUENCES
+from taxa import RANKS, STUDY_SEED, STUDY_TRAINING_SEQUENCES
 from taxa.errors import InputError, Saved, Stop, choose, nearest
 from taxa.results import grid
 from taxa.results.rates import hours, read_rates
@@ -43,7 +43,7 @@ def parse_args(argv=None):
     add("--strategies", nargs="+", metavar="NAME", help="only these strategies")
     add("--protocol", choices=(*grid.PROTOCOLS, "both"), help="of the published runs (default both: each row once in each)")
     add("--seeds", type=positive_int, default=1, metavar="N", 
-        help=f"runs of each, of seeds {grid.FIRST_SEED}, {grid.FIRST_SEED + 1}, ... (default 1)")
+        help=f"runs of each, of seeds {STUDY_SEED}, {STUDY_SEED + 1}, ... (default 1)")
     add("--set", metavar="'FLAGS'", default="", help="flags of train.py that all runs get, in the place of a row's (default: none)")
     add = parser.group("folders")
     add("--data", metavar="DIR", help="prepared dataset, where --grid has no column data (default data/bertax)")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from taxa import STUDY_SEED
 from taxa.backbones import MODELS, backbone_config, find_model
 from taxa.data.augment import augmented
 from taxa.data.dataset import PreparedDataset, micro_batches, on_device
@@ -78,7 +79,7 @@ def run_name(args, settings):
     parts += ["frozen-heads"] if args.heads == "frozen" else []
     parts += [f"data{args.data_fraction:g}"] if args.data_fraction else []
     parts += ["augment"] if args.augment else []
-    parts += [f"seed{args.seed}"] if args.seed != 42 else []
+    parts += [f"seed{args.seed}"] if args.seed != STUDY_SEED else []
     return Path("runs") / "-".join(parts)
 
 

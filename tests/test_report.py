@@ -234,7 +234,7 @@ def test_groups_keep_apart_what_is_not_a_seed(tmp_path):
     ({"precision": "fp32"}, {"precision": "bf16"}, ["full, precision bf16", "full, precision fp32"]),
     ({"augment": False}, {"augment": True}, ["full", "full, augment"]),
     ({}, {"augment": False, "max_steps": None}, ["full"]),  # an older run, which had no such flag
-    ({"workers": 0, "out": "x"}, {"workers": 2, "out": "y", "max_bad_steps": 3}, ["full"]),
+    ({"workers": 0, "out": "x"}, {"workers": 2, "out": "y", "max_bad_steps": 3, "activation_checkpointing": "full"}, ["full"]),
     ({"base": {"source": "folder", "folder": "a/pre", "digest": "0123456789"}},
      {"base": {"source": "folder", "folder": "b/pre", "digest": "abcdefghij"}}, ["full, base 01234567", "full, base abcdefgh"]),
     ({"base": {"source": "folder", "folder": "a/one", "digest": "0123456789"}},
@@ -423,7 +423,7 @@ def test_a_probe_of_given_sizes_has_no_ceiling(tmp_path):
     entry = {"strategy": "lora", "r": 4, "settings": {"heads": "train"}, "ceiling": 8, "smallest_that_fails": None}
     document = {"model": "tiny-nt", "device": "CPU", "memory_limit_bytes": 2**28, "runs": [entry]}
     (tmp_path / "probe.json").write_text(json.dumps(document))
-    with pytest.raises(InputError, match="nothing above 8 was tried for LoRA r=4, so that is no ceiling"):
+    with pytest.raises(InputError, match="nothing above 8 was tried for LoRA r=4, so the largest batch is not known"):
         report.main([str(make_run(tmp_path / "run")), "--out", str(tmp_path / "report"), "--probe", str(tmp_path / "probe.json")])
     assert not (tmp_path / "report").exists()
 

@@ -318,6 +318,11 @@ def test_what_may_differ_is_what_train_lets_differ():
     assert mine - {"dry_run", "num_classes"} == ({*MAY_CHANGE} | {"batch_size", "accumulate"}) & flags - {"dry_run", "num_classes"}
 
 
+def test_batches_of_the_published_runs_are_those_of_the_models():
+    """grid.py imports no torch, so it holds the table's batch sizes once more."""
+    assert {name: row.batch_size for name, row in MODELS.items() if row.hub} == {name: size for name, (size, _) in grid.PUBLISHED_BATCH.items()}
+
+
 def test_sequences_per_step_are_compared_as_a_product(here):
     write_grid("a,tiny-nt,full,8,", header="name,model,strategy,batch-size,accumulate")
     main()

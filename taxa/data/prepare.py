@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from taxa import RANKS
+from taxa import RANKS, STUDY_SEED
 from taxa.data.dataset import RECORD, TokenWriter, write_manifest
 from taxa.data.fasta import batches, read_sequences
 from taxa.data.grammar import normalize, reverse_complement
@@ -27,7 +27,7 @@ from taxa.runtime.files import new_folder, save_array, sha256
 from taxa.runtime.progress import progress
 
 ACROSS = "across_splits.tsv"
-LENGTH, TEST, VALIDATION, SEED, DEMO_SEQUENCES = 1500, 0.02, 0.10, 42, 4000  # defaults: the study's, but for the demo's size
+LENGTH, TEST, VALIDATION, DEMO_SEQUENCES = 1500, 0.02, 0.10, 4000  # defaults: the study's, but for the demo's size
 
 
 class Records(NamedTuple):
@@ -56,7 +56,7 @@ class Labels(NamedTuple):
     taxdump: dict  # {"file", "date", "sha256"}, or None
 
 
-def prepare(source, out, mapped=map, length=LENGTH, test=TEST, validation=VALIDATION, seed=SEED, group=None, test_ids=None,
+def prepare(source, out, mapped=map, length=LENGTH, test=TEST, validation=VALIDATION, seed=STUDY_SEED, group=None, test_ids=None,
             held_share=None, drop_duplicates=False):
     """Write labels, records, nt tokens and the manifest of a source into the empty folder `out`. Returns the manifest.
 
@@ -103,7 +103,7 @@ def prepare_demo(out):
         return prepare(simulated_source(folder), folder, map)
 
 
-def simulated_source(out, sequences=DEMO_SEQUENCES, seed=SEED, length=LENGTH, ranks=RANKS):
+def simulated_source(out, sequences=DEMO_SEQUENCES, seed=STUDY_SEED, length=LENGTH, ranks=RANKS):
     """The FastaSource of a small corpus that is simulated in out/source."""
     paths = simulate(Path(out) / "source", sequences, seed, length)
     return FastaSource(paths["fasta"], paths["taxdump"], ranks)
@@ -125,7 +125,7 @@ def label(source, records, length, scratch):
     given, lengths = records.column("taxid"), records.column("length")
     distinct, which = np.unique(given, return_inverse=True)
     found, rows, taxdump = source.labels(distinct.tolist(), scratch)
-    reasons = ["", "no letters" if length is None else f"length is not {length}",
+    reasons = ["", "no bases" if length is None else f"length is not {length}",
                *sorted({each.reason for each in found.values() if each.reason})]
     reason = np.array([reasons.index(found[t].reason or "") for t in distinct.tolist()])[which]
     reason[lengths == 0 if length is None else lengths != length] = 1

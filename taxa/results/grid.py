@@ -13,20 +13,20 @@ import time
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+from taxa import STUDY_SEED
 from taxa.errors import InputError, Saved
 from taxa.results.published import PublishedRow, published_rows
+from taxa.runtime.cli import NO_EFFECT
 from taxa.runtime.files import read_json
 
 PROTOCOLS = ("corrected", "published")
-FIRST_SEED = 42  # the published one
 # Sequences per device and step, and devices, of the published runs (docs/PROTOCOL.md). A step holds their product on any number of GPUs.
 PUBLISHED_BATCH = {"nt50m": (128, 1), "nt100m": (64, 1), "nt250m": (64, 1), "dnabert2": (16, 4), "dnaberts": (16, 4)}
 OF_THE_STUDY = ("data", "resume", "overwrite", "dry-run", "num-classes", "out")  # flags that study.py gives to every run itself
 PATHS = ("data", "weights", "adapters", "out")  # their values may hold spaces
 # Flags that may differ between a run that is there and the plan: paths (the data are compared by checksum), what changes no number, and
 # batch-size and accumulate, whose product with the number of processes is compared.
-MAY_DIFFER = (*OF_THE_STUDY, "weights", "workers", "device", "activation-checkpointing", "save-every", "log-every", "max-bad-steps",
-              "batch-size", "accumulate")
+MAY_DIFFER = (*OF_THE_STUDY, "weights", "batch-size", "accumulate", *(name.replace("_", "-") for name in NO_EFFECT))
 STOPPED = Saved.status
 FRESH = 600  # seconds: what wrote a line since then is running
 
@@ -81,7 +81,7 @@ def published_grid(protocols, seeds, processes):
     processes: per run; a step holds the published number of sequences whatever that is. Raises InputError where it does not divide them.
     """
     rows, runs = published_rows(), []
-    for seed in range(FIRST_SEED, FIRST_SEED + seeds):  # a table of part of the runs is then of all rows
+    for seed in range(STUDY_SEED, STUDY_SEED + seeds):  # a table of part of the runs is then of all rows
         for protocol in protocols:
             for row in rows:
                 flags = {"model": row.model, "strategy": row.strategy} | ({"r": str(row.r)} if row.r else {})
@@ -136,7 +136,7 @@ def read_grid(path, seeds):
         flags = {flag: cell for flag, cell in zip(header, cells) if cell}
         if not {"model", "strategy"} <= flags.keys():
             raise InputError(f"{where}: model and strategy must be given")
-        name, of_line = flags.pop("name", None), flags.pop("seed", " ".join(str(FIRST_SEED + i) for i in range(seeds))).split()
+        name, of_line = flags.pop("name", None), flags.pop("seed", " ".join(str(STUDY_SEED + i) for i in range(seeds))).split()
         name = name or _name(flags)
         if not re.fullmatch(r"[\w.+=-]+", name) or name.startswith("."):
             raise InputError(f"{where}: '{name}' cannot name a folder: give a name of letters, digits, - _ . + = in a column 'name'")

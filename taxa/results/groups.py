@@ -8,12 +8,13 @@ from taxa.backbones import MODELS
 from taxa.errors import InputError
 from taxa.results.published import published_rows
 from taxa.results.run_folders import data_names
+from taxa.runtime.cli import NO_EFFECT
 from taxa.runtime.files import read_json
 from taxa.strategies import STRATEGIES
 
 # Arguments that change nothing in what comes out, or that a group's other fields tell: data, model, strategy, r, heads, base weights.
-SAME = {"seed", "out", "workers", "device", "save_every", "log_every", "max_bad_steps", "overwrite", "resume", "dry_run", "num_classes",
-        "ranks", "data", "model", "weights", "revision", "settings", "base", "batch_size", "accumulate"}
+SAME = {*NO_EFFECT, "recompute", "seed", "out", "dry_run", "num_classes", "ranks", "data", "model", "weights", "revision", "settings", "base",
+        "batch_size", "accumulate"}
 FORMATS = {"protocol": "{}", "lr": "lr {:g}", "lora_alpha": "alpha {:g}", "max_steps": "steps {}"}  # in a label; the others: "name value"
 ADAPTERS = tuple(name for name, row in STRATEGIES.items() if row.inject)
 ORDER = [name for name in STRATEGIES if name not in ADAPTERS] + list(ADAPTERS)  # of strategies in tables and pictures
@@ -141,8 +142,8 @@ def read_probes(paths):
                 groups.append(group)
                 limits[id(group)] = found["ceiling"]
                 if found["smallest_that_fails"] is None:  # the sizes of --batch-sizes or --max-batch ended before the memory did
-                    raise InputError(f"--probe {path}: nothing above {found['ceiling']} was tried for {group.label}, so that is no "
-                                     "ceiling: run probe_batch.py without --batch-sizes and --max-batch")
+                    raise InputError(f"--probe {path}: nothing above {found['ceiling']} was tried for {group.label}, so the "
+                                     "largest batch is not known: run probe_batch.py without --batch-sizes and --max-batch")
         except (KeyError, TypeError):
             raise InputError(f"--probe {path} is not a document of probe_batch.py --out") from None
     return groups, limits

@@ -13,6 +13,9 @@ from taxa.errors import InputError, Stop, nearest
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
                errno.EISDIR, errno.EEXIST)
 
+# Flags of train.py and pretrain.py that change no number of a run: where and how it computes, saves and logs.
+NO_EFFECT = ("resume", "overwrite", "workers", "device", "activation_checkpointing", "save_every", "log_every", "max_bad_steps")
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line without the usage, and the description keeps its layout. Flags are never abbreviated."""

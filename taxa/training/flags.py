@@ -1,11 +1,11 @@
 """The flags that several scripts share: model, strategy, data, optimisation, machine, output, and class counts that stand in for data."""
 
-from taxa import RANKS, STUDY_CLASSES
+from taxa import RANKS, STUDY_CLASSES, STUDY_SEED
 from taxa.backbones import MODELS, table_name
 from taxa.data.taxonomy import check_ranks
 from taxa.errors import InputError, choose
 from taxa.data.opening import BERTAX, DEMO
-from taxa.runtime.cli import fraction, interval, non_negative_float, non_negative_int, positive_float, positive_int, seed
+from taxa.runtime.cli import NO_EFFECT, fraction, interval, non_negative_float, non_negative_int, positive_float, positive_int, seed
 from taxa.runtime.precision import PRECISIONS
 from taxa.strategies import PROTOCOLS, STRATEGIES, STRATEGY_FLAGS, settings_from_flags
 from taxa.training import activation_checkpointing
@@ -14,8 +14,7 @@ from taxa.training import activation_checkpointing
 PATHS = ("data", "fasta", "tokenizer_file", "weights", "out")
 # Flags that may differ when a run is resumed: the paths, and what does not change the result. "recompute" is of runs made before
 # --activation-checkpointing.
-MAY_CHANGE = (*PATHS, "resume", "overwrite", "workers", "device", "activation_checkpointing", "recompute", "float16", "save_every",
-              "log_every", "max_bad_steps")
+MAY_CHANGE = (*PATHS, *NO_EFFECT, "recompute", "float16")
 
 
 def add_model(parser):
@@ -29,7 +28,7 @@ def add_model(parser):
 
 
 def add_strategy(parser):
-    """--strategy and what goes with it: what trains. check_strategy() goes with it."""
+    """--strategy and its settings: what trains. Parsed arguments then go through check_strategy()."""
     add = parser.group("what trains")
     add("--strategy", required=True, metavar="NAME", help=f"one of {' '.join(STRATEGIES)}")
     add("--protocol", choices=PROTOCOLS, default="corrected", help="published: all as the published code did it (default corrected)")
@@ -58,7 +57,7 @@ def add_data(parser):
 
 
 def add_optimisation(parser, weight_decay, warmup_steps, least_epochs=1):
-    """Epochs, batches, optimizer, seed. check_run() goes with it."""
+    """Epochs, batches, optimizer, seed. Parsed arguments then go through check_run()."""
     add = parser.group("optimisation")
     add("--epochs", type=non_negative_int if least_epochs == 0 else positive_int, default=5, metavar="N",
         help="at most this many (default 5)" + "; 0 only validates" * (least_epochs == 0))
@@ -73,7 +72,8 @@ def add_optimisation(parser, weight_decay, warmup_steps, least_epochs=1):
     add("--max-grad-norm", type=positive_float, default=1.0, metavar="G", help="clip the gradient's norm to this (default 1.0)")
     add("--max-bad-steps", type=positive_int, default=3, metavar="N",
         help="stop at the N-th step whose loss or gradient is not finite; such a step is not applied (default 3)")
-    add("--seed", type=seed, default=42, metavar="N", help="of initial weights, order, masks and dropout (default 42)")
+    add("--seed", type=seed, default=STUDY_SEED, metavar="N",
+        help=f"of initial weights, order, masks and dropout (default {STUDY_SEED})")
     return add
 
 
