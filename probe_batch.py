@@ -154,12 +154,12 @@ def account(args, mode, settings, device, batch_size):
     return {"batch": batch_size, **memory.account(device, model, optimizer, batch, step)}
 
 
-def search(fits, largest=None, first=FIRST_BATCH, tolerance=TOLERANCE):
-    """Double from `first` until fits(batch) is false, then bisect. Returns (largest batch that fits, smallest seen that does not or None).
+def search(fits, largest=None):
+    """Double from 4 until fits(batch) is false, then bisect. Returns (largest batch that fits, smallest seen that does not or None).
 
     The two are 2% apart, or neighbours. None: `largest` fits, and nothing above it was tried. (0, 1): not even one sequence fits.
     """
-    good, bad, batch = 0, None, min(first, largest or first)
+    good, bad, batch = 0, None, min(FIRST_BATCH, largest or FIRST_BATCH)
     while bad is None:
         if fits(batch):
             good = batch
@@ -168,7 +168,7 @@ def search(fits, largest=None, first=FIRST_BATCH, tolerance=TOLERANCE):
             batch = min(2 * batch, largest or 2 * batch)
         else:
             bad = batch
-    while bad - good > max(1, tolerance * good):
+    while bad - good > max(1, TOLERANCE * good):
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return good, bad
@@ -223,16 +223,14 @@ def summary(args, runs):
     """A line per run: the largest batch (that fits, or was tried), the largest power of two, time of an epoch there; ratios are to full
     in its mode."""
     fulls = {found["activation_checkpointing"]: found for found in reversed(runs) if found["strategy"] in ("full", "random")}
-    searched = all(found["smallest_that_fails"] for found in runs)  # else --batch-sizes or --max-batch ended before the memory did
-    size = "ceiling" if searched else "largest"
-    lines = [f"{'strategy':<12}{'checkpoints':<12}{size:>9}{'to full':>9}{'2^n':>7}{'s/epoch':>14}{'to full':>9}  published to full"]
+    lines = [f"{'strategy':<12}{'checkpoints':<12}{'largest':>9}{'to full':>9}{'2^n':>7}{'s/epoch':>14}{'to full':>9}  published to full"]
     for found in runs:
         mode, seconds = found["activation_checkpointing"], epoch_seconds(found)
         full, published = fulls.get(mode), published_ratio(args.model, found["label"]) if mode == "none" else "-"
         lines.append(f"{found['label']:<12}{mode:<12}{found['ceiling']:>9}{_ratio(found['ceiling'], full and full['ceiling']):>9}"
                      f"{found['power_of_two'] or '-':>7}{f'{seconds:,.0f}' if seconds else '-':>14}"
                      f"{_ratio(seconds, full and epoch_seconds(full)):>9}  {published}")
-    if not searched:
+    if not all(found["smallest_that_fails"] for found in runs):  # --batch-sizes or --max-batch ended before the memory did
         lines.append("largest: of the sizes that were tried; more may fit")
     return "\n".join(lines)
 

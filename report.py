@@ -129,7 +129,7 @@ def page(parts, columns, rows, summary, pairs, remarks, pngs):
         body += ["<h2>Pairs most often confused</h2>",
                  "<p>Of the best strategy of each model and data set, on the test split, seeds added.</p>",
                  html_table(pairs, tuple(pairs[0]))]
-    body += ["<h2>Seeds put together</h2>", html_table(summary, tuple(summary[0]))] if summary else []
+    body += ["<h2>Means over seeds</h2>", html_table(summary, tuple(summary[0]))] if summary else []
     body += ["<h2>Every run</h2>", "<p>The columns of the paper's supplement; – where the run does not say. Metrics are balanced "
              "accuracy on the test split, trainable_fraction is of the parameters held, epoch_seconds is training without validation.</p>",
              html_table(rows, columns)]

@@ -39,7 +39,7 @@ IS_GC = np.array([0, 1, 1, 0])  # A C G T
 # standard deviations of the noise at root, superkingdom, phylum, genus
 NOISE = {"gc": (0.1, 0.25, 0.35, 0.2), "codon": (0.1, 0.15, 0.25, 0.2), "chain": (0.15, 0.15, 0.15, 0.12), "genes": (0.5, 1.0, 0.8, 0.4)}
 TABLE = 4096  # a codon is drawn with one number in 0 .. TABLE - 1
-GENE, GAP = 900, 250  # mean letters
+GENE, GAP = 900, 250  # mean bases
 
 
 def tree(genera, phyla):

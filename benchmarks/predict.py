@@ -3,7 +3,7 @@
   python benchmarks/predict.py                          speed against the bare forward pass on the same batches, about four minutes
   python benchmarks/predict.py --megabytes 50 500       peak memory of predict.py for so many MB of reads, about four minutes
 
-Weights are random, with 4, 57 and 1884 classes; reads have 1500 letters. Speed: both ways in turn, --rounds times, after one batch that
+Weights are random, with 4, 57 and 1884 classes; reads have 1500 bases. Speed: both ways in turn, --rounds times, after one batch that
 does not count; predict.py's share includes reading, tokenizing, decoding and writing, not loading. Rates are medians of the rounds,
 ratios are median (lowest to highest) of the rounds. On a machine that others use too, the ratio of CPU times says more than that of wall
 times. Memory: one process each, with a network of one tiny layer, so that it ends; the kernel's peak resident set of each. Each row of
@@ -59,7 +59,7 @@ def write_checkpoint(path, model, batch_size, sizes):
 
 
 def write_reads(path, count):
-    """`count` reads of 1500 letters, in lines of 80."""
+    """`count` reads of 1500 bases, in lines of 80."""
     rng = np.random.default_rng(0)
     blocks = ["\n".join(text[i:i + 80] for i in range(0, 1500, 80))
               for text in ("".join(rng.choice(list("ACGT"), 1500)) for _ in range(min(count, 1000)))]
@@ -109,7 +109,7 @@ def _quantiles(ratios):
 
 
 def memory(megabytes, scratch):
-    """One row: the peak resident set of predict.py for so many 10^6 letters."""
+    """One row: the peak resident set of predict.py for so many 10^6 bases."""
     write_checkpoint(scratch / "ckpt.pt", "tiny-nt", 128, SMALLEST)
     write_reads(scratch / "reads.fa", megabytes * 10**6 // 1500)
     started = time.perf_counter()
@@ -140,10 +140,10 @@ def main(argv=None):
     add = parser.add_argument
     add("--models", nargs="+", default=["tiny-nt", "nt50m"], metavar="NAME", help="Nucleotide Transformers (default tiny-nt nt50m)")
     add("--threads", type=positive_int, nargs="+", default=sorted({1, os.cpu_count()}), metavar="N", help="default 1 and all cores")
-    add("--reads", type=positive_int, metavar="N", help="of 1500 letters, for the speed (default 256 for tiny-nt, 16 for others)")
+    add("--reads", type=positive_int, metavar="N", help="of 1500 bases, for the speed (default 256 for tiny-nt, 16 for others)")
     add("--batch-size", type=positive_int, metavar="B", help="default 32 for tiny-nt, 8 for others")
     add("--rounds", type=positive_int, default=5, help="default 5")
-    add("--megabytes", type=positive_int, nargs="+", metavar="MB", help="measure memory instead, for so many 10^6 letters")
+    add("--megabytes", type=positive_int, nargs="+", metavar="MB", help="measure memory instead, for so many 10^6 bases")
     args = parser.parse_args(argv)
     found = []
     with tempfile.TemporaryDirectory() as scratch:

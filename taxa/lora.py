@@ -1,4 +1,4 @@
-"""LoRA: a frozen weight W plus a trained product of two thin matrices (Hu et al. 2022, equation 3).
+"""LoRA: a frozen weight W plus a trained low-rank update B A (Hu et al. 2022, equation 3).
 
     y = W x + b + scaling * B A dropout(x),    scaling = lora_alpha / r
 

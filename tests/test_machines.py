@@ -84,7 +84,7 @@ def test_one_visible_gpu_each():
 
 def test_two_processes_that_share_a_gpu_are_found():
     first, second = two_ranks(visible=1, uuids=["GPU-a", "GPU-a"])
-    assert "error: ranks 0 and 1 have one GPU between them, GPU-a of " in first and "as many processes as GPUs" in first and not second
+    assert "error: ranks 0 and 1 share one GPU, GPU-a of " in first and "as many processes as GPUs" in first and not second
     of_two = {"names": ["one 1", "two 2"], "addresses": ["10.0.0.1", "10.0.0.2"]}  # machines
     assert two_ranks(visible=1, uuids=["GPU-a", "GPU-a"], **of_two) == ["on cuda:0", "on cuda:0"]
 

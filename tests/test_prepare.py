@@ -256,7 +256,7 @@ def naive_drops(fastas, length):
     for path in fastas:
         for taxid, letters in naive_records(path):
             if (not letters) if length is None else len(letters) != length:
-                reason = "no letters" if length is None else f"length is not {length}"
+                reason = "no bases" if length is None else f"length is not {length}"
             elif taxid in reasons:
                 reason = reasons[taxid]
             else:

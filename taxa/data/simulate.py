@@ -5,13 +5,13 @@
 
 The first
 writes Archaea_db.fa, Bacteria_db.fa, Eukaryota_db.fa, Viruses_db.fa and taxdmp_simulated.zip. A FASTA record is
-`>TAXID INDEX` and one line of 1500 upper-case letters; INDEX restarts at 0 in every file; the taxa of a file are
+`>TAXID INDEX` and one line of 1500 upper-case bases; INDEX restarts at 0 in every file; the taxa of a file are
 interleaved at random.
 
 The taxonomy is TREE below: real NCBI taxa, one species to a genus, with no ranks between superkingdom, phylum, genus
 and species.
 
-The genomes are not real. Each species is one Markov chain over A, C, G, T: the next letter depends on the ORDER letters
+The genomes are not real. Each species is one Markov chain over A, C, G, T: the next base depends on the ORDER bases
 before it. ORDER = 1 gives each species its own dinucleotide composition and nothing else, the "genomic signature" of
 Karlin & Burge 1995, which a small network finds in minutes. The chains evolve down the tree,
 
@@ -163,11 +163,11 @@ SHARE = {"Archaea": 10, "Bacteria": 35, "Eukaryota": 50, "Viruses": 5}  # percen
 CODES = {"root": (8, 1, 0), "cellular organisms": (8, 1, 0),
          "Archaea": (0, 11, 0), "Bacteria": (0, 11, 0), "Eukaryota": (1, 1, 1), "Viruses": (9, 1, 0)}
 
-ORDER = 1  # letters that the next one depends on
+ORDER = 1  # bases that the next one depends on
 CONTEXTS = 4 ** ORDER
 SCALE = {"root": 0.3, "superkingdom": 0.4, "phylum": 0.16, "genus": 0.14}  # standard deviation of each term's noise
 LETTERS = np.frombuffer(b"ACGT", dtype=np.uint8)
-WORDS = LETTERS[np.arange(4096)[:, None] >> np.arange(10, -1, -2) & 3].view(np.uint16)  # (4096, 3): words of six letters, two to a number
+WORDS = LETTERS[np.arange(4096)[:, None] >> np.arange(10, -1, -2) & 3].view(np.uint16)  # (4096, 3): words of six bases, two to a number
 STUDY = {"Archaea": (524_276, 8, 130), "Bacteria": (1_828_018, 22, 760), "Eukaryota": (2_601_890, 20, 820),
          "Viruses": (227_696, 7, 174)}  # sequences (Berman et al. 2025); phyla and genera: 57 and 1,884, invented per superkingdom
 STUDY_SEQUENCES = sum(sequences for sequences, _, _ in STUDY.values())
@@ -205,7 +205,7 @@ def thresholds(seed, lineages):
     """Return the chains of all species as three uint16 arrays (species * CONTEXTS,), row species * CONTEXTS + context.
 
     They are the cumulative probabilities of A, C and G in units of 1/65535: the next letter is the number of thresholds
-    of its row that are <= u, with u uniform in 0 .. 65535. A context is the ORDER letters before, read as a number in
+    of its row that are <= u, with u uniform in 0 .. 65535. A context is the ORDER bases before, read as a number in
     base 4.
     """
     rng = np.random.RandomState([seed, 0])
@@ -224,7 +224,7 @@ def thresholds(seed, lineages):
 def fragments(chains, which, length, rng):
     """Simulate one fragment for each entry of `which` (n,), an index of species(). Returns ASCII, uint8 (n, length).
 
-    `chains` is what thresholds() returns. The first ORDER letters are uniform. Each fragment in turn takes the next
+    `chains` is what thresholds() returns. The first ORDER bases are uniform. Each fragment in turn takes the next
     `length` 16-bit numbers of the RandomState `rng`, rounded up to an even number: how records are chunked does not
     show.
     """
@@ -289,7 +289,7 @@ def study_words(chains):
 
 
 def study_fragments(words, which, length, rng):
-    """As fragments(), from study_words(): quicker, since a draw gives six letters."""
+    """As fragments(), from study_words(): quicker, since a draw gives six bases."""
     n = -(-length // 6) + 1
     draws = np.frombuffer(rng.bytes(2 * n * len(which)), dtype="<u2").reshape(len(which), n)
     numbers = words.reshape(-1).take(which.astype(np.intp)[:, None] * 16384 + (draws >> 2))  # (B, n)
@@ -336,14 +336,14 @@ def write_taxdump(path, lineages, unused=0):
 def simulate(out, sequences=8000, seed=0, length=1500, progress=None, study=False, unused=0):
     """Write the four FASTA files and taxdmp_simulated.zip into the folder `out`, which is made if it is not there.
 
-    Returns {"fasta": [4 paths], "taxdump": path}. `length` is the number of letters of a record. `progress(n)` is
+    Returns {"fasta": [4 paths], "taxdump": path}. `length` is the number of bases of a record. `progress(n)` is
     called when n more records are written. study: the study's taxa and proportions. unused: taxa in the dump without a sequence.
     Memory: about 100 MB (study: 200 MB), plus two bytes for each sequence. Raises InputError for
     fewer sequences than species, a length not above ORDER, or a seed outside 0 .. 2**32 - 1; OSError where it cannot
     write.
     """
     if length <= ORDER:
-        raise InputError(f"a length of {length} is too short: at least {ORDER + 1} letters")
+        raise InputError(f"a length of {length} is too short: at least {ORDER + 1} bases")
     if not 0 <= seed < 2 ** 32:
         raise InputError(f"seed {seed} is outside 0 .. {2 ** 32 - 1}")
     lineages = study_lineages() if study else species()
@@ -375,7 +375,7 @@ def main(argv=None):
     parser.add_argument("--out", required=True, metavar="DIR",
                         help="folder to write four FASTA files and the taxdump to")
     parser.add_argument("--sequences", type=positive_int, metavar="N",
-                        help=f"sequences of 1500 letters in all, at least {len(species())} (default 8000; --study: {STUDY_SEQUENCES})")
+                        help=f"sequences of 1500 bases in all, at least {len(species())} (default 8000; --study: {STUDY_SEQUENCES})")
     parser.add_argument("--study", action="store_true", help="the study's proportions, 1,884 genera and 57 phyla, for timing")
     parser.add_argument("--unused-taxa", type=non_negative_int, default=0, metavar="N",
                         help="taxa in the dump that no sequence has (default 0; NCBI's dump has over 2.5 million)")

@@ -112,7 +112,7 @@ def stratified_subset(labels, fraction, seed):
 
 
 def copies(taxid, digest):
-    """(N,) int64: how many earlier sequences have this taxid and these letters. taxid: (N,); digest: (N,) of the letters."""
+    """(N,) int64: how many earlier sequences have this taxid and these bases. taxid: (N,); digest: (N,) of the bases."""
     order = np.lexsort((digest, taxid))  # stable: equal ones stay in input order
     new = np.ones(len(order), dtype=bool)
     new[1:] = (taxid[order[1:]] != taxid[order[:-1]]) | (digest[order[1:]] != digest[order[:-1]])
@@ -123,7 +123,7 @@ def copies(taxid, digest):
 
 
 def write_ids(path, taxid, digest, copy):
-    """One line a sequence: taxid, digest of the letters, number of the copy. It names the sequence wherever it stands in whatever file."""
+    """One line a sequence: taxid, digest of the bases, number of the copy. It names the sequence wherever it stands in whatever file."""
     lines = [f"{t} {d:016x} {c}\n" for t, d, c in zip(taxid.tolist(), digest.tolist(), copy.tolist())]
     Path(path).write_text("".join(lines), encoding="ascii")
 

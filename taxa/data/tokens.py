@@ -226,20 +226,3 @@ def _hub_tokenizer_file():
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
         raise InputError(f"cannot fetch tokenizer.json of {repository} from the hub; with no network, copy that file here: "
                          "--tokenizer-file PATH (train.py: prepare.py --add-tokens dnabert --tokenizer-file PATH --out DATA)") from None
-
-
-def train_bpe(sequences, vocab_size):
-    """A DNABERT-like BPE tokenizer trained on DNA strings, as tokenizer.json text.
-
-    taxa/assets/tiny_dnabert_tokenizer.json is train_bpe(the sequences of simulate(1000, seed=1), 1024) and a newline; a test
-    makes it again.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-
-    specials = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
-    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, initial_alphabet=list("ACGT"), show_progress=False)
-    tokenizer.train_from_iterator(sequences, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-    return tokenizer.to_str()

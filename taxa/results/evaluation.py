@@ -128,7 +128,7 @@ def confusions(truth, predicted, num_classes):
 
 
 def inconsistent_share(predicted, lineages):
-    """Share of rows of predicted (N, R) that are no row of lineages (L, R): classes of different lineages, put together."""
+    """Share of rows of predicted (N, R) that are no row of lineages (L, R): a genus outside the predicted phylum, say."""
     real = {tuple(row) for row in lineages}
     return sum(tuple(row) not in real for row in predicted.tolist()) / max(len(predicted), 1)
 
@@ -177,7 +177,7 @@ def details(metrics):
     temperature, width = metrics.get("scaled", {}).get("temperature"), _width(metrics["ranks"])
     averaged = ", ".join(f"{n['present']:,} of {n['classes']:,} {rank}" for rank, n in metrics["averaged_over"].items())
     lines = [f"balanced accuracy: mean over the classes that are in the split, {averaged}",
-             f"{metrics['inconsistent_lineages']:.1%} of the predictions put together ranks of different lineages; decoded jointly:",
+             f"{metrics['inconsistent_lineages']:.1%} of the predictions are inconsistent (such as a genus outside the predicted phylum); decoded jointly:",
              *_lines("rank", metrics["joint"]["ranks"])]
     if temperature:
         lines += ["decoded jointly, with the temperatures:", *_lines("rank", metrics["scaled"]["joint"]["ranks"])]

@@ -109,7 +109,7 @@ SECTIONS = (
             "slower than they would be alone. Seconds are in the table.",
             timed, lambda m, groups: figures.epoch_time(groups + m.published),
             "no two strategies, one of them full or random, logged their speed and the number of their training sequences"),
-    Section("1d_batch", "Figure 1d: batch ceiling by strategy",
+    Section("1d_batch", "Figure 1d: largest batch by strategy",
             "The largest batch that fits the memory limit, by probe_batch.py. The paper reports only that the largest power of two was the "
             "same for all strategies.",
             lambda m: m.probes, lambda m, groups: figures.ceilings(groups, m.limits), "no --probe FILE of probe_batch.py was given"),

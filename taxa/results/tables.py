@@ -1,4 +1,4 @@
-"""The tables of report.py: every run, seeds put together, classes taken for each other; as CSV, Markdown and HTML."""
+"""The tables of report.py: every run, means over seeds, pairs of classes most often confused; as CSV, Markdown and HTML."""
 
 import csv
 import html

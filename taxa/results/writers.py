@@ -75,7 +75,7 @@ def _cell(text):
 
 
 def _taxid(row):
-    return "" if row["taxid"] is None else str(row["taxid"])  # labels of a table of one's own have none
+    return "" if row["taxid"] is None else str(row["taxid"])  # labels that come from a user's table have none
 
 
 class VectorWriter:

@@ -133,7 +133,7 @@ def _check_gpus(w):
     dist.all_gather_object(of_ranks, (_host(), str(torch.cuda.get_device_properties(w.device).uuid)), group=w.patient)
     for rank, gpu in enumerate(of_ranks):
         if gpu in seen:
-            exit_together(w, InputError(f"ranks {seen[gpu]} and {rank} have one GPU between them, {gpu[1]} of {gpu[0].split()[0]}: start "
+            exit_together(w, InputError(f"ranks {seen[gpu]} and {rank} share one GPU, {gpu[1]} of {gpu[0].split()[0]}: start "
                                         "as many processes as GPUs, or use --device cpu"))
         seen[gpu] = rank
 

@@ -49,7 +49,7 @@ def in_order(workers):
 
 
 def _start():
-    """In each worker: Ctrl-C is the parent's business; one thread; no life after the parent's."""
+    """In each worker: leave Ctrl-C to the parent, use one thread, end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     end_with_parent()
