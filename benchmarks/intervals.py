@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from taxa.errors import InputError  # noqa: E402
-from taxa.results.groups import group_runs  # noqa: E402
+from taxa.results.groups import arm_of, group_runs  # noqa: E402
 from taxa.results.run_folders import find_runs, read_run  # noqa: E402
 from taxa.runtime.cli import Parser, positive_int, run, seed  # noqa: E402
 from taxa.runtime.files import write_json  # noqa: E402
@@ -79,9 +79,11 @@ def main(argv=None):
         print(f"\n| {model}, {data} | runs | trains | " + " | ".join(ranks) + " |\n|" + "---|" * (len(ranks) + 3))
         for group in here:
             cells = {rank: {"mean": float(mean), **interval(values)} for rank, (mean, values) in arms[group.label].items()}
-            document["arms"].append({"data": data, "model": model, "arm": group.label, "runs": len(group.runs),
-                                     "seeds": [each.args["seed"] for each in group.runs],
-                                     "trainable_fraction": group.runs[0].trainable_fraction, **cells})
+            arm = arm_of(group, ranks)
+            document["arms"].append({"data": data, "model": model, "arm": group.label, "strategy": arm.strategy, "r": arm.r, "heads": arm.heads,
+                                     "row": arm.row, "runs": len(group.runs), "seeds": [each.args["seed"] for each in group.runs],
+                                     "trainable_fraction": arm.share, "training_sequences": arm.sequences, "classes": arm.classes,
+                                     "reached": cells})
             print(f"| {group.label} | {len(group.runs)} | {group.runs[0].trainable_fraction:.2%} | "
                   + " | ".join(f"{c['mean']:.3f} ({c['low']:.3f} to {c['high']:.3f})" for c in cells.values()) + " |")
         full = next((arms[group.label] for group in here if group.strategy == "full"), {})

@@ -16,71 +16,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from made_runs import GRID, make_grid, make_run
 
 import report
 from taxa import RANKS
 from taxa.errors import InputError
-from taxa.results.evaluation import Outcome, summarize, write_tables
-from taxa.results.groups import group_runs, published_groups
+from taxa.results.groups import arm_of, group_runs, published_groups
 from taxa.results.published import published_rows, published_seconds
 from taxa.results.run_folders import find_runs, read_run
 from taxa.results.tables import COLUMNS, published_row, ranks_of
 from taxa.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[1]
-CLASSES = {"superkingdom": [{"taxid": i, "name": n} for i, n in (
-               (2, "Bacteria"), (2157, "Archaea"), (2759, "Eukaryota"), (10239, "Viruses"))],
-           "phylum": [{"taxid": 100 + i, "name": f"Phylum <{i}>"} for i in range(12)],
-           "genus": [{"taxid": 1000 + i, "name": f"Genus{i}"} for i in range(36)]}
-
-
-def make_run(folder, strategy="full", r=None, heads="train", seed=1, model="tiny-nt", data="data/few", source="folder", skill=0.6, test=400,
-             steps=40, finished=True, **more):
-    """A run folder as train.py leaves it; predictions are right with the probability `skill`, else a class at random."""
-    folder.mkdir(parents=True)
-    settings = {"strategy": strategy, "protocol": "corrected"} | ({"r": r, "lora_alpha": 32.0} if r else {}) | {"heads": heads}
-    base = {"source": "none", "config": None} if strategy == "random" else {"source": source, "folder": "/w/tiny", "digest": "ab"}
-    args = {"model": model, "strategy": strategy, "r": r, "data": data, "batch_size": 16, "accumulate": 1, "lr": 1e-3, "seed": seed,
-            "epochs": 2, "max_steps": None, "settings": settings, "base": base} | more
-    (folder / "args.json").write_text(json.dumps(args))
-    (folder / "environment.json").write_text(json.dumps(
-        {"processes": 1, "threads": 1, "parameters": 1000, "trainable": 17 * (r or 58), "training_sequences": 320}))
-    rng = np.random.default_rng(seed + sum(map(ord, f"{strategy}{r}{heads}{model}{data}")))
-    speed = {"freeze75": 80, "ia3": 52, "lora": 48}.get(strategy, 40)
-    log = []
-    for step in range(5, steps + 1, 5):
-        loss = 7 - 4 * skill * (1 - np.exp(-step / 15)) + rng.normal(0, 0.08)
-        log.append({"epoch": 1 + (step > 20), "step": step, "steps": 40, "loss": loss, "lr": 1e-3, "grad_norm": 1.0,
-                    "sequences_per_s": speed + rng.normal(0, 1)})
-        if step % 20 == 0:
-            log.append({"epoch": step // 20, "step": step, "validation_loss": loss + 0.2,
-                        "balanced_accuracy": {"genus": 0.25 + step / 1000}})
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    if finished:
-        genus = rng.integers(0, 36, test)
-        truth = np.stack([genus // 9, genus // 3, genus], 1)
-        wrong = np.stack([rng.integers(0, n, test) for n in (4, 12, 36)], 1)
-        chances = np.clip(np.array([skill + 0.25, skill + 0.1, skill]) + rng.normal(0, 0.03), 0, 1)
-        predicted = np.where(rng.random((test, 3)) < chances, truth, wrong)
-        outcome = Outcome(1.5, truth, predicted)
-        metrics = summarize("test", outcome, {rank: len(rows) for rank, rows in CLASSES.items()})
-        write_tables(folder, metrics, outcome, CLASSES)
-    return folder
-
-
-GRID = [("full", None, "train", 0.6), ("random", None, "train", 0.5), ("freeze75", None, "train", 0.55), ("lora", 1, "train", 0.3),
-        ("lora", 4, "train", 0.35), ("lora", 20, "train", 0.45), ("ia3", None, "train", 0.25), ("lora", 4, "frozen", 0.15),
-        ("lora", 20, "frozen", 0.2), ("ia3", None, "frozen", 0.1)]
-
-
-def make_grid(folder, models=("tiny-nt",), data=("data/few",), seeds=(1, 2), grid=GRID):
-    for model in models:
-        for where in data:
-            for strategy, r, heads, skill in grid:
-                for seed in seeds:
-                    name = "-".join(map(str, filter(None, (Path(where).name, model, strategy, r and f"r{r}", heads, f"seed{seed}"))))
-                    make_run(folder / name, strategy, r, heads, seed, model, where, skill=skill - 0.05 * (model != "tiny-nt"))
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -192,7 +139,7 @@ class Images(html.parser.HTMLParser):
 def test_pictures_and_page(written):
     names = {path.name for path in written.glob("figure_*.png")}
     assert names == {f"figure_{name}.png" for name in ("1a", "1b", "1c", "1d_time", "1d_batch", "heads", "curves", "pretraining",
-                                                       "superkingdoms_tiny-nt_few", "phyla_tiny-nt_few")}
+                                                       "share_tiny-nt_few", "classes_tiny-nt_few", "superkingdoms_tiny-nt_few", "phyla_tiny-nt_few")}
     for name in names:
         data = (written / name).read_bytes()
         width, height = struct.unpack(">II", data[16:24])
@@ -355,6 +302,36 @@ def test_a_strategy_looks_in_pictures_as_its_row_says(tmp_path):
     marks = {round(line.get_ydata()[0]): line.get_color() for line in axes.lines if line.get_marker() == "o"}
     assert [marks[i] for i in range(5)] == [next(row.colour for row in STRATEGIES.values() if row.label == label.split(" r=")[0])
                                             for label in labels]
+
+
+def test_arms_against_what_trains_classes_and_labels(tmp_path):
+    pytest.importorskip("matplotlib")
+    from taxa.results import arm_figures
+    make_grid(tmp_path)
+    for seed in (1, 2):
+        make_run(tmp_path / f"few-labels-{seed}", seed=seed, skill=0.3, data_fraction=0.1, training_sequences=32)
+    groups = group_runs([read_run(folder) for folder in find_runs([tmp_path])])
+    arms = [arm_of(group, RANKS) for group in groups]
+    for group, arm in zip(groups, arms):
+        values = {rank: [run.balanced_accuracy(rank) for run in group.runs] for rank in RANKS}
+        assert arm.reached == {rank: (sum(v) / 2, min(v), max(v)) for rank, v in values.items()}
+        assert arm.classes == {"superkingdom": 4, "phylum": 12, "genus": 36}
+    whole, few = [arm for arm in arms if arm.sequences == 320], [arm for arm in arms if arm.sequences == 32]
+    assert [(arm.kind, arm.row) for arm in few] == [(("full", None, "train"), "full, data fraction 0.1")] and len(whole) == len(GRID)
+
+    def marks(ax):
+        return {(x, y) for line in ax.lines if line.get_marker() == "o" for x, y in zip(line.get_xdata(), line.get_ydata())}
+
+    for ax, rank in zip(arm_figures.against_share(whole, RANKS).axes, RANKS):
+        assert marks(ax) == {(arm.share, arm.reached[rank][0]) for arm in whole}
+    for ax, rank in zip(arm_figures.against_labels(arms, RANKS).axes, RANKS):
+        assert marks(ax) == {(arm.sequences, arm.reached[rank][0]) for arm in arms}
+    full = next(arm for arm in whole if arm.strategy == "full")
+    both = [arm for arm in whole if arm.strategy == "ia3" or arm.r in (4, 20)]  # r=1 was run with trained heads alone
+    assert marks(arm_figures.against_classes(whole, RANKS).axes[0]) == {
+        (n, (arm.reached[rank][0] - 1 / n) / (full.reached[rank][0] - 1 / n)) for arm in both for rank, n in full.classes.items()}
+    report.main([str(tmp_path), "--out", str(tmp_path / "report")])
+    assert {f"figure_{name}_tiny-nt_few.png" for name in ("share", "classes", "labels")} < {p.name for p in (tmp_path / "report").iterdir()}
 
 
 def test_one_unfinished_run_gives_a_report_that_says_so(tmp_path):

@@ -1,6 +1,7 @@
 """Runs that differ in nothing but the seed make one group; so do published runs, and strategies of probe_batch.py."""
 
 import json
+import statistics
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -116,6 +117,32 @@ def group_runs(runs):
             groups.append(Group(data, model, strategy, r, heads, ", ".join(words), base not in ("none", "seed"),
                                 tuple(run for run, _ in same)))
     return sorted(groups, key=lambda g: (g.data, g.model, strategy_place(g.strategy), g.r or 0, g.heads == "frozen", g.row))
+
+
+class Arm(NamedTuple):
+    """What a group reached, for a picture or a file. reached and classes are by rank: (mean, low, high) of the balanced accuracy, and the number of classes."""
+
+    strategy: str
+    r: Optional[int]
+    heads: str  # "train" or "frozen"
+    row: str  # as tables call it
+    share: float  # of the parameters that train
+    sequences: int  # of the training split, or of the part of it that was used
+    reached: dict
+    classes: dict
+
+    @property
+    def kind(self):
+        return self.strategy, self.r, self.heads
+
+
+def arm_of(group, ranks):
+    """The Arm of a Group in which a run was tested."""
+    first = next(run for run in group.runs if run.metrics)
+    values = {rank: group.values(rank) for rank in ranks if group.values(rank)}
+    return Arm(group.strategy, group.r, group.heads, group.row, first.trainable_fraction, first.environment.get("training_sequences"),
+               {rank: (statistics.mean(found), min(found), max(found)) for rank, found in values.items()},
+               {rank: len(first.confusion(rank)[0]) for rank in values if first.confusion(rank)})
 
 
 def published_groups():

@@ -3,8 +3,8 @@
 import statistics
 from typing import Any, Callable, NamedTuple, Optional
 
-from taxa.results import figures
-from taxa.results.groups import ADAPTERS
+from taxa.results import arm_figures, figures
+from taxa.results.groups import ADAPTERS, arm_of
 from taxa.results.tables import best_groups, group_rank, ranks_of, summed_confusion
 
 
@@ -47,7 +47,7 @@ class Drawn(NamedTuple):
 def drawn_sections(material):
     """[Drawn], in the order of the page."""
     parts = []
-    for section in (*SECTIONS, *confusion_sections(material)):
+    for section in (*SECTIONS, *arm_sections(material), *confusion_sections(material)):
         found = section.find(material)
         if found:
             words = [section.caption] + ([" ".join(section.sentences(material, found))] if section.sentences else [])
@@ -128,6 +128,36 @@ SECTIONS = (
             lambda m: [run for run in m.pretraining if sum("perplexity" in line for line in run.validations) > 1],
             lambda m, runs: figures.pretraining(runs)),
 )
+
+
+def arm_sections(m):
+    """The Sections that set the arms of one model on one data set against what trains, the classes, and the labels."""
+    for data, model in figures.unique((g.data, g.model) for g in m.done):
+        groups = [g for g in m.done if (g.data, g.model) == (data, model)]
+        ranks = ranks_of([run for g in groups for run in g.runs])
+        arms = [arm for arm in (arm_of(g, ranks) for g in groups) if arm.reached.keys() == {*ranks} and arm.share and arm.sequences]
+        sizes = {arm.sequences for arm in arms}
+        whole = [arm for arm in arms if arm.sequences == max(sizes)]
+        name, place = f"{slug(model)}_{slug(data)}", f"{model}, {data}"
+        if len({arm.share for arm in whole}) > 3:
+            yield arm_section("share_" + name, f"Accuracy against the parameters that train: {place}", "Balanced accuracy on the test split, "
+                              "a panel for each rank; lines join LoRA's r, a percentage is the share that is frozen.",
+                              arm_figures.against_share, whole, ranks)
+        frozen = {(arm.strategy, arm.r) for arm in whole if arm.heads == "frozen"}
+        if sum(arm.strategy == "full" for arm in whole) == 1 and len(ranks) > 1 and all(arm.classes.keys() == {*ranks} for arm in whole) \
+                and frozen & {(arm.strategy, arm.r) for arm in whole if arm.heads == "train"}:
+            yield arm_section("classes_" + name, f"Heads trained and frozen, by the number of classes: {place}", "What an adapter reaches of "
+                              "full fine-tuning's balanced accuracy, chance (one over the number of classes) taken off both.",
+                              arm_figures.against_classes, whole, ranks)
+        kinds = [(arm.kind, arm.sequences) for arm in arms]
+        if len(sizes) > 1 and len(set(kinds)) == len(kinds):  # one arm at a point
+            yield arm_section("labels_" + name, f"Accuracy against the number of labels: {place}", "Balanced accuracy on the test split by the "
+                              "number of training sequences (--data-fraction); dashed and hollow: heads frozen.",
+                              arm_figures.against_labels, arms, ranks)
+
+
+def arm_section(name, title, caption, draw, arms, ranks):
+    return Section(name, title, caption + " Whiskers: the lowest and the highest seed.", lambda m: arms, lambda m, arms: draw(arms, ranks))
 
 
 def confusion_sections(m):

@@ -1,0 +1,126 @@
+"""What several arms of an experiment reached, with its spread: against what trains, the number of classes, the number of labels.
+
+Marks are as in figures.py: a colour is a strategy, hollow are frozen heads. Whiskers are the lowest and the highest seed (report.py), or
+intervals (benchmarks/interval_figures.py).
+"""
+
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from taxa.results.figures import COLOURS, FONT, STYLES, figure, unique
+from taxa.results.groups import strategy_row
+
+
+def _mark(ax, arm, x, values, joined=False):
+    mean, low, high = values
+    color, frozen = COLOURS.get(arm.strategy, "#000000"), arm.heads == "frozen"
+    ax.plot([x, x], [low, high], color=color, linewidth=1.6, alpha=0.6, zorder=2, clip_on=False)
+    ax.plot([x], [mean], marker="o", markersize=7, color=color, markerfacecolor="white" if frozen else color, markeredgewidth=1.3, zorder=3,
+            clip_on=False)
+
+
+def _join(ax, arm, xs, ys):
+    ax.plot(xs, ys, color=COLOURS.get(arm.strategy, "#000000"), linewidth=1.3, zorder=1,
+            linestyle="--" if arm.heads == "frozen" else STYLES.get(arm.r, "-"))
+
+
+def _text(ax, text, place, offset, ha="left", va="center"):
+    ax.annotate(text, place, offset, textcoords="offset points", ha=ha, va=va, fontsize=FONT - 2, color="#444444")
+
+
+def _panels(ranks, label, height=3.6):
+    """(Figure, [Axes]): one for each rank, x on a logarithmic scale."""
+    made, axes = figure(height, 1, len(ranks), sharey=True)
+    for ax, rank in zip(axes[0], ranks):
+        ax.set_title(rank, fontsize=FONT + 1, loc="left")
+        ax.set_xlabel(label, fontsize=FONT)
+        ax.set_xscale("log")
+        ax.grid(color="#eeeeee")
+        ax.set_axisbelow(True)
+        ax.xaxis.set_major_locator(LogLocator(numticks=5))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    axes[0, 0].set_ylabel("balanced accuracy", fontsize=FONT)
+    return made, list(axes[0])
+
+
+def _legend(made, arms):
+    """Below the picture: strategies by colour, LoRA's r by line where lines are drawn, hollow for frozen heads."""
+    def handle(label, color="#444444", **more):
+        return Line2D([], [], linestyle="none", marker="o", markersize=7, color=color, label=label, **more)
+
+    handles = [handle("frozen in part" if name == "freeze75" else strategy_row(name), COLOURS.get(name, "#000000"))
+               for name in unique(arm.strategy for arm in arms)]
+    handles += [handle("heads frozen", markerfacecolor="white", markeredgewidth=1.3)] if any(a.heads == "frozen" for a in arms) else []
+    made.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False, fontsize=FONT, handletextpad=0.2,
+                columnspacing=1.2)
+
+
+def against_share(arms, ranks):
+    """Balanced accuracy against the share of the parameters that train; lines join LoRA's r, a percentage is the share that is frozen."""
+    made, axes = _panels(ranks, "parameters that train")
+    for ax, rank in zip(axes, ranks):
+        here = [arm for arm in arms if rank in arm.reached and arm.share]
+        for heads in ("train", "frozen"):
+            line = sorted((a for a in here if (a.strategy, a.heads) == ("lora", heads)), key=lambda a: a.share)
+            if line:
+                _join(ax, line[0]._replace(r=None), [a.share for a in line], [a.reached[rank][0] for a in line])
+        for arm in here:
+            _mark(ax, arm, arm.share, arm.reached[rank])
+            if arm.strategy == "freeze75":
+                _text(ax, arm.row.partition(" ")[0], (arm.share, arm.reached[rank][1]), (0, -4), ha="center", va="top")
+            elif arm.r and arm.heads == "frozen":  # of the trained ones, which lie close together, the line says the order
+                _text(ax, f"r={arm.r}", (arm.share, arm.reached[rank][0]), (8, 0))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}" if x < 0.001 else f"{100 * x:g}%"))
+        ax.set_ylim(0, 1)
+    _legend(made, arms)
+    return made
+
+
+def beyond_chance(value, full, classes):
+    """(value - chance) / (full - chance): 0 is guessing, 1 is full fine-tuning. Balanced accuracies; chance is 1 / classes."""
+    return (value - 1 / classes) / (full - 1 / classes)
+
+
+def against_classes(arms, ranks):
+    """What adapters reach of full fine-tuning, chance taken off, against the number of classes of a head: trained and frozen heads."""
+    full = next(arm for arm in arms if arm.strategy == "full")
+    adapters = [arm for arm in arms if (arm.strategy, arm.r) in {(a.strategy, a.r) for a in arms if a.heads == "frozen"}]
+    made, ((ax,),) = figure(3.9, width=6)
+    for arm in adapters:
+        points = [(full.classes[rank], [beyond_chance(value, full.reached[rank][0], full.classes[rank]) for value in arm.reached[rank]])
+                  for rank in ranks]
+        _join(ax, arm, [x for x, _ in points], [mean for _, (mean, *_) in points])
+        for x, values in points:
+            _mark(ax, arm, x, values)
+        if arm.r:
+            (x, (y, *_)), side = (points[-1], 8) if arm.heads == "frozen" else (points[0], -8)
+            _text(ax, f"r={arm.r}", (x, y), (side, 0), ha="left" if side > 0 else "right")
+    ax.axhline(1, color=COLOURS["full"], linestyle=":", linewidth=1.3)
+    _text(ax, "full fine-tuning", (full.classes[ranks[0]], 1), (0, 4), ha="left", va="bottom")
+    ax.set_xscale("log")
+    ax.set_xticks([full.classes[rank] for rank in ranks], [f"{full.classes[rank]}\n{rank}" for rank in ranks], fontsize=FONT)
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.margins(x=0.12)
+    ax.set_xlabel("classes of the head", fontsize=FONT)
+    ax.set_ylabel("of full fine-tuning's accuracy\nbeyond chance", fontsize=FONT)
+    ax.set_ylim(0, 1.08)
+    ax.grid(axis="y", color="#eeeeee")
+    _legend(made, adapters)
+    return made
+
+
+def against_labels(arms, ranks):
+    """Balanced accuracy against the number of labelled training sequences, a line for each strategy."""
+    made, axes = _panels(ranks, "labelled training sequences")
+    for ax, rank in zip(axes, ranks):
+        here = sorted((arm for arm in arms if rank in arm.reached and arm.sequences), key=lambda a: a.sequences)
+        for kind in unique(arm.kind for arm in here):
+            line = [arm for arm in here if arm.kind == kind]
+            _join(ax, line[0], [a.sequences for a in line], [a.reached[rank][0] for a in line])
+            for arm in line:
+                _mark(ax, arm, arm.sequences, arm.reached[rank])
+        places = sorted({arm.sequences for arm in here})
+        ax.set_xticks(places, [f"{x:,}" for x in places], fontsize=FONT)
+        ax.set_ylim(0, 1)
+    _legend(made, arms)
+    return made

@@ -1,0 +1,107 @@
+"""What is computed from finished runs: intervals and gains against plain arithmetic, chosen rates, the pictures of both."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_runs import make_grid, make_run
+from sklearn.metrics import balanced_accuracy_score
+
+from taxa import RANKS
+from taxa.errors import InputError
+from taxa.results.grid import read_grid
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import choose_rates  # noqa: E402
+import intervals  # noqa: E402
+
+CONFUSION = np.array([[30, 10, 0], [5, 15, 0], [0, 0, 0]])  # no sequence of the third class
+
+
+def test_replicates_of_a_run_vary_as_a_bootstrap_of_its_sequences():
+    truth = np.repeat([0, 1], [40, 20])
+    predicted = np.repeat([0, 1, 0, 1], [30, 10, 5, 15])
+    drawn = intervals.resampled(CONFUSION, 20_000, np.random.default_rng(0))
+    assert drawn.mean() == pytest.approx(balanced_accuracy_score(truth, predicted), abs=0.002)
+    rng, plain = np.random.default_rng(1), []
+    for _ in range(4000):
+        places = np.concatenate([rng.choice(np.flatnonzero(truth == c), (truth == c).sum()) for c in (0, 1)])
+        plain.append(balanced_accuracy_score(truth[places], predicted[places]))
+    assert drawn.std() == pytest.approx(np.std(plain), rel=0.05)
+    assert np.percentile(drawn, [2.5, 97.5]) == pytest.approx(np.percentile(plain, [2.5, 97.5]), abs=0.02)
+
+
+def test_arms_gains_and_shares(tmp_path, capsys):
+    make_grid(tmp_path / "runs", seeds=(1, 2, 3))
+    intervals.main([str(tmp_path / "runs"), "--out", str(tmp_path / "found.json"), "--replicates", "500"])
+    found = json.loads((tmp_path / "found.json").read_text())
+    arms = {arm["arm"]: arm for arm in found["arms"]}
+    mean = {name: {rank: np.mean([json.loads((tmp_path / "runs" / f"few-tiny-nt-{folder}-seed{seed}" / "metrics.json").read_text())
+                                  ["ranks"][rank]["balanced_accuracy"] for seed in (1, 2, 3)]) for rank in RANKS}
+            for name, folder in (("full", "full-train"), ("(IA)³", "ia3-train"), ("(IA)³, heads frozen", "ia3-frozen"))}
+    for name, means in mean.items():
+        assert (arms[name]["seeds"], arms[name]["training_sequences"]) == ([1, 2, 3], 320)
+        for rank in RANKS:
+            reached = arms[name]["reached"][rank]
+            assert reached["mean"] == pytest.approx(means[rank]) and reached["low"] < reached["mean"] < reached["high"]
+    assert [each["arm"] for each in found["heads"]] == ["LoRA r=4", "LoRA r=20", "(IA)³"]
+    genus = found["heads"][-1]["genus"]
+    trained, frozen, full = (mean[name]["genus"] for name in ("(IA)³", "(IA)³, heads frozen", "full"))
+    assert genus["gain"] == pytest.approx(trained - frozen) and genus["low"] < genus["gain"] < genus["high"]
+    assert genus["share"]["share"] == pytest.approx((trained - frozen) / (full - frozen))
+    said = capsys.readouterr().out
+    assert f"| (IA)³ | 3 | 98.60% | {arms['(IA)³']['reached']['superkingdom']['mean']:.3f} (" in said and "of the distance to full" in said
+
+
+def test_what_has_no_interval_is_said(tmp_path):
+    make_run(tmp_path / "run", finished=False)
+    with pytest.raises(InputError, match="no finished run of train.py"):
+        intervals.main([str(tmp_path), "--out", str(tmp_path / "x.json")])
+    (make_run(tmp_path / "done") / "confusion_genus.csv").unlink()
+    with pytest.raises(InputError, match="done has no confusion_RANK.csv: evaluate.py writes them"):
+        intervals.main([str(tmp_path), "--out", str(tmp_path / "x.json")])
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_pictures_of_intervals(tmp_path):
+    pytest.importorskip("matplotlib")
+    import interval_figures
+    make_grid(tmp_path / "runs")
+    make_run(tmp_path / "runs" / "few-labels", data_fraction=0.1, training_sequences=32)
+    intervals.main([str(tmp_path / "runs"), "--out", str(tmp_path / "found.json"), "--replicates", "50"])
+    names = [f"--{name}" for name in interval_figures.PICTURES]
+    interval_figures.main([str(tmp_path / "found.json"), *(word for name in names for word in (name, str(tmp_path / f"{name}.png")))])
+    assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(InputError, match="other.json is not a file of benchmarks/intervals.py --out"):
+        interval_figures.main([str(tmp_path / "other.json"), "--share", str(tmp_path / "x.png")])
+    assert not (tmp_path / "x.png").exists()
+
+
+def make_rate(folder, lr, losses, strategy="full"):
+    run = make_run(folder, strategy, lr=lr, finished=False)
+    environment = json.loads((run / "environment.json").read_text())
+    words = ["train.py", "--model", "tiny-nt", "--strategy", strategy, "--epochs", "2", "--lr", str(lr), "--seed", "1", "--out", str(run)]
+    (run / "environment.json").write_text(json.dumps(environment | {"command": words}))
+    (run / "log.jsonl").write_text("".join(json.dumps({"epoch": i, "step": i, "validation_loss": loss}) + "\n"
+                                           for i, loss in enumerate(losses, start=1)))
+
+
+def test_the_rate_with_the_lowest_validation_loss(tmp_path, capsys):
+    for lr, losses in ((0.001, [3.0, 2.5]), (0.01, [2.0, 2.2]), (0.1, [2.4, 2.1])):  # at its best, not at its end
+        make_rate(tmp_path / "runs" / f"full{lr}", lr, losses)
+    for lr, losses in ((0.001, [3.0]), (0.01, [2.0])):
+        make_rate(tmp_path / "runs" / f"ia3{lr}", lr, losses, "ia3")
+    choose_rates.main([str(tmp_path / "runs"), "--seeds", "1", "2", "--epochs", "5", "--out", str(tmp_path / "chosen.csv")])
+    rows = list(csv.DictReader((tmp_path / "chosen.csv").read_text().splitlines()))
+    assert [(row["strategy"], row["lr"], row["seed"], row["epochs"]) for row in rows] == [("full", "0.01", "1 2", "5"), ("ia3", "0.01", "1 2", "5")]
+    assert [(each.flags["strategy"], each.flags["seed"]) for each in read_grid(tmp_path / "chosen.csv", 1)] == [
+        ("full", "1"), ("ia3", "1"), ("full", "2"), ("ia3", "2")]  # all of a seed first
+    said = capsys.readouterr().out.splitlines()
+    assert said[2] == "| full | 2.500 | 2.000 | 2.100 | 0.01 |" and said[3] == "| ia3 | 3.000 | 2.000 |  | 0.01 (edge) |"
+    make_rate(tmp_path / "runs" / "again", 0.1, [1.0])
+    with pytest.raises(InputError, match="another run here has the same flags and --lr 0.1"):
+        choose_rates.main([str(tmp_path / "runs"), "--out", str(tmp_path / "again.csv")])
