@@ -29,6 +29,7 @@ from taxa.runtime.files import replacing
 from taxa.runtime.queue import Job, gpus, hold, run_jobs
 from taxa.runtime.signals import Signals
 from taxa.runtime.slurm import array_script
+from taxa.runtime.workers import available_cores
 
 ROOT = Path(__file__).resolve().parent
 TRAIN = ROOT / "train.py"
@@ -187,8 +188,7 @@ def slots_of(args, plan):
         groups = [found[i:i + per] for i in range(0, len(found) - per + 1, per)][:args.jobs]
         return [{"CUDA_VISIBLE_DEVICES": ",".join(group), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"} for group in groups]
     jobs = args.jobs or 1
-    threads = max(1, len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)) // (jobs * per))
-    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * jobs
+    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // (jobs * per))))}] * jobs
 
 
 class ProgressLine:
