@@ -1,0 +1,61 @@
+"""FASTA of some genera, equally many sequences of each: to vary the number of classes and nothing else.
+
+  python benchmarks/some_genera.py --fasta real/*_db.fa --taxdump real/taxdmp_2024-12-01.zip --genera 4 12 40 --each 400 --out data/some
+  python prepare.py --fasta data/some/4.fa --taxdump real/taxdmp_2024-12-01.zip --ranks genus --test 0.25 --validation 0.05 --out data/genera-4
+
+The genera with at least --each sequences are shuffled once, and N of them are the first N: smaller sets are parts of larger ones. Of a
+genus the first --each sequences are taken. Headers are `>TAXID ...` as prepare.py wants them, one line of bases a record.
+"""
+
+import collections
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from taxa.data.taxonomy import label_taxids  # noqa: E402
+from taxa.errors import InputError  # noqa: E402
+from taxa.runtime.cli import Parser, positive_int, run, seed  # noqa: E402
+from taxa.runtime.files import replacing  # noqa: E402
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--fasta", nargs="+", required=True, metavar="FILE")
+    add("--taxdump", required=True, metavar="FILE")
+    add("--genera", nargs="+", type=positive_int, required=True, metavar="N", help="how many genera; one file for each number")
+    add("--each", type=positive_int, default=400, metavar="N", help="sequences of a genus (default 400)")
+    add("--seed", type=seed, default=1, metavar="N", help="of the shuffle of genera (default 1)")
+    add("--out", required=True, metavar="DIR", help="N.fa for each number of genera")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    records = collections.defaultdict(list)  # {taxid: [lines of a record]}
+    for path in args.fasta:
+        for record in Path(path).read_text(encoding="ascii").split(">")[1:]:
+            header, _, bases = record.partition("\n")
+            records[int(header.split()[0])].append(f">{header}\n{bases.replace(chr(10), '')}\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        labels = label_taxids(args.taxdump, sorted(records), Path(scratch), ["genus"]).labels
+    genera = collections.defaultdict(list)
+    for taxid in sorted(records):
+        if labels[taxid].taxids[0] is not None:
+            genera[labels[taxid].taxids[0]] += records[taxid]
+    large = sorted(genus for genus, members in genera.items() if len(members) >= args.each)
+    random.Random(args.seed).shuffle(large)
+    if max(args.genera) > len(large):
+        raise InputError(f"--genera {max(args.genera)}: {len(large)} genera have {args.each} sequences or more")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for number in args.genera:
+        with replacing(Path(args.out) / f"{number}.fa") as partial:
+            Path(partial).write_text("".join(line for genus in large[:number] for line in genera[genus][:args.each]), encoding="ascii")
+    print(f"{len(large)} genera have {args.each} sequences or more; the first of the shuffle: {' '.join(map(str, large[:max(args.genera)]))}")
+
+
+if __name__ == "__main__":
+    run(main)
