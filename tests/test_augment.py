@@ -47,6 +47,23 @@ def test_seed_and_epoch_decide_the_views(demo):
     assert set(first) == set(range(VIEWS))
 
 
+def test_a_part_of_the_training_split_in_views(demo, weights, tmp_path):
+    """--data-fraction with --augment: the part's own sequences, bases and labels."""
+    data, nt = PreparedDataset(demo), NTTokenizer()
+    whole = data.split("train", "nt")
+    data.keep_part(0.3, seed=1)
+    part = data.split("train", "nt")
+    viewed = augmented(part, nt, seed=1, epoch=0)
+    rows = [4, 0, 7]
+    assert (viewed.name, len(viewed)) == ("train", len(part)) and len(part) < len(whole) / 2
+    assert torch.equal(viewed[rows]["labels"], whole[part.rows[rows]]["labels"])
+    for ids, i in zip(viewed[rows]["input_ids"], rows):
+        assert nt.decode(ids[ids != nt.pad_token_id].numpy().astype("uint16")) == view(nt.decode(whole.tokens(part.rows[i])), viewed.views[i])
+    metrics = train.main(["--model", "tiny-nt", "--strategy", "full", "--data", str(demo), "--weights", str(weights["tiny-nt"]), "--augment",
+                          "--data-fraction", "0.3", "--batch-size", "8", "--max-steps", "2", "--out", str(tmp_path / "run")])
+    assert np.isfinite(metrics["loss"])
+
+
 def test_a_run_trains_on_views_and_is_tested_on_the_sequences(demo, weights, tmp_path):
     def state(name, *flags):
         metrics = train.main(["--model", "tiny-nt", "--strategy", "full", "--data", str(demo), "--weights", str(weights["tiny-nt"]),

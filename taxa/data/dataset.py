@@ -319,7 +319,7 @@ class SubsetSplit:
     """Some sequences of a TokenSplit, which are asked for by their place among these. rows: (M,) their numbers in the split."""
 
     def __init__(self, split, rows):
-        self.split, self.rows, self.labels = split, rows, split.labels[rows]
+        self.split, self.rows, self.name, self.labels = split, rows, split.name, split.labels[rows]
 
     def __len__(self):
         return len(self.rows)

@@ -109,7 +109,7 @@ def best_groups(groups):
 
 
 def confused_pairs(group):
-    """The PAIRS pairs of the finest rank most often taken for each other, both ways added: dicts, the most confused first."""
+    """The PAIRS pairs of the finest rank most often confused with each other, both directions added: dicts, the most confused first."""
     rank = group_rank(group)
     found = summed_confusion(group, rank)
     if not found:

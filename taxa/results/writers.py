@@ -79,13 +79,11 @@ def _taxid(row):
 
 
 class VectorWriter:
-    """A .npy file of float vectors (N, H), written as they come; the header is completed at the end, when N is known."""
-
-    HEADER = 128  # bytes, which leaves room for any N
+    """A .npy file of float vectors (N, H), written as they come; the header is written anew at the end, when N is known."""
 
     def __init__(self, path, H, dtype):
         self.file, self.H, self.dtype, self.N = open(path, "wb"), H, np.dtype(dtype).newbyteorder("<"), 0
-        self.file.write(bytes(self.HEADER))
+        self._header()
 
     def append(self, vectors):
         """vectors: (n, H)."""
@@ -93,8 +91,10 @@ class VectorWriter:
         self.N += len(vectors)
 
     def close(self):
-        """Write the header of the .npy format, version 1.0."""
-        text = f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': ({self.N}, {self.H}), }}"
         self.file.seek(0)
-        self.file.write(b"\x93NUMPY\x01\x00" + (self.HEADER - 10).to_bytes(2, "little") + text.ljust(self.HEADER - 11).encode() + b"\n")
+        self._header()
         self.file.close()
+
+    def _header(self):
+        """NumPy pads it so that any N takes the same number of bytes."""
+        np.lib.format.write_array_header_1_0(self.file, {"descr": self.dtype.str, "fortran_order": False, "shape": (self.N, self.H)})

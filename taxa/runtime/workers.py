@@ -1,4 +1,4 @@
-"""Several processes for one list of jobs, results in the order of the jobs: how many processes there are never shows in what is written."""
+"""Several processes for one list of jobs, results in the order of the jobs: the number of processes changes nothing in the output."""
 
 import collections
 import concurrent.futures

@@ -103,7 +103,7 @@ def add_output(parser, **out):
 
 
 def check_run(args, row):
-    """Fill in the model's published learning rate and batch size. Raises InputError for flags that say nothing together."""
+    """Fill in the model's published learning rate and batch size. Raises InputError for flags that contradict each other."""
     if args.overwrite and args.resume:
         raise InputError("--overwrite starts anew and --resume goes on: give one of them")
     if args.warmup_ratio and args.warmup_steps:
@@ -125,7 +125,7 @@ def add_classes(parser, when=""):
 
 
 def check_strategy(args):
-    """Raises InputError for an unknown strategy, and for flags on weights that say nothing together."""
+    """Raises InputError for an unknown strategy, and for flags on weights that contradict each other."""
     choose("strategy", args.strategy, STRATEGIES)
     if args.strategy == "random" and args.revision:
         raise InputError("--revision names pretrained weights; --strategy random uses none")
