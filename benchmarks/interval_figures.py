@@ -2,6 +2,7 @@
 
   python benchmarks/interval_figures.py docs/results/converged.json --share docs/figures/share.png --classes docs/figures/classes.png
   python benchmarks/interval_figures.py docs/results/few_labels.json --labels docs/figures/labels.png
+  python benchmarks/interval_figures.py docs/results/classes.json --classes docs/figures/classes_alone.png   # a data set for each number
 """
 
 import sys
@@ -19,17 +20,31 @@ PICTURES = {"share": against_share, "classes": against_classes, "labels": agains
 
 
 def read_arms(path):
-    """(arms of a file of intervals.py, ranks). Raises InputError for another file, and for one of several data sets or models."""
+    """{data set: [Arm]} of a file of intervals.py. Raises InputError for another file, and for one of several models."""
+    data_sets = {}
     try:
         found = read_json(path)["arms"]
-        arms = [Arm(a["strategy"], a["r"], a["heads"], a["row"], a["trainable_fraction"], a["training_sequences"],
-                    {rank: (v["mean"], v["low"], v["high"]) for rank, v in a["reached"].items()}, a["classes"]) for a in found]
-        places = {(a["data"], a["model"]) for a in found}
+        for a in found:
+            reached = {rank: (v["mean"], v["low"], v["high"]) for rank, v in a["reached"].items()}
+            data_sets.setdefault(a["data"], []).append(Arm(
+                a["strategy"], a["r"], a["heads"], a["row"], a["trainable_fraction"], a["training_sequences"], reached, a["classes"]))
+        models = {a["model"] for a in found}
     except (KeyError, TypeError):
         raise InputError(f"{path} is not a file of benchmarks/intervals.py --out") from None
-    if len(places) != 1:
-        raise InputError(f"{path} holds {len(places)} data sets or models: a picture is of one")
-    return arms, list(arms[0].reached)
+    if len(models) != 1:
+        raise InputError(f"{path} holds {len(models)} models: a picture is of one")
+    return data_sets
+
+
+def joined(data_sets):
+    """(arms, [name]) of data sets of one rank each: an arm has the data sets in the place of ranks, from few classes to many."""
+    classes = {data: next(iter(arms[0].classes.values())) for data, arms in data_sets.items()}
+    names = sorted(classes, key=classes.get)
+    arms = {}
+    for data in names:
+        for arm in data_sets[data]:
+            arms.setdefault(arm.kind, arm._replace(reached={}, classes=classes)).reached[data] = next(iter(arm.reached.values()))
+    return list(arms.values()), names
 
 
 def main(argv=None):
@@ -38,11 +53,19 @@ def main(argv=None):
     for name, draw in PICTURES.items():
         parser.add_argument(f"--{name}", metavar="FILE.png", help=draw.__doc__)
     args = parser.parse_args(argv)
-    arms, ranks = read_arms(args.intervals)
+    data_sets = read_arms(args.intervals)
+    (first, *others) = data_sets.values()
+    if others and (args.share or args.labels):
+        raise InputError(f"{args.intervals} holds several data sets: --classes alone can draw those")
+    arms, ranks = joined(data_sets) if others else (first, list(first[0].reached))
+    whole = [arm for arm in arms if others or arm.sequences == max(arm.sequences for arm in arms)]  # not those of a part of the labels
+    missing = [f"; there is no {arm.row} on {rank}" for arm in whole for rank in ranks if rank not in arm.reached]
+    if args.classes and (missing or sum(arm.strategy == "full" for arm in whole) != 1):
+        raise InputError(f"{args.intervals}: --classes needs one arm of full fine-tuning, and every arm everywhere{(missing or [''])[0]}")
     for name, draw in PICTURES.items():
         if path := getattr(args, name):
             with replacing(path) as temporary:
-                draw(arms, ranks).savefig(temporary, dpi=150, format="png")
+                draw(arms if name == "labels" else whole, ranks).savefig(temporary, dpi=150, format="png")
 
 
 if __name__ == "__main__":

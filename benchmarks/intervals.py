@@ -6,7 +6,7 @@ From the confusion_RANK.csv of each run. A replicate draws one of an arm's runs 
 every class anew, with replacement. An interval is from the 2.5th to the 97.5th percentile of the replicates: where one run with another
 seed and other test sequences would lie, wider than an interval of the mean. A gain is the difference of two arms, drawn independently. The
 share is (trained - frozen) / (full - frozen): how much of the distance from an adapter with frozen heads to full fine-tuning its heads
-make up.
+make up; it is left out where a replicate of full is not above that of frozen heads.
 """
 
 import sys
@@ -56,7 +56,7 @@ def interval(values):
 def gain(trained, frozen, full):
     """What training the heads adds, and the share of the distance from frozen heads to full fine-tuning that it makes up."""
     added = {"gain": float(trained[0] - frozen[0]), **interval(trained[1] - frozen[1])}
-    if full:
+    if full and (full[1] > frozen[1]).all():  # else there is no distance to have a share of
         added["share"] = {"share": float((trained[0] - frozen[0]) / (full[0] - frozen[0])),
                           **interval((trained[1] - frozen[1]) / (full[1] - frozen[1]))}
     return added

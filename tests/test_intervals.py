@@ -13,6 +13,7 @@ from sklearn.metrics import balanced_accuracy_score
 from taxa import RANKS
 from taxa.errors import InputError
 from taxa.results.grid import read_grid
+from taxa.results.groups import Arm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import choose_rates  # noqa: E402
@@ -56,6 +57,13 @@ def test_arms_gains_and_shares(tmp_path, capsys):
     assert f"| (IA)³ | 3 | 98.60% | {arms['(IA)³']['reached']['superkingdom']['mean']:.3f} (" in said and "of the distance to full" in said
 
 
+def test_no_share_of_a_distance_that_may_be_none():
+    values = np.array([0.8, 0.9])
+    found = intervals.gain((0.85, values), (0.85, values), (0.86, values + [0.01, 0.0]))
+    assert found == {"gain": 0.0, "low": 0.0, "high": 0.0}
+    assert intervals.gain((0.9, values), (0.5, values / 2), (0.9, values))["share"] == {"share": 1.0, "low": 1.0, "high": 1.0}
+
+
 def test_what_has_no_interval_is_said(tmp_path):
     make_run(tmp_path / "run", finished=False)
     with pytest.raises(InputError, match="no finished run of train.py"):
@@ -75,10 +83,20 @@ def test_pictures_of_intervals(tmp_path):
     names = [f"--{name}" for name in interval_figures.PICTURES]
     interval_figures.main([str(tmp_path / "found.json"), *(word for name in names for word in (name, str(tmp_path / f"{name}.png")))])
     assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
+    arms, names = interval_figures.joined({"b": [Arm("ia3", None, "train", "", 1, 9, {"genus": (0.3, 0.2, 0.4)}, {"genus": 40})],
+                                           "a": [Arm("ia3", None, "train", "", 1, 9, {"genus": (0.7, 0.6, 0.8)}, {"genus": 4})]})
+    assert names == ["a", "b"] and [(arm.reached, arm.classes) for arm in arms] == [
+        ({"a": (0.7, 0.6, 0.8), "b": (0.3, 0.2, 0.4)}, {"a": 4, "b": 40})]
+    found = json.loads((tmp_path / "found.json").read_text())
+    for arms, message in (([arm for arm in found["arms"] if arm["strategy"] != "full"], "needs one arm of full fine-tuning"),
+                          ([*found["arms"], found["arms"][0] | {"data": "other"}], "several data sets: --classes alone")):
+        (tmp_path / "less.json").write_text(json.dumps({"arms": arms}))
+        with pytest.raises(InputError, match=message):
+            interval_figures.main([str(tmp_path / "less.json"), "--share", str(tmp_path / "x.png"), "--classes", str(tmp_path / "y.png")])
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(InputError, match="other.json is not a file of benchmarks/intervals.py --out"):
         interval_figures.main([str(tmp_path / "other.json"), "--share", str(tmp_path / "x.png")])
-    assert not (tmp_path / "x.png").exists()
+    assert not (tmp_path / "x.png").exists() and not (tmp_path / "y.png").exists()
 
 
 def make_rate(folder, lr, losses, strategy="full"):
