@@ -37,9 +37,12 @@ def main(argv=None):
     args = parse_args(argv)
     records = collections.defaultdict(list)  # {taxid: [lines of a record]}
     for path in args.fasta:
-        for record in Path(path).read_text(encoding="ascii").split(">")[1:]:
-            header, _, bases = record.partition("\n")
-            records[int(header.split()[0])].append(f">{header}\n{bases.replace(chr(10), '')}\n")
+        try:
+            for record in Path(path).read_text(encoding="ascii").split(">")[1:]:
+                header, _, bases = record.partition("\n")
+                records[int(header.split()[0])].append(f">{header}\n{bases.replace(chr(10), '')}\n")
+        except (OSError, ValueError, IndexError) as error:
+            raise InputError(f"--fasta {path}: not a plain FASTA file with a taxid at the start of each header ({error})") from None
     with tempfile.TemporaryDirectory() as scratch:
         labels = label_taxids(args.taxdump, sorted(records), Path(scratch), ["genus"]).labels
     genera = collections.defaultdict(list)

@@ -1,4 +1,4 @@
-"""What is computed from finished runs: intervals and gains against plain arithmetic, chosen rates, the pictures of both."""
+"""The benchmarks behind docs/RESULTS.md: intervals and gains against plain arithmetic, chosen rates, pictures, sets of genera."""
 
 import csv
 import json
@@ -10,7 +10,10 @@ import pytest
 from made_runs import make_grid, make_run
 from sklearn.metrics import balanced_accuracy_score
 
+import prepare
 from taxa import RANKS
+from taxa.data.dataset import PreparedDataset
+from taxa.data.simulate import simulate
 from taxa.errors import InputError
 from taxa.results.grid import read_grid
 from taxa.results.groups import Arm
@@ -18,6 +21,7 @@ from taxa.results.groups import Arm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import choose_rates  # noqa: E402
 import intervals  # noqa: E402
+import some_genera  # noqa: E402
 
 CONFUSION = np.array([[30, 10, 0], [5, 15, 0], [0, 0, 0]])  # no sequence of the third class
 
@@ -97,6 +101,26 @@ def test_pictures_of_intervals(tmp_path):
     with pytest.raises(InputError, match="other.json is not a file of benchmarks/intervals.py --out"):
         interval_figures.main([str(tmp_path / "other.json"), "--share", str(tmp_path / "x.png")])
     assert not (tmp_path / "x.png").exists() and not (tmp_path / "y.png").exists()
+
+
+def test_some_genera_are_nested_and_of_one_size(tmp_path):
+    made = simulate(tmp_path / "sim", 800, seed=2)
+    words = ["--fasta", *map(str, made["fasta"]), "--taxdump", str(made["taxdump"]), "--each", "5", "--out", str(tmp_path / "some")]
+    some_genera.main([*words, "--genera", "3", "8"])
+    genera = {}
+    for number in (3, 8):
+        prepare.main(["--fasta", str(tmp_path / "some" / f"{number}.fa"), "--taxdump", str(made["taxdump"]), "--ranks", "genus", "--test", "0.2",
+                      "--out", str(tmp_path / f"data-{number}")])
+        data = PreparedDataset(tmp_path / f"data-{number}")
+        genera[number] = {row["taxid"] for row in data.classes["genus"]}
+        labels = np.concatenate([data.split(name, "nt").labels[:, 0] for name in data.splits])
+        assert data.num_classes == {"genus": number} and np.bincount(labels).tolist() == [5] * number
+    assert genera[3] < genera[8]
+    with pytest.raises(InputError, match=r"--genera 500: \d+ genera have 5 sequences or more"):
+        some_genera.main([*words, "--genera", "500"])
+    (tmp_path / "bad.fa").write_text(">NC_1 x\nACGT\n")
+    with pytest.raises(InputError, match="bad.fa: not a plain FASTA file with a taxid at the start of each header"):
+        some_genera.main(["--fasta", str(tmp_path / "bad.fa"), *words[-6:], "--genera", "3"])
 
 
 def make_rate(folder, lr, losses, strategy="full"):
