@@ -1,6 +1,6 @@
-"""docs/READING.md's two worked examples, added as a user would: a fifth strategy (BitFit) and a toy backbone of one layer.
+"""docs/READING.md's two worked examples, added as a user would: a strategy (BitFit) and a toy backbone of one layer.
 
-The code is what stands on that page between ```python and ```, in order: BitFit's function and row, the backbone's file and its two rows.
+The code is what stands on that page between ```python and ```, in order: BitFit's function and row, the backbone's file, its import and its two rows.
 """
 
 import importlib.util
@@ -18,12 +18,13 @@ import train
 from taxa import strategies
 from taxa.backbones import load_backbone, table
 from taxa.errors import InputError
+from taxa.measure.published import published_fraction
 from taxa.model import TaxonClassifier
 from taxa.strategies import STRATEGIES, inject_adapters, settings_from_flags, train_only, trainable_names
 
 READING = Path(__file__).resolve().parents[1] / "docs" / "READING.md"
-FUNCTION, STRATEGY_ROW, BACKBONE, FAMILY_ROW, MODEL_ROW = re.findall(r"^```python\n(.*?)^```$", READING.read_text(encoding="utf-8"),
-                                                                    flags=re.M | re.S)
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", READING.read_text(encoding="utf-8"), flags=re.M | re.S)
+FUNCTION, STRATEGY_ROW, BACKBONE, IMPORT, FAMILY_ROW, MODEL_ROW = BLOCKS
 
 
 def row(code, names):
@@ -49,6 +50,7 @@ def test_a_strategy_is_one_row(bitfit, short, tmp_path, capsys):
     trains = {name for name, p in classifier.named_parameters() if p.requires_grad}
     assert {name.rpartition(".")[2] for name in trains if name.startswith("backbone.")} == {"bias"}
     assert {name for name, _ in classifier.named_parameters() if name.startswith("heads.")} < trains
+    assert published_fraction("nt50m", "bitfit", (4, 57, 1884)) is None
     arguments = ["--model", "tiny-nt", "--strategy", "bitfit", "--data", str(short), "--max-steps", "4", "--save-every", "1", "--batch-size",
                  "4", "--device", "cpu", "--out", str(tmp_path / "run")]
     dies(3, arguments)
@@ -63,11 +65,12 @@ def test_a_strategy_is_one_row(bitfit, short, tmp_path, capsys):
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
     (tmp_path / "toy.py").write_text(BACKBONE, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("toy", tmp_path / "toy.py")
+    spec = importlib.util.spec_from_file_location("taxa.backbones.toy", tmp_path / "toy.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "toy", module)  # where transformers looks for a model's file
+    monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    names = {**vars(table), "toy": module}
+    names = dict(vars(table))
+    exec(IMPORT, names)
     monkeypatch.setitem(table.FAMILIES, "toy", row(FAMILY_ROW, names))
     monkeypatch.setitem(table.MODELS, "toy", row(MODEL_ROW, names))
 

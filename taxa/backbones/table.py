@@ -100,7 +100,7 @@ def get_model(name, values=None):
     found = values.get("model_type") if isinstance(values, dict) else None
     key = next((key for key, family in FAMILIES.items() if family.config.model_type == found), None)
     if key is None:
-        raise InputError(f"{source}: model_type is {found!r}: only Nucleotide Transformer v2 ('esm') and DNABERT-2 ('bert') can be built")
+        raise InputError(f"{source}: model_type is {found!r}: only Nucleotide Transformer v2 ('esm') and DNABERT-2 ('bert') go by a hub id")
     family = FAMILIES[key]
     checked_config(family, values, source)
     if family.module.SIGN not in values:

@@ -10,7 +10,7 @@ from taxa.strategies import classifier_on_meta, settings_from_flags
 def published_fraction(model, strategy, num_classes, r=None):
     """The trainable fraction that the published code reports for a row of the supplement's table.
 
-    LoRA and (IA)3: adapters over everything, since the heads do not train there. "Everything" counts the tensors that the loss never uses.
+    None for a strategy that is not the study's. LoRA and (IA)3: adapters over everything, since the heads do not train there. "Everything" counts the tensors that the loss never uses.
     """
     if strategy in ("full", "random"):
         return 1.0
@@ -21,4 +21,4 @@ def published_fraction(model, strategy, num_classes, r=None):
     total = sum(sizes.values()) + adapters
     if strategy == "freeze75":
         return 1 - sum(sizes[name] for name in frozen_names(sizes)) / total
-    return adapters / total
+    return adapters / total if adapters else None
