@@ -304,6 +304,17 @@ def test_a_strategy_looks_in_pictures_as_its_row_says(tmp_path):
                                             for label in labels]
 
 
+def test_the_legend_of_curves_fits_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    from taxa.results import figures
+    for fraction in (0.03, 0.1, 0.3):
+        make_run(tmp_path / str(fraction), data_fraction=fraction, weight_decay=fraction, lr=fraction)  # a long label each
+    made = figures.curves(group_runs([read_run(folder) for folder in find_runs([tmp_path])]))
+    made.draw_without_rendering()
+    box = made.legends[0].get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= made.bbox.x1
+
+
 def test_arms_against_what_trains_classes_and_labels(tmp_path):
     pytest.importorskip("matplotlib")
     from taxa.results import arm_figures

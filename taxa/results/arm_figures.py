@@ -121,6 +121,7 @@ def against_labels(arms, ranks):
                 _mark(ax, arm, arm.sequences, arm.reached[rank])
         places = sorted({arm.sequences for arm in here})
         ax.set_xticks(places, [f"{x:,}" for x in places], fontsize=FONT)
+        ax.margins(x=0.1)
         ax.set_ylim(0, 1)
     _legend(made, arms)
     return made

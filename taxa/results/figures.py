@@ -304,8 +304,8 @@ def curves(groups):
             ax.set_axisbelow(True)
         line[0].set_ylabel("loss (nats)", fontsize=FONT)
         line[1].tick_params(labelleft=True)
-    made.legend(handles=list(handles.values()), loc="outside lower center", ncols=min(len(handles), 3), frameon=False, fontsize=FONT,
-                handlelength=3)
+    columns = max(1, min(3, len(handles), 75 // max(map(len, handles))))  # the page is some 75 letters wide, lines beside them
+    made.legend(handles=list(handles.values()), loc="outside lower center", ncols=columns, frameon=False, fontsize=FONT, handlelength=3)
     return made
 
 
