@@ -29,6 +29,7 @@ def read_arms(path):
             data_sets.setdefault(a["data"], []).append(Arm(
                 a["strategy"], a["r"], a["heads"], a["row"], a["trainable_fraction"], a["training_sequences"], reached, a["classes"]))
         models = {a["model"] for a in found}
+        sorted(a["training_sequences"] for a in found)
     except (KeyError, TypeError):
         raise InputError(f"{path} is not a file of benchmarks/intervals.py --out") from None
     if len(models) != 1:
@@ -37,12 +38,19 @@ def read_arms(path):
 
 
 def joined(data_sets):
-    """(arms, [name]) of data sets of one rank each: an arm has the data sets in the place of ranks, from few classes to many."""
+    """(arms, [name]) of data sets of one rank each: an arm has the data sets in the place of ranks, from few classes to many.
+
+    Raises InputError for several ranks, and for two arms of one kind on a data set.
+    """
+    if any(len(arm.reached) > 1 for arms in data_sets.values() for arm in arms):
+        raise InputError("several data sets of several ranks: a picture is of one data set, or of one rank of several")
     classes = {data: next(iter(arms[0].classes.values())) for data, arms in data_sets.items()}
     names = sorted(classes, key=classes.get)
     arms = {}
     for data in names:
         for arm in data_sets[data]:
+            if arm.kind in arms and data in arms[arm.kind].reached:
+                raise InputError(f"{data} has two arms of {arm.row}: which one is meant cannot be told")
             arms.setdefault(arm.kind, arm._replace(reached={}, classes=classes)).reached[data] = next(iter(arm.reached.values()))
     return list(arms.values()), names
 
@@ -53,6 +61,8 @@ def main(argv=None):
     for name, draw in PICTURES.items():
         parser.add_argument(f"--{name}", metavar="FILE.png", help=draw.__doc__)
     args = parser.parse_args(argv)
+    if not any(getattr(args, name) for name in PICTURES):
+        parser.error(f"give one of {' '.join(f'--{name}' for name in PICTURES)}")
     data_sets = read_arms(args.intervals)
     (first, *others) = data_sets.values()
     if others and (args.share or args.labels):

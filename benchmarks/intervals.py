@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from taxa.errors import InputError  # noqa: E402
-from taxa.results.groups import arm_of, group_runs  # noqa: E402
+from taxa.results.groups import ADAPTERS, arm_of, group_runs  # noqa: E402
 from taxa.results.run_folders import find_runs, read_run  # noqa: E402
 from taxa.runtime.cli import Parser, positive_int, run, seed  # noqa: E402
 from taxa.runtime.files import write_json  # noqa: E402
@@ -62,6 +62,15 @@ def gain(trained, frozen, full):
     return added
 
 
+def only(groups, strategy, r, heads, like):
+    """The one group of this kind with as many training sequences as `like`, or None. Raises InputError for two."""
+    size = like.runs[0].environment.get("training_sequences")
+    found = [g for g in groups if (g.strategy, g.r, g.heads) == (strategy, r, heads) and g.runs[0].environment.get("training_sequences") == size]
+    if len(found) > 1:
+        raise InputError(f"{found[0].label} and {found[1].label} could both be compared with {like.label}: give the runs of one of them")
+    return found[0] if found else None
+
+
 def main(argv=None):
     args = parse_args(argv)
     runs = [each for each in map(read_run, find_runs(args.runs)) if each.fine_tuned and each.metrics]
@@ -86,9 +95,9 @@ def main(argv=None):
                                      "reached": cells})
             print(f"| {group.label} | {len(group.runs)} | {group.runs[0].trainable_fraction:.2%} | "
                   + " | ".join(f"{c['mean']:.3f} ({c['low']:.3f} to {c['high']:.3f})" for c in cells.values()) + " |")
-        full = next((arms[group.label] for group in here if group.strategy == "full"), {})
-        for trained in (group for group in here if group.heads == "train"):
-            frozen = next((g for g in here if g.heads == "frozen" and (g.strategy, g.r) == (trained.strategy, trained.r)), None)
+        for trained in (group for group in here if group.strategy in ADAPTERS and group.heads == "train"):
+            frozen = only(here, trained.strategy, trained.r, "frozen", trained)
+            full = arms[whole.label] if (whole := only(here, "full", None, "train", trained)) else {}
             if frozen:
                 gains = {rank: gain(arms[trained.label][rank], arms[frozen.label][rank], full.get(rank)) for rank in ranks}
                 document["heads"].append({"data": data, "model": model, "arm": trained.label, **gains})

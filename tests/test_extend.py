@@ -83,6 +83,11 @@ def test_a_backbone_is_a_file_and_its_rows(toy, short, tmp_path, strategy):
     assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["model"] == "toy"
 
 
+def test_a_hub_id_of_a_family_without_a_published_model_is_refused(toy):
+    with pytest.raises(InputError, match="model_type is 'toy', of which the table has no published model"):
+        table.get_model("org/name", {"model_type": "toy"})
+
+
 def test_a_backbone_that_nothing_is_published_of_has_no_published_boundary(toy, short, tmp_path):
     with pytest.raises(InputError, match="--protocol published .* none is known of 'toy'"):
         train.main(["--model", "toy", "--strategy", "freeze75", "--protocol", "published", "--data", str(short), "--device", "cpu",

@@ -68,6 +68,18 @@ def test_no_share_of_a_distance_that_may_be_none():
     assert intervals.gain((0.9, values), (0.5, values / 2), (0.9, values))["share"] == {"share": 1.0, "low": 1.0, "high": 1.0}
 
 
+def test_arms_are_compared_at_equal_labels_and_never_with_one_of_two(tmp_path):
+    for name, heads, more in (("a", "train", {}), ("b", "frozen", {}), ("c", "frozen", {"data_fraction": 0.1, "training_sequences": 32})):
+        make_run(tmp_path / "runs" / name, "ia3", heads=heads, skill=0.5 if heads == "train" else 0.2, **more)
+    intervals.main([str(tmp_path / "runs"), "--out", str(tmp_path / "found.json"), "--replicates", "20"])
+    (found,) = json.loads((tmp_path / "found.json").read_text())["heads"]
+    genus = [json.loads((tmp_path / "runs" / name / "metrics.json").read_text())["ranks"]["genus"]["balanced_accuracy"] for name in "ab"]
+    assert found["genus"]["gain"] == pytest.approx(genus[0] - genus[1])
+    make_run(tmp_path / "runs" / "d", "ia3", heads="frozen", lr=0.1)
+    with pytest.raises(InputError, match="could both be compared with"):
+        intervals.main([str(tmp_path / "runs"), "--out", str(tmp_path / "found.json"), "--replicates", "20"])
+
+
 def test_what_has_no_interval_is_said(tmp_path):
     make_run(tmp_path / "run", finished=False)
     with pytest.raises(InputError, match="no finished run of train.py"):

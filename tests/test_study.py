@@ -24,6 +24,7 @@ from taxa.results import grid, rates
 from taxa.results.published import published_rows
 from taxa.results.run_folders import read_run
 from taxa.runtime import queue
+from taxa.runtime.cli import NO_EFFECT
 from taxa.strategies import PROTOCOLS
 from taxa.training.flags import MAY_CHANGE
 
@@ -315,6 +316,7 @@ def test_what_may_differ_is_what_train_lets_differ():
     """Every flag of train.py: either its resume refuses another value, or study.py lets it differ (epochs, which may grow, it does not)."""
     flags = {action.dest for action in parser_of("train", pytest.MonkeyPatch())._actions} - {"help"}
     mine = {flag.replace("-", "_") for flag in grid.MAY_DIFFER} & flags
+    assert set(NO_EFFECT) == {"resume", "overwrite", "workers", "device", "activation_checkpointing", "save_every", "log_every", "max_bad_steps"}
     assert mine - {"dry_run", "num_classes"} == ({*MAY_CHANGE} | {"batch_size", "accumulate"}) & flags - {"dry_run", "num_classes"}
 
 

@@ -213,7 +213,7 @@ BAD = {  # content of t.csv (None: no file), further flags, what the line says
     "a long row": ((HEADER + "a,ACGT,x,y,z\n").encode(), [], "t.csv: line 2: 5 fields, but the header has 4"),
     "an open quote": ((HEADER + 'a,"ACGT,x,y\n').encode(), [], "t.csv: line 2: not .csv in UTF-8"),
     "latin-1": ((HEADER + "a,ACGT,\xfc,y\n").encode("latin-1"), [], "in UTF-8"),
-    "no bases": ((HEADER + "a,ACGT,x,y\nb,>9606,x,y\n").encode(), [], "t.csv: line 3: column dna: a > within a line"),
+    "a header in a cell": ((HEADER + "a,ACGT,x,y\nb,>9606,x,y\n").encode(), [], "t.csv: line 3: column dna: a > within a line"),
     "a protein": ((HEADER + "a,ACGT,x,y\n\nb,MEEPQSDPSVEPPLSQETFSDLWK,x,y\n").encode(), [], "t.csv: line 4: letters .*is this protein"),
     "cut gzip": (gzip.compress((HEADER + "a,ACGT,x,y\n" * 99).encode())[:-9], [], "the gzip file is damaged"),
     "all labels empty": ((HEADER + "a,ACGT,,y\n").encode(), [], "no sequence is left of 1 .*no phylum"),

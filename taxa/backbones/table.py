@@ -101,12 +101,13 @@ def get_model(name, values=None):
     key = next((key for key, family in FAMILIES.items() if family.config.model_type == found), None)
     if key is None:
         raise InputError(f"{source}: model_type is {found!r}: only Nucleotide Transformer v2 ('esm') and DNABERT-2 ('bert') go by a hub id")
-    family = FAMILIES[key]
+    family, like = FAMILIES[key], [row for row in MODELS.values() if row.hub and row.family == key][-1:]
+    if not like:
+        raise InputError(f"{source}: model_type is {found!r}, of which the table has no published model: give the name of its row")
     checked_config(family, values, source)
     if family.module.SIGN not in values:
         raise InputError(f"{source}: no {family.module.SIGN} in it: {family.module.SIGN_MEANS}")
-    like = [row for row in MODELS.values() if row.hub and row.family == key][-1]
-    return Model(name, None, key, "nt" if key == "nt" else None, values, like.learning_rate, like.batch_size)
+    return Model(name, None, key, "nt" if key == "nt" else None, values, like[0].learning_rate, like[0].batch_size)
 
 
 def checked_config(family, values, source):

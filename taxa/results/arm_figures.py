@@ -11,7 +11,7 @@ from taxa.results.figures import COLOURS, FONT, STYLES, figure, unique
 from taxa.results.groups import strategy_row
 
 
-def _mark(ax, arm, x, values, joined=False):
+def _mark(ax, arm, x, values):
     mean, low, high = values
     color, frozen = COLOURS.get(arm.strategy, "#000000"), arm.heads == "frozen"
     ax.plot([x, x], [low, high], color=color, linewidth=1.6, alpha=0.6, zorder=2, clip_on=False)
@@ -28,9 +28,9 @@ def _text(ax, text, place, offset, ha="left", va="center"):
     ax.annotate(text, place, offset, textcoords="offset points", ha=ha, va=va, fontsize=FONT - 2, color="#444444")
 
 
-def _panels(ranks, label, height=3.6):
+def _panels(ranks, label):
     """(Figure, [Axes]): one for each rank, x on a logarithmic scale."""
-    made, axes = figure(height, 1, len(ranks), sharey=True)
+    made, axes = figure(3.6, 1, len(ranks), sharey=True)
     for ax, rank in zip(axes[0], ranks):
         ax.set_title(rank, fontsize=FONT + 1, loc="left")
         ax.set_xlabel(label, fontsize=FONT)
@@ -44,7 +44,7 @@ def _panels(ranks, label, height=3.6):
 
 
 def _legend(made, arms):
-    """Below the picture: strategies by colour, LoRA's r by line where lines are drawn, hollow for frozen heads."""
+    """Below the picture: strategies by colour, hollow for frozen heads."""
     def handle(label, color="#444444", **more):
         return Line2D([], [], linestyle="none", marker="o", markersize=7, color=color, label=label, **more)
 
