@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from taxa.errors import InputError  # noqa: E402
-from taxa.results.arm_figures import against_classes, against_labels, against_share  # noqa: E402
+from taxa.results.arm_figures import against_classes, against_labels, against_share, ranks_above_chance  # noqa: E402
 from taxa.results.groups import Arm  # noqa: E402
 from taxa.runtime.cli import Parser, run  # noqa: E402
 from taxa.runtime.files import read_json, replacing  # noqa: E402
@@ -27,9 +27,8 @@ def read_arms(path):
         for a in found:
             reached = {rank: (v["mean"], v["low"], v["high"]) for rank, v in a["reached"].items()}
             data_sets.setdefault(a["data"], []).append(Arm(
-                a["strategy"], a["r"], a["heads"], a["row"], a["trainable_fraction"], a["training_sequences"], reached, a["classes"]))
+                a["strategy"], a["r"], a["heads"], a["row"], a["trainable_fraction"], int(a["training_sequences"]), reached, a["classes"]))
         models = {a["model"] for a in found}
-        sorted(a["training_sequences"] for a in found)
     except (KeyError, TypeError):
         raise InputError(f"{path} is not a file of benchmarks/intervals.py --out") from None
     if len(models) != 1:
@@ -69,9 +68,9 @@ def main(argv=None):
         raise InputError(f"{args.intervals} holds several data sets: --classes alone can draw those")
     arms, ranks = joined(data_sets) if others else (first, list(first[0].reached))
     whole = [arm for arm in arms if others or arm.sequences == max(arm.sequences for arm in arms)]  # not those of a part of the labels
-    missing = [f"; there is no {arm.row} on {rank}" for arm in whole for rank in ranks if rank not in arm.reached]
-    if args.classes and (missing or sum(arm.strategy == "full" for arm in whole) != 1):
-        raise InputError(f"{args.intervals}: --classes needs one arm of full fine-tuning, and every arm everywhere{(missing or [''])[0]}")
+    if args.classes and ranks_above_chance(whole, ranks) != ranks:
+        raise InputError(f"{args.intervals}: --classes needs one arm of full fine-tuning, above chance, and every arm "
+                         f"on {', '.join(ranks)}")
     for name, draw in PICTURES.items():
         if path := getattr(args, name):
             with replacing(path) as temporary:

@@ -65,7 +65,8 @@ def gain(trained, frozen, full):
 def only(groups, strategy, r, heads, like):
     """The one group of this kind with as many training sequences as `like`, or None. Raises InputError for two."""
     size = like.runs[0].environment.get("training_sequences")
-    found = [g for g in groups if (g.strategy, g.r, g.heads) == (strategy, r, heads) and g.runs[0].environment.get("training_sequences") == size]
+    found = [g for g in groups if (g.strategy, g.r, g.heads) == (strategy, r, heads)
+             and g.runs[0].environment.get("training_sequences") == size]
     if len(found) > 1:
         raise InputError(f"{found[0].label} and {found[1].label} could both be compared with {like.label}: give the runs of one of them")
     return found[0] if found else None
@@ -89,11 +90,11 @@ def main(argv=None):
         for group in here:
             cells = {rank: {"mean": float(mean), **interval(values)} for rank, (mean, values) in arms[group.label].items()}
             arm = arm_of(group, ranks)
-            document["arms"].append({"data": data, "model": model, "arm": group.label, "strategy": arm.strategy, "r": arm.r, "heads": arm.heads,
-                                     "row": arm.row, "runs": len(group.runs), "seeds": [each.args["seed"] for each in group.runs],
-                                     "trainable_fraction": arm.share, "training_sequences": arm.sequences, "classes": arm.classes,
-                                     "reached": cells})
-            print(f"| {group.label} | {len(group.runs)} | {group.runs[0].trainable_fraction:.2%} | "
+            document["arms"].append({
+                "data": data, "model": model, "arm": group.label, "strategy": arm.strategy, "r": arm.r, "heads": arm.heads, "row": arm.row,
+                "runs": len(group.runs), "seeds": [each.args["seed"] for each in group.runs], "trainable_fraction": arm.share,
+                "training_sequences": arm.sequences, "classes": arm.classes, "reached": cells})
+            print(f"| {group.label} | {len(group.runs)} | {arm.share:.2%} | "
                   + " | ".join(f"{c['mean']:.3f} ({c['low']:.3f} to {c['high']:.3f})" for c in cells.values()) + " |")
         for trained in (group for group in here if group.strategy in ADAPTERS and group.heads == "train"):
             frozen = only(here, trained.strategy, trained.r, "frozen", trained)

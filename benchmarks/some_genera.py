@@ -1,7 +1,7 @@
-"""FASTA of some genera, equally many sequences of each: to vary the number of classes and nothing else.
+"""FASTA of some genera, equally many sequences of each: to vary the number of classes.
 
   python benchmarks/some_genera.py --fasta real/*_db.fa --taxdump real/taxdmp_2024-12-01.zip --genera 4 12 40 --each 400 --out data/some
-  python prepare.py --fasta data/some/4.fa --taxdump real/taxdmp_2024-12-01.zip --ranks genus --test 0.25 --validation 0.05 --out data/genera-4
+  python prepare.py --fasta data/some/4.fa --taxdump real/taxdmp_2024-12-01.zip --ranks genus --test 0.25 --out data/genera-4
 
 The genera with at least --each sequences are shuffled once, and N of them are the first N: smaller sets are parts of larger ones. Of a
 genus the first --each sequences are taken. Headers are `>TAXID ...` as prepare.py wants them, one line of bases a record.
@@ -57,7 +57,7 @@ def main(argv=None):
     for number in args.genera:
         with replacing(Path(args.out) / f"{number}.fa") as partial:
             Path(partial).write_text("".join(line for genus in large[:number] for line in genera[genus][:args.each]), encoding="ascii")
-    print(f"{len(large)} genera have {args.each} sequences or more; the first of the shuffle: {' '.join(map(str, large[:max(args.genera)]))}")
+    print(f"{len(large)} genera have {args.each} sequences or more; in the order of the shuffle: {' '.join(map(str, large))}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """docs/READING.md's two worked examples, added as a user would: a strategy (BitFit) and a toy backbone of one layer.
 
-The code is what stands on that page between ```python and ```, in order: BitFit's function and row, the backbone's file, its import and its two rows.
+The code is what stands on that page between ```python and ```, in order: BitFit's function and row, the backbone's file, its import and
+its two rows.
 """
 
 import importlib.util
@@ -51,8 +52,8 @@ def test_a_strategy_is_one_row(bitfit, short, tmp_path, capsys):
     assert {name.rpartition(".")[2] for name in trains if name.startswith("backbone.")} == {"bias"}
     assert {name for name, _ in classifier.named_parameters() if name.startswith("heads.")} < trains
     assert published_fraction("nt50m", "bitfit", (4, 57, 1884)) is None
-    arguments = ["--model", "tiny-nt", "--strategy", "bitfit", "--data", str(short), "--max-steps", "4", "--save-every", "1", "--batch-size",
-                 "4", "--device", "cpu", "--out", str(tmp_path / "run")]
+    arguments = ["--model", "tiny-nt", "--strategy", "bitfit", "--data", str(short), "--max-steps", "4", "--save-every", "1",
+                 "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path / "run")]
     dies(3, arguments)
     metrics = train.main([*arguments, "--resume"])
     assert "resumed after step 2" in capsys.readouterr().out

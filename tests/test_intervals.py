@@ -58,7 +58,8 @@ def test_arms_gains_and_shares(tmp_path, capsys):
     assert genus["gain"] == pytest.approx(trained - frozen) and genus["low"] < genus["gain"] < genus["high"]
     assert genus["share"]["share"] == pytest.approx((trained - frozen) / (full - frozen))
     said = capsys.readouterr().out
-    assert f"| (IA)³ | 3 | 98.60% | {arms['(IA)³']['reached']['superkingdom']['mean']:.3f} (" in said and "of the distance to full" in said
+    assert f"| (IA)³ | 3 | 98.60% | {arms['(IA)³']['reached']['superkingdom']['mean']:.3f} (" in said
+    assert "of the distance to full" in said
 
 
 def test_no_share_of_a_distance_that_may_be_none():
@@ -121,8 +122,8 @@ def test_some_genera_are_nested_and_of_one_size(tmp_path):
     some_genera.main([*words, "--genera", "3", "8"])
     genera = {}
     for number in (3, 8):
-        prepare.main(["--fasta", str(tmp_path / "some" / f"{number}.fa"), "--taxdump", str(made["taxdump"]), "--ranks", "genus", "--test", "0.2",
-                      "--out", str(tmp_path / f"data-{number}")])
+        prepare.main(["--fasta", str(tmp_path / "some" / f"{number}.fa"), "--taxdump", str(made["taxdump"]), "--ranks", "genus",
+                      "--test", "0.2", "--out", str(tmp_path / f"data-{number}")])
         data = PreparedDataset(tmp_path / f"data-{number}")
         genera[number] = {row["taxid"] for row in data.classes["genus"]}
         labels = np.concatenate([data.split(name, "nt").labels[:, 0] for name in data.splits])
@@ -151,7 +152,8 @@ def test_the_rate_with_the_lowest_validation_loss(tmp_path, capsys):
         make_rate(tmp_path / "runs" / f"ia3{lr}", lr, losses, "ia3")
     choose_rates.main([str(tmp_path / "runs"), "--seeds", "1", "2", "--epochs", "5", "--out", str(tmp_path / "chosen.csv")])
     rows = list(csv.DictReader((tmp_path / "chosen.csv").read_text().splitlines()))
-    assert [(row["strategy"], row["lr"], row["seed"], row["epochs"]) for row in rows] == [("full", "0.01", "1 2", "5"), ("ia3", "0.01", "1 2", "5")]
+    assert [(row["strategy"], row["lr"], row["seed"], row["epochs"]) for row in rows] == [
+        ("full", "0.01", "1 2", "5"), ("ia3", "0.01", "1 2", "5")]
     assert [(each.flags["strategy"], each.flags["seed"]) for each in read_grid(tmp_path / "chosen.csv", 1)] == [
         ("full", "1"), ("ia3", "1"), ("full", "2"), ("ia3", "2")]  # all of a seed first
     said = capsys.readouterr().out.splitlines()

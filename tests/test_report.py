@@ -139,7 +139,8 @@ class Images(html.parser.HTMLParser):
 def test_pictures_and_page(written):
     names = {path.name for path in written.glob("figure_*.png")}
     assert names == {f"figure_{name}.png" for name in ("1a", "1b", "1c", "1d_time", "1d_batch", "heads", "curves", "pretraining",
-                                                       "share_tiny-nt_few", "classes_tiny-nt_few", "superkingdoms_tiny-nt_few", "phyla_tiny-nt_few")}
+                                                       "share_tiny-nt_few", "classes_tiny-nt_few", "superkingdoms_tiny-nt_few",
+                                                       "phyla_tiny-nt_few")}
     for name in names:
         data = (written / name).read_bytes()
         width, height = struct.unpack(">II", data[16:24])
@@ -341,6 +342,10 @@ def test_arms_against_what_trains_classes_and_labels(tmp_path):
     both = [arm for arm in whole if arm.strategy == "ia3" or arm.r in (4, 20)]  # r=1 was run with trained heads alone
     assert marks(arm_figures.against_classes(whole, RANKS).axes[0]) == {
         (n, (arm.reached[rank][0] - 1 / n) / (full.reached[rank][0] - 1 / n)) for arm in both for rank, n in full.classes.items()}
+    one_class = [arm._replace(classes=arm.classes | {"phylum": 1}, reached=arm.reached | {"phylum": (1.0, 1.0, 1.0)}) for arm in whole]
+    assert arm_figures.ranks_above_chance(whole, RANKS) == list(RANKS)
+    assert arm_figures.ranks_above_chance(one_class, RANKS) == ["superkingdom", "genus"]  # with one class nothing is above chance
+    assert arm_figures.ranks_above_chance(both, RANKS) == []  # no full fine-tuning
     report.main([str(tmp_path), "--out", str(tmp_path / "report")])
     assert {f"figure_{name}_tiny-nt_few.png" for name in ("share", "classes", "labels")} < {p.name for p in (tmp_path / "report").iterdir()}
 

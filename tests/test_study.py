@@ -316,13 +316,15 @@ def test_what_may_differ_is_what_train_lets_differ():
     """Every flag of train.py: either its resume refuses another value, or study.py lets it differ (epochs, which may grow, it does not)."""
     flags = {action.dest for action in parser_of("train", pytest.MonkeyPatch())._actions} - {"help"}
     mine = {flag.replace("-", "_") for flag in grid.MAY_DIFFER} & flags
-    assert set(NO_EFFECT) == {"resume", "overwrite", "workers", "device", "activation_checkpointing", "save_every", "log_every", "max_bad_steps"}
+    assert set(NO_EFFECT) == {"resume", "overwrite", "workers", "device", "activation_checkpointing", "save_every", "log_every",
+                              "max_bad_steps"}
     assert mine - {"dry_run", "num_classes"} == ({*MAY_CHANGE} | {"batch_size", "accumulate"}) & flags - {"dry_run", "num_classes"}
 
 
 def test_batches_of_the_published_runs_are_those_of_the_models():
     """grid.py imports no torch, so it holds the table's batch sizes once more."""
-    assert {name: row.batch_size for name, row in MODELS.items() if row.hub} == {name: size for name, (size, _) in grid.PUBLISHED_BATCH.items()}
+    sizes = {name: size for name, (size, _) in grid.PUBLISHED_BATCH.items()}
+    assert sizes == {name: row.batch_size for name, row in MODELS.items() if row.hub}
 
 
 def test_sequences_per_step_are_compared_as_a_product(here):

@@ -10,7 +10,8 @@ from taxa.strategies import classifier_on_meta, settings_from_flags
 def published_fraction(model, strategy, num_classes, r=None):
     """The trainable fraction that the published code reports for a row of the supplement's table.
 
-    None for a strategy that is not the study's. LoRA and (IA)3: adapters over everything, since the heads do not train there. "Everything" counts the tensors that the loss never uses.
+    LoRA and (IA)3: adapters over everything, since the heads do not train there. "Everything" counts the tensors that the loss never uses.
+    None for a strategy without adapters that is not the study's.
     """
     if strategy in ("full", "random"):
         return 1.0

@@ -81,6 +81,13 @@ def beyond_chance(value, full, classes):
     return (value - 1 / classes) / (full - 1 / classes)
 
 
+def ranks_above_chance(arms, ranks):
+    """The ranks that against_classes() can draw: every arm was tested there, and the one arm of full fine-tuning is above chance."""
+    full = [arm for arm in arms if arm.strategy == "full"]
+    return [rank for rank in ranks if len(full) == 1 and all(rank in arm.reached and rank in arm.classes for arm in arms)
+            and full[0].reached[rank][0] > 1 / full[0].classes[rank]]
+
+
 def against_classes(arms, ranks):
     """What adapters reach of full fine-tuning, chance taken off, against the number of classes of a head: trained and frozen heads."""
     full = next(arm for arm in arms if arm.strategy == "full")

@@ -177,7 +177,8 @@ def details(metrics):
     temperature, width = metrics.get("scaled", {}).get("temperature"), _width(metrics["ranks"])
     averaged = ", ".join(f"{n['present']:,} of {n['classes']:,} {rank}" for rank, n in metrics["averaged_over"].items())
     lines = [f"balanced accuracy: mean over the classes that are in the split, {averaged}",
-             f"{metrics['inconsistent_lineages']:.1%} of the predictions are inconsistent (such as a genus outside the predicted phylum); decoded jointly:",
+             f"{metrics['inconsistent_lineages']:.1%} of the predictions are inconsistent (such as a genus outside the predicted phylum); "
+             "decoded jointly:",
              *_lines("rank", metrics["joint"]["ranks"])]
     if temperature:
         lines += ["decoded jointly, with the temperatures:", *_lines("rank", metrics["scaled"]["joint"]["ranks"])]

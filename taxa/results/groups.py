@@ -14,8 +14,8 @@ from taxa.runtime.files import read_json
 from taxa.strategies import STRATEGIES
 
 # Arguments that change nothing in what comes out, or that a group's other fields tell: data, model, strategy, r, heads, base weights.
-SAME = {*NO_EFFECT, "recompute", "seed", "out", "dry_run", "num_classes", "ranks", "data", "model", "weights", "revision", "settings", "base",
-        "batch_size", "accumulate"}
+SAME = {*NO_EFFECT, "recompute", "seed", "out", "dry_run", "num_classes", "ranks", "data", "model", "weights", "revision", "settings",
+        "base", "batch_size", "accumulate"}
 FORMATS = {"protocol": "{}", "lr": "lr {:g}", "lora_alpha": "alpha {:g}", "max_steps": "steps {}"}  # in a label; the others: "name value"
 ADAPTERS = tuple(name for name, row in STRATEGIES.items() if row.inject)
 ORDER = [name for name in STRATEGIES if name not in ADAPTERS] + list(ADAPTERS)  # of strategies in tables and pictures
@@ -120,7 +120,7 @@ def group_runs(runs):
 
 
 class Arm(NamedTuple):
-    """What a group reached, for a picture or a file. reached and classes are by rank: (mean, low, high) of the balanced accuracy, and the number of classes."""
+    """What a group reached, for a picture or a file."""
 
     strategy: str
     r: Optional[int]
@@ -128,8 +128,8 @@ class Arm(NamedTuple):
     row: str  # as tables call it
     share: float  # of the parameters that train
     sequences: int  # of the training split, or of the part of it that was used
-    reached: dict
-    classes: dict
+    reached: dict  # {rank: (mean, low, high) of the balanced accuracy}
+    classes: dict  # {rank: how many}
 
     @property
     def kind(self):
@@ -140,9 +140,10 @@ def arm_of(group, ranks):
     """The Arm of a Group in which a run was tested."""
     first = next(run for run in group.runs if run.metrics)
     values = {rank: group.values(rank) for rank in ranks if group.values(rank)}
+    confusions = {rank: first.confusion(rank) for rank in values}
     return Arm(group.strategy, group.r, group.heads, group.row, first.trainable_fraction, first.environment.get("training_sequences"),
                {rank: (statistics.mean(found), min(found), max(found)) for rank, found in values.items()},
-               {rank: len(first.confusion(rank)[0]) for rank in values if first.confusion(rank)})
+               {rank: len(confusion[0]) for rank, confusion in confusions.items() if confusion})
 
 
 def published_groups():

@@ -140,19 +140,19 @@ def arm_sections(m):
         whole = [arm for arm in arms if arm.sequences == max(sizes)]
         name, place = f"{slug(model)}_{slug(data)}", f"{model}, {data}"
         if len({arm.share for arm in whole}) > 3:
-            yield arm_section("share_" + name, f"Accuracy against the parameters that train: {place}", "Balanced accuracy on the test split, "
-                              "a panel for each rank; lines join LoRA's r, a percentage is the share that is frozen.",
+            yield arm_section("share_" + name, f"Accuracy against the parameters that train: {place}",
+                              "Balanced accuracy on the test split; lines join LoRA's r, a percentage is the share that is frozen.",
                               arm_figures.against_share, whole, ranks)
-        frozen = {(arm.strategy, arm.r) for arm in whole if arm.heads == "frozen"}
-        if sum(arm.strategy == "full" for arm in whole) == 1 and len(ranks) > 1 and all(arm.classes.keys() == {*ranks} for arm in whole) \
-                and frozen & {(arm.strategy, arm.r) for arm in whole if arm.heads == "train"}:
-            yield arm_section("classes_" + name, f"Heads trained and frozen, by the number of classes: {place}", "What an adapter reaches of "
-                              "full fine-tuning's balanced accuracy, chance (one over the number of classes) taken off both.",
-                              arm_figures.against_classes, whole, ranks)
+        trained, frozen = ({(arm.strategy, arm.r) for arm in whole if arm.heads == heads} for heads in ("train", "frozen"))
+        drawn = arm_figures.ranks_above_chance(whole, ranks)
+        if trained & frozen and len(drawn) > 1:
+            yield arm_section("classes_" + name, f"Heads trained and frozen, by the number of classes: {place}",
+                              "What an adapter reaches of full fine-tuning's mean balanced accuracy, chance (1 / classes) taken off both.",
+                              arm_figures.against_classes, whole, drawn)
         kinds = [(arm.kind, arm.sequences) for arm in arms]
         if len(sizes) > 1 and len(set(kinds)) == len(kinds):  # one arm at a point
-            yield arm_section("labels_" + name, f"Accuracy against the number of labels: {place}", "Balanced accuracy on the test split by the "
-                              "number of training sequences (--data-fraction); dashed and hollow: heads frozen.",
+            yield arm_section("labels_" + name, f"Accuracy against the number of labels: {place}",
+                              "Balanced accuracy on the test split; dashed and hollow: heads frozen.",
                               arm_figures.against_labels, arms, ranks)
 
 
