@@ -16,7 +16,7 @@ from taxa.data.taxonomy import class_id
 from taxa.data.tokens import digests
 from taxa.errors import InputError
 from taxa.results.evaluation import details, run_split, split_temperature, summarize, table, write_tables
-from taxa.results.unseen import confidence, unseen_metrics
+from taxa.results.unseen import confidence, unseen_metrics, write_held_out
 from taxa.results.unseen import table as unseen_table
 from taxa.runtime.cli import Parser, non_negative_int, positive_int, run
 from taxa.runtime.distributed import main_first, world
@@ -118,14 +118,16 @@ def open_data(args, content):
 
 
 def evaluate_unseen(w, model, data, tokenizer, strands, how, fitted, out):
-    """Genera that nobody trained on, told from the test split's: writes metrics_unseen.json, and temperature.json with the least genus
-    probability to ask of predict.py. Returns the metrics."""
+    """Genera that nobody trained on, told from the test split's: writes metrics_unseen.json, per_class_unseen.csv, and temperature.json
+    with the least genus probability to ask of predict.py. Returns the metrics."""
     found = [confidence(w, model, [data.split(name, tokenizer), *strands[name]], *how, fitted["temperature"])
              for name in ("validation", "test", UNSEEN)]
     metrics = unseen_metrics(data.classes, *found) | {"dataset_digest": data.digest, "temperature": fitted["temperature"]}
     if w.is_main:
         print(unseen_table(metrics), flush=True)
         write_json(out / "metrics_unseen.json", metrics)
+        if held := data.held_out():
+            write_held_out(out / "per_class_unseen.csv", held, metrics["ranks"], found[-1], metrics["confidence"]["softmax"]["threshold"])
         write_json(out / "temperature.json", fitted | {"min_probability": metrics["confidence"]["softmax"]["threshold"]})
     return metrics
 

@@ -1,6 +1,8 @@
 """Genera that nobody trained on: which are held out, what the folder holds, and evaluate.py --split unseen against scikit-learn."""
 
+import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -87,9 +89,29 @@ def test_a_fourth_split_and_a_table_without_its_genera(source, held, tmp_path, c
                 assert labels[2] == NO_CLASS and seen[record][2] in out
             else:
                 assert data.classes["genus"][labels[2]]["taxid"] == seen[record][2]
+    rows, which = data.held_out()
+    unseen = data.split("unseen", "nt")
+    records = unseen.records(np.arange(len(unseen))).tolist()
+    assert [rows[c]["taxid"] for c in which.tolist()] == [seen[record][2] for record in records] and whole.held_out() is None
     data.verify("tiny-dnabert", data.splits, lambda items, *_, **__: items)
     prepare.main(["--describe", str(held)])
     assert "unseen" in capsys.readouterr().out
+
+
+def test_a_changed_table_of_held_out_genera_is_seen_and_an_older_folder_goes_without(held, tmp_path):
+    shutil.copytree(held, tmp_path / "old")
+    manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
+    del manifest["files"]["unseen/held_out.npy"], manifest["sha256"]
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest))
+    assert PreparedDataset(tmp_path / "old").held_out() is None
+    shutil.copytree(held, tmp_path / "damaged")
+    path = tmp_path / "damaged" / "unseen" / "held_out.npy"
+    np.save(path, np.load(path)[::-1])
+    with pytest.raises(InputError, match=r"unseen/held_out.npy: damaged"):
+        PreparedDataset(tmp_path / "damaged").verify("nt", ["unseen"], lambda items, *_, **__: items)
+    np.save(path, np.load(path) + np.uint16(999))
+    with pytest.raises(InputError, match=r"held_out.npy: does not fit the manifest"):
+        PreparedDataset(tmp_path / "damaged").held_out()
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -146,6 +168,14 @@ def test_unseen_genera_against_scikit_learn(held, weights, tmp_path, capsys):
         assert fewest <= numbers["false_calls"] <= most
         assert numbers["right_kept"] == pytest.approx((seen[right["test"]] >= numbers["threshold"] - 1e-6).mean())
     assert fitted["min_probability"] == found["confidence"]["softmax"]["threshold"]
+    rows = list(csv.DictReader((out / "per_class_unseen.csv").read_text(encoding="utf-8").splitlines()))
+    support = np.array([int(row["support"]) for row in rows])
+    genera = {row["taxid"] for row in data.manifest["held_out"]}
+    assert {int(row["taxid"]) for row in rows} == genera and support.min() > 0 and support.sum() == found["sequences"]
+    for column, whole in (("superkingdom_accuracy", found["ranks"]["superkingdom"]["accuracy"]),
+                          ("phylum_accuracy", found["ranks"]["phylum"]["accuracy"]),
+                          ("false_calls", found["confidence"]["softmax"]["false_calls"])):
+        assert (support * [float(row[column]) for row in rows]).sum() / support.sum() == pytest.approx(whole, abs=1e-5)
 
     both = evaluate.main([str(out / "ckpt.pt"), "--split", "unseen", "--both-strands", "--out", str(tmp_path / "both")])
     assert both["confidence"] != found["confidence"] and both["sequences"] == found["sequences"]

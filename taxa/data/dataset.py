@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from taxa.data.splits import SPLITS, UNSEEN, stratified_subset
+from taxa.data.splits import HELD_OUT, SPLITS, UNSEEN, stratified_subset
 from taxa.data.tokens import digests, nt_tokenizer
 from taxa.errors import InputError
 from taxa.runtime.files import read_text, replacing, save_array, sha256, write_json
@@ -78,13 +78,15 @@ def token_files(tokenizer, splits=SPLITS):
 def write_manifest(folder, manifest, tokenizer):
     """Complete a manifest with the digests of the files just written, and write it. `tokenizer` must be the nt one.
 
-    "digest" covers what a sequence is and how it is labelled and split; it stays the same when tokens are added.
+    "digest" covers what a sequence is and how it is labelled and split; it stays the same when tokens are added. HELD_OUT is not in it: it
+    came later.
     """
     splits = manifest.get("splits", SPLITS)
     names = [f"{split}/{name}.npy" for split in splits for name in ("labels", "records")] + token_files(tokenizer.name, splits)
     files = file_digests(folder, names)
     core = {"classes": manifest["classes"], "files": {name: file["sha256"] for name, file in files.items()}}
     digest = hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()
+    files |= file_digests(folder, [f"{UNSEEN}/{HELD_OUT}"] if UNSEEN in splits else [])
     manifest = {"format": FORMAT, "version": VERSION, "digest": digest, **manifest,
                 "tokenizers": {tokenizer.name: _describe(tokenizer)}, "files": files}
     _write(folder, manifest)
@@ -163,6 +165,16 @@ class PreparedDataset:
         """The names of its splits: the three, and "unseen" where genera were held out."""
         return (*SPLITS, UNSEEN) if UNSEEN in self.manifest.get("splits", {}) else SPLITS
 
+    def held_out(self):
+        """(rows of the classes that were held out, (N,) which of them each sequence of the unseen split is), or None: older folders do not
+        say it. Raises InputError for a file that does not fit them."""
+        if f"{UNSEEN}/{HELD_OUT}" not in self.manifest["files"]:
+            return None
+        rows, which = self.manifest["held_out"], _mapped(self.folder / UNSEEN / HELD_OUT, ndim=1)
+        if len(which) != self.manifest["splits"][UNSEEN] or which.max(initial=0) >= len(rows):
+            raise InputError(f"{self.folder / UNSEEN / HELD_OUT}: does not fit the manifest: prepare the folder again")
+        return rows, which
+
     def verify(self, tokenizer, splits, progress):
         """Read the files of these splits once, at the speed of SHA-256. progress: wraps an iterable.
 
@@ -170,8 +182,8 @@ class PreparedDataset:
         """
         described = self.manifest["tokenizers"][tokenizer]
         for split in progress(splits, "checking the data", unit="split"):
-            for ending in ("labels.npy", "records.npy", f"{tokenizer}.npy", f"{tokenizer}.bin"):
-                name = f"{split}/{ending}"
+            of_split = {f"{split}/{ending}" for ending in ("labels.npy", "records.npy", f"{tokenizer}.npy", f"{tokenizer}.bin", HELD_OUT)}
+            for name in sorted(of_split & self.manifest["files"].keys()):
                 if sha256(self.folder / name) != self.manifest["files"][name]["sha256"]:
                     raise InputError(f"{self.folder / name}: damaged: its bytes are not those that were written; prepare the folder again")
             tokens = self.split(split, tokenizer)

@@ -19,7 +19,7 @@ from taxa.data.fasta import batches, read_sequences
 from taxa.data.grammar import normalize, reverse_complement
 from taxa.data.simulate import simulate
 from taxa.data.sources import FastaSource
-from taxa.data.splits import NO_CLASS, SPLITS, UNSEEN, copies, find_ids, hold_out, read_ids, split_by_genus, write_ids
+from taxa.data.splits import HELD_OUT, NO_CLASS, SPLITS, UNSEEN, copies, find_ids, hold_out, read_ids, split_by_genus, write_ids
 from taxa.data.taxonomy import renumber
 from taxa.data.tokens import nt_tokenizer
 from taxa.errors import InputError
@@ -72,7 +72,7 @@ def prepare(source, out, mapped=map, length=LENGTH, test=TEST, validation=VALIDA
         records = index(source, Path(scratch), mapped, group)
         labels, held = label(source, records, length, Path(scratch)), None
         if held_share:
-            labels, held = hold_out_classes(labels, held_share, seed)
+            labels, held, which = hold_out_classes(labels, held_share, seed)
         pinned = find_pinned(source, labels.records, mapped, test_ids, ids) if test_ids else None
         if source.classes:  # an external test set: all of it
             pinned = np.ones(len(labels.y), dtype=bool)
@@ -85,6 +85,8 @@ def prepare(source, out, mapped=map, length=LENGTH, test=TEST, validation=VALIDA
         if drop_duplicates:
             labels, part = without_duplicates(source, labels, part, mapped)
         digest, either, changed = tokenize(source, labels.records, part, out, mapped)
+        if held_share:
+            save_array(out / UNSEEN / HELD_OUT, which)
     shares = {} if given else {"test": test, "validation": validation}
     settings = {"length": length, **shares, "seed": seed, **({"drop_duplicates": True} if drop_duplicates else {}),
                 **({"group": group.pattern} if group else {}), **({"hold_out": held_share} if held_share else {}), **source.settings}
@@ -161,7 +163,8 @@ def drop_report(files, source, label, reason, reasons):
 # ---------------------------------------------------------------- split
 
 def hold_out_classes(labels, share, seed):
-    """Take whole classes of the last rank out of the table. Returns (Labels, in which their sequences are NO_CLASS; their rows).
+    """Take whole classes of the last rank out of the table. Returns (Labels, in which their sequences are NO_CLASS; the rows of these
+    classes; (M,) uint16: which of them each of their sequences is).
 
     Raises InputError where there is no rank above the last, and where no class of it has two classes of the last.
     """
@@ -174,8 +177,9 @@ def hold_out_classes(labels, share, seed):
     kept, y = np.unique(labels.y[~held, -1]), labels.y.copy()
     y[:, -1] = np.where(held, NO_CLASS, np.searchsorted(kept, y[:, -1]))
     table = labels.classes[ranks[-1]]
+    taken, which = np.unique(labels.y[held, -1], return_inverse=True)
     return (labels._replace(y=y, classes={**labels.classes, ranks[-1]: [table[c] for c in kept.tolist()]}),
-            [table[c] for c in np.unique(labels.y[held, -1]).tolist()])
+            [table[c] for c in taken.tolist()], which.astype("<u2"))
 
 
 def split(labels, test, validation, seed, group, pinned):

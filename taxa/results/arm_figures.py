@@ -132,3 +132,30 @@ def against_labels(arms, ranks):
         ax.set_ylim(0, 1)
     _legend(made, arms)
     return made
+
+
+def on_unseen(arms, ranks):
+    """The ranks above for genera that nobody trained on: a dot a genus, their mean with its interval, a bar for known genera.
+
+    arms: of the file of benchmarks/unseen.py.
+    """
+    made, axes = figure(1.2 + 0.42 * len(arms), 1, len(ranks), sharey=True)
+    for ax, rank in zip(axes[0], ranks):
+        for y, arm in enumerate(arms):
+            found, color = arm["ranks"][rank], COLOURS.get(arm["strategy"], "#000000")
+            face = "white" if arm["heads"] == "frozen" else color
+            ax.plot(found["genera"], [y + 0.22] * len(found["genera"]), "o", markersize=3, color=color, alpha=0.5, markeredgewidth=0)
+            ax.plot([found["low"], found["high"]], [y, y], color=color, linewidth=1.6, alpha=0.6, zorder=2)
+            ax.plot([found["mean"]], [y], "o", markersize=8, color=color, markerfacecolor=face, markeredgewidth=1.3, zorder=3)
+            ax.plot([found["known"]], [y], "|", markersize=15, color="#000000", markeredgewidth=1.6, zorder=4)
+        ax.set_title(rank, fontsize=FONT + 1, loc="left")
+        ax.set_xlabel("share of the fragments that is right", fontsize=FONT)
+        ax.set_xlim(0, 1)
+        ax.grid(axis="x", color="#eeeeee")
+        ax.set_axisbelow(True)
+    axes[0, 0].set_yticks(range(len(arms)), [arm["arm"] for arm in arms], fontsize=FONT)
+    axes[0, 0].set_ylim(len(arms) - 0.5, -0.5)
+    made.legend(handles=[Line2D([], [], linestyle="none", marker=shape, markersize=size, color="#444444", label=label) for shape, size, label
+                         in (("o", 8, "unseen genera, mean"), ("o", 3, "one unseen genus"), ("|", 13, "known genera (test split)"))],
+                loc="outside lower center", ncols=3, frameon=False, fontsize=FONT)
+    return made

@@ -7,6 +7,7 @@ A threshold keeps 95% of the right genera of the validation split; what of the u
 Shapes: N sequences of a split, R ranks.
 """
 
+import csv
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from taxa.results.evaluation import check_finite_rows, mean_logits, own_batches
 from taxa.results.metrics import auroc, confusion_matrix, rank_metrics
 from taxa.runtime.distributed import sum_over_ranks
+from taxa.runtime.files import replacing
 
 KEEP = 0.95
 CONFIDENCES = ("softmax", "energy")
@@ -63,6 +65,23 @@ def unseen_metrics(classes, validation, test, unseen):
                 "right_kept": float((test.values[test.right, i] >= threshold).mean()) if test.right.any() else None,
                 "false_calls": float((unseen.values[:, i] >= threshold).mean())})}
     return document
+
+
+def write_held_out(path, held, ranks, unseen, threshold):
+    """per_class_unseen.csv: of each class that was held out, the share of its sequences that the ranks above have right, and the share
+    that is called a known one.
+
+    held: PreparedDataset.held_out(); ranks: those above; unseen: Confidence; threshold: of the maximum softmax probability, or None.
+    """
+    classes, which = held
+    columns = {f"{rank}_accuracy": unseen.predicted[:, i] == unseen.truth[:, i] for i, rank in enumerate(ranks)}
+    columns |= {} if threshold is None else {"false_calls": unseen.values[:, 0] >= threshold}
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file)
+        out.writerow(["taxid", "name", "support", *columns])
+        for c, row in enumerate(classes):
+            of_class = which == c
+            out.writerow([row["taxid"], row["name"], of_class.sum(), *(f"{each[of_class].mean():.6f}" for each in columns.values())])
 
 
 def table(document):
