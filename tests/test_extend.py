@@ -41,7 +41,7 @@ def bitfit(monkeypatch):
     monkeypatch.setitem(STRATEGIES, "bitfit", row(STRATEGY_ROW, names))
 
 
-def test_a_strategy_is_one_row(bitfit, short, tmp_path, capsys):
+def test_a_strategy_is_one_row(bitfit, short, tmp_path, capsys, monkeypatch):
     """The whole of train.py runs with it, and what trains is what the row says."""
     settings = settings_from_flags("tiny-nt", "bitfit")
     assert settings == {"strategy": "bitfit", "protocol": "corrected", "heads": "train"}
@@ -52,6 +52,8 @@ def test_a_strategy_is_one_row(bitfit, short, tmp_path, capsys):
     assert {name.rpartition(".")[2] for name in trains if name.startswith("backbone.")} == {"bias"}
     assert {name for name, _ in classifier.named_parameters() if name.startswith("heads.")} < trains
     assert published_fraction("nt50m", "bitfit", (4, 57, 1884)) is None
+    monkeypatch.setitem(STRATEGIES, "another-lora", STRATEGIES["lora"])
+    assert published_fraction("nt50m", "another-lora", (4, 57, 1884), 4) is None
     arguments = ["--model", "tiny-nt", "--strategy", "bitfit", "--data", str(short), "--max-steps", "4", "--save-every", "1",
                  "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path / "run")]
     dies(3, arguments)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import choose_rates  # noqa: E402
 import intervals  # noqa: E402
 import some_genera  # noqa: E402
+import unseen  # noqa: E402
 
 CONFUSION = np.array([[30, 10, 0], [5, 15, 0], [0, 0, 0]])  # no sequence of the third class
 
@@ -114,6 +115,51 @@ def test_pictures_of_intervals(tmp_path):
     with pytest.raises(InputError, match="other.json is not a file of benchmarks/intervals.py --out"):
         interval_figures.main([str(tmp_path / "other.json"), "--share", str(tmp_path / "x.png")])
     assert not (tmp_path / "x.png").exists() and not (tmp_path / "y.png").exists()
+
+
+def make_unseen(folder, shares, **kind):
+    """A run whose held-out genera 7, 8 and 9 have these shares of their fragments in the right phylum, and .5 in the right superkingdom."""
+    rows = [f"{taxid},Genus{taxid},10,0.5,{share},0.6" for taxid, share in zip((7, 8, 9), shares)]
+    (make_run(folder, **kind) / unseen.TABLE).write_text(
+        "\n".join(["taxid,name,support,superkingdom_accuracy,phylum_accuracy,false_calls", *rows]) + "\n")
+
+
+def test_unseen_genera_are_drawn_alike_for_every_arm(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for strategy, heads, *seeds in (("full", "train", (0.1, 0.5, 0.9), (0.1, 0.5, 0.9)), ("ia3", "train", (0.2, 0.6, 1.0)),
+                                    ("ia3", "frozen", (0.0, 0.0, 0.3), (0.2, 0.2, 0.5))):
+        for seed, shares in enumerate(seeds, start=1):
+            make_unseen(tmp_path / "runs" / f"{strategy}-{heads}-{seed}", shares, strategy=strategy, heads=heads, seed=seed)
+    unseen.main([str(tmp_path / "runs"), "--out", str(tmp_path / "found.json"), "--figure", str(tmp_path / "unseen.png")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["held_out"] == [{"taxid": str(t), "name": f"Genus{t}", "sequences": 10} for t in (7, 8, 9)]
+    full, trained, frozen = (arm["ranks"]["phylum"] for arm in found["arms"])
+    assert [arm["arm"] for arm in found["arms"]] == ["full", "(IA)³", "(IA)³, heads frozen"] and found["arms"][0]["seeds"] == [1, 2]
+    known = [json.loads((tmp_path / "runs" / f"full-train-{seed}" / "metrics.json").read_text())["ranks"]["phylum"]["balanced_accuracy"]
+             for seed in (1, 2)]
+    assert full["known"] == pytest.approx(np.mean(known)) and full["mean"] == pytest.approx(0.5)
+    assert (full["low"], full["high"]) == pytest.approx((0.1, 0.9)) and full["genera"] == pytest.approx([0.1, 0.5, 0.9])
+    assert trained["less_full"] == pytest.approx({"difference": 0.1, "low": 0.1, "high": 0.1})  # drawn apart it would be wide
+    assert "heads" not in frozen and "less_full" not in full and frozen["genera"] == pytest.approx([0.1, 0.1, 0.4])
+    assert trained["heads"]["difference"] == pytest.approx(0.4) and trained["heads"]["low"] < 0.35 < 0.45 < trained["heads"]["high"]
+    assert found["arms"][0]["ranks"]["superkingdom"]["low"] == found["arms"][0]["ranks"]["superkingdom"]["high"] == 0.5
+    assert "(IA)³, heads trained less frozen: superkingdom +0.000" in capsys.readouterr().out
+    assert (tmp_path / "unseen.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_not_of_unseen_genera_is_said(tmp_path):
+    make_unseen(tmp_path / "runs" / "a", (0.1, 0.5, 0.9))
+    make_run(tmp_path / "runs" / "b", seed=2)
+    given = [str(tmp_path / "runs"), "--out", str(tmp_path / "x.json")]
+    with pytest.raises(InputError, match=r"b has no per_class_unseen.csv: python evaluate.py .*b/ckpt.pt --split unseen writes it"):
+        unseen.main(given)
+    table = (tmp_path / "runs" / "a" / unseen.TABLE).read_text()
+    for text, message in (("", "not the table that"), (table.replace("0.5", "half"), "not the table that"),
+                          (table.replace("Genus8", "G"), "two data sets")):
+        (tmp_path / "runs" / "b" / unseen.TABLE).write_text(text)
+        with pytest.raises(InputError, match=message):
+            unseen.main(given)
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_some_genera_are_nested_and_of_one_size(tmp_path):

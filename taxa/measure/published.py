@@ -4,6 +4,7 @@ from taxa.backbones import get_model
 from taxa.backbones.published import published_sizes
 from taxa.freeze import frozen_names
 from taxa.inject import adapter_names
+from taxa.results.published import published_rows
 from taxa.strategies import classifier_on_meta, settings_from_flags
 
 
@@ -11,8 +12,10 @@ def published_fraction(model, strategy, num_classes, r=None):
     """The trainable fraction that the published code reports for a row of the supplement's table.
 
     LoRA and (IA)3: adapters over everything, since the heads do not train there. "Everything" counts the tensors that the loss never uses.
-    None for a strategy without adapters that is not the study's.
+    None for a strategy that the study did not run.
     """
+    if strategy not in {row.strategy for row in published_rows()}:
+        return None
     if strategy in ("full", "random"):
         return 1.0
     settings = settings_from_flags(model, strategy, protocol="published", r=r)
@@ -22,4 +25,4 @@ def published_fraction(model, strategy, num_classes, r=None):
     total = sum(sizes.values()) + adapters
     if strategy == "freeze75":
         return 1 - sum(sizes[name] for name in frozen_names(sizes)) / total
-    return adapters / total if adapters else None
+    return adapters / total

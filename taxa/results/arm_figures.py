@@ -69,7 +69,7 @@ def against_share(arms, ranks):
             if arm.strategy == "freeze75":
                 _text(ax, arm.row.partition(" ")[0], (arm.share, arm.reached[rank][1]), (0, -4), ha="center", va="top")
             elif arm.r and arm.heads == "frozen":  # of the trained ones, which lie close together, the line says the order
-                _text(ax, f"r={arm.r}", (arm.share, arm.reached[rank][0]), (8, 0))
+                _text(ax, f"r={arm.r}", (arm.share, arm.reached[rank][0]), (6, -8))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}" if x < 0.001 else f"{100 * x:g}%"))
         ax.set_ylim(0, 1)
     _legend(made, arms)
