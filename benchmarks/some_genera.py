@@ -57,7 +57,7 @@ def main(argv=None):
     for number in args.genera:
         with replacing(Path(args.out) / f"{number}.fa") as partial:
             Path(partial).write_text("".join(line for genus in large[:number] for line in genera[genus][:args.each]), encoding="ascii")
-    print(f"{len(large)} genera have {args.each} sequences or more; in the order of the shuffle: {' '.join(map(str, large))}")
+    print(f"{len(large)} genera have {args.each} sequences or more; taken: {' '.join(map(str, large[:max(args.genera)]))}")
 
 
 if __name__ == "__main__":
