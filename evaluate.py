@@ -127,7 +127,7 @@ def evaluate_unseen(w, model, data, tokenizer, strands, how, fitted, out):
         print(unseen_table(metrics), flush=True)
         write_json(out / "metrics_unseen.json", metrics)
         if held := data.held_out():
-            write_held_out(out / "per_class_unseen.csv", held, metrics["ranks"], found[-1], metrics["confidence"]["softmax"]["threshold"])
+            write_held_out(out / "per_class_unseen.csv", held, data.classes, found[-1], metrics["confidence"]["softmax"]["threshold"])
         write_json(out / "temperature.json", fitted | {"min_probability": metrics["confidence"]["softmax"]["threshold"]})
     return metrics
 

@@ -3,9 +3,11 @@
   for run in runs/unseen/*-seed?; do python evaluate.py $run/ckpt.pt --split unseen; done
   python benchmarks/unseen.py runs/unseen --out docs/results/unseen.json --figure docs/figures/unseen.png
 
-From per_class_unseen.csv of each run. The measure is the mean over the held-out genera of the share of their fragments that a rank above
-has right. A replicate draws one of an arm's runs, and as many genera as there are, with replacement, the same ones for every arm: a
-difference of two arms is of the same genera. Fragments of one genus are of one genome or few, so the genus is the unit, not the fragment.
+From per_class_unseen.csv of each run. The measure is the mean over the held-out genera of the share of their fragments for which a rank
+above is right. Beside it stands, from per_class.csv, what known genera like them reach in the test split: the mean over the held-out genera
+of the recall of their phylum (superkingdom). A replicate draws one of an arm's runs, and as many genera as there are, with replacement, the
+same ones for every arm: a difference of two arms is of the same genera. Fragments of one genus are of one genome or few, so the genus is
+the unit, not the fragment.
 """
 
 import csv
@@ -39,18 +41,26 @@ def parse_args(argv=None):
 
 
 def read_table(folder):
-    """([(taxid, name, fragments)] of the held-out genera, {rank: (G,) share that is right}) of a run."""
-    path = Path(folder) / TABLE
+    """([(taxid, name, fragments)] of the held-out genera, {rank: (G,) share that is right}, {rank: (G,) recall of their class of that rank
+    in the test split}) of a run."""
+    path, of_test = Path(folder) / TABLE, Path(folder) / "per_class.csv"
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows, recall = rows_of(path), {(row["rank"], row["name"]): float(row["recall"]) for row in rows_of(of_test)}
         ranks = [name.removesuffix(COLUMN) for name in rows[0] if name.endswith(COLUMN)]
         return ([(row["taxid"], row["name"], int(row["support"])) for row in rows],
-                {rank: np.array([float(row[rank + COLUMN]) for row in rows]) for rank in ranks})
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no {TABLE}: python evaluate.py {folder}/ckpt.pt --split unseen writes it") from None
+                {rank: np.array([float(row[rank + COLUMN]) for row in rows]) for rank in ranks},
+                {rank: np.array([recall[rank, row[rank]] for row in rows]) for rank in ranks})
+    except FileNotFoundError as error:
+        name = Path(error.filename).name
+        flags = " --split unseen" if name == TABLE else ""
+        raise InputError(f"{folder} has no {name}: python evaluate.py {folder}/ckpt.pt{flags} writes it") from None
     except (KeyError, ValueError, TypeError, IndexError):
-        raise InputError(f"{path} is not the table that evaluate.py --split unseen writes") from None
+        raise InputError(f"{path} and {of_test.name} are not the tables that evaluate.py writes") from None
+
+
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def drawn(values, genera, rng):
@@ -69,7 +79,7 @@ def main(argv=None):
     if not runs:
         raise InputError(f"{', '.join(args.runs)}: no finished run of train.py")
     tables = {each.folder: read_table(each.folder) for each in runs}
-    held, shares = tables[runs[0].folder]
+    held, shares, _ = tables[runs[0].folder]
     for each in runs:
         if tables[each.folder][0] != held or each.args["model"] != runs[0].args["model"]:
             raise InputError(f"{runs[0].folder} and {each.folder} are of two data sets or two models: give the runs of one")
@@ -78,7 +88,7 @@ def main(argv=None):
     values = {group.label: {rank: np.stack([tables[each.folder][1][rank] for each in group.runs]) for rank in shares} for group in groups}
     found = {label: {rank: (v, drawn(v, genera, rng)) for rank, v in of_rank.items()} for label, of_rank in values.items()}
     document = {"replicates": args.replicates, "held_out": [{"taxid": t, "name": name, "sequences": n} for t, name, n in held], "arms": []}
-    print("| arm | runs | " + " | ".join(f"{rank}: known | unseen" for rank in shares) + " |\n|" + "---|" * (2 + 2 * len(shares)))
+    print("| arm | runs | " + " | ".join(f"{rank}: known genera | unseen" for rank in shares) + " |\n|" + "---|" * (2 + 2 * len(shares)))
     for group in groups:
         full = only(groups, "full", None, "train", group)
         frozen = only(groups, group.strategy, group.r, "frozen", group) if group.strategy in ADAPTERS and group.heads == "train" else None
@@ -87,8 +97,8 @@ def main(argv=None):
                "seeds": [each.args["seed"] for each in group.runs], "ranks": {}}
         for rank, (of_runs, replicates) in found[group.label].items():
             arm["ranks"][rank] = {
-                "known": float(np.mean(group.values(rank))), "mean": float(of_runs.mean()), **interval(replicates),
-                "genera": of_runs.mean(axis=0).tolist(),
+                "known": float(np.mean([tables[each.folder][2][rank] for each in group.runs])),
+                "mean": float(of_runs.mean()), **interval(replicates), "genera": of_runs.mean(axis=0).tolist(),
                 **{key: difference(found[group.label][rank], found[other.label][rank]) for key, other in against.items() if other}}
         document["arms"].append(arm)
         print(f"| {group.label} | {len(group.runs)} | " + " | ".join(

@@ -119,9 +119,9 @@ def test_pictures_of_intervals(tmp_path):
 
 def make_unseen(folder, shares, **kind):
     """A run whose held-out genera 7, 8 and 9 have these shares of their fragments in the right phylum, and .5 in the right superkingdom."""
-    rows = [f"{taxid},Genus{taxid},10,0.5,{share},0.6" for taxid, share in zip((7, 8, 9), shares)]
+    rows = [f"{taxid},Genus{taxid},10,Archaea,Phylum <{taxid}>,0.5,{share},0.6" for taxid, share in zip((7, 8, 9), shares)]
     (make_run(folder, **kind) / unseen.TABLE).write_text(
-        "\n".join(["taxid,name,support,superkingdom_accuracy,phylum_accuracy,false_calls", *rows]) + "\n")
+        "\n".join(["taxid,name,support,superkingdom,phylum,superkingdom_accuracy,phylum_accuracy,false_calls", *rows]) + "\n")
 
 
 def test_unseen_genera_are_drawn_alike_for_every_arm(tmp_path, capsys):
@@ -135,9 +135,11 @@ def test_unseen_genera_are_drawn_alike_for_every_arm(tmp_path, capsys):
     assert found["held_out"] == [{"taxid": str(t), "name": f"Genus{t}", "sequences": 10} for t in (7, 8, 9)]
     full, trained, frozen = (arm["ranks"]["phylum"] for arm in found["arms"])
     assert [arm["arm"] for arm in found["arms"]] == ["full", "(IA)³", "(IA)³, heads frozen"] and found["arms"][0]["seeds"] == [1, 2]
-    known = [json.loads((tmp_path / "runs" / f"full-train-{seed}" / "metrics.json").read_text())["ranks"]["phylum"]["balanced_accuracy"]
-             for seed in (1, 2)]
-    assert full["known"] == pytest.approx(np.mean(known)) and full["mean"] == pytest.approx(0.5)
+    recalls = [float(row["recall"]) for seed in (1, 2) for row in
+               csv.DictReader((tmp_path / "runs" / f"full-train-{seed}" / "per_class.csv").read_text(encoding="utf-8").splitlines())
+               if row["name"] in ("Phylum <7>", "Phylum <8>", "Phylum <9>")]
+    assert len(recalls) == 6 and 0 < np.mean(recalls) < 1
+    assert full["known"] == pytest.approx(np.mean(recalls)) and full["mean"] == pytest.approx(0.5)
     assert (full["low"], full["high"]) == pytest.approx((0.1, 0.9)) and full["genera"] == pytest.approx([0.1, 0.5, 0.9])
     assert trained["less_full"] == pytest.approx({"difference": 0.1, "low": 0.1, "high": 0.1})  # drawn apart it would be wide
     assert "heads" not in frozen and "less_full" not in full and frozen["genera"] == pytest.approx([0.1, 0.1, 0.4])
@@ -154,7 +156,7 @@ def test_what_is_not_of_unseen_genera_is_said(tmp_path):
     with pytest.raises(InputError, match=r"b has no per_class_unseen.csv: python evaluate.py .*b/ckpt.pt --split unseen writes it"):
         unseen.main(given)
     table = (tmp_path / "runs" / "a" / unseen.TABLE).read_text()
-    for text, message in (("", "not the table that"), (table.replace("0.5", "half"), "not the table that"),
+    for text, message in (*((text, "are not the tables that") for text in ("", table.replace("0.5", "half"), table.replace("<8>", "<99>"))),
                           (table.replace("Genus8", "G"), "two data sets")):
         (tmp_path / "runs" / "b" / unseen.TABLE).write_text(text)
         with pytest.raises(InputError, match=message):

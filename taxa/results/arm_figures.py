@@ -135,7 +135,7 @@ def against_labels(arms, ranks):
 
 
 def on_unseen(arms, ranks):
-    """The ranks above for genera that nobody trained on: a dot a genus, their mean with its interval, a bar for known genera.
+    """The ranks above for genera that nobody trained on: a dot a genus, their mean with its interval, a bar for known genera like them.
 
     arms: of the file of benchmarks/unseen.py.
     """
@@ -155,7 +155,7 @@ def on_unseen(arms, ranks):
         ax.set_axisbelow(True)
     axes[0, 0].set_yticks(range(len(arms)), [arm["arm"] for arm in arms], fontsize=FONT)
     axes[0, 0].set_ylim(len(arms) - 0.5, -0.5)
-    made.legend(handles=[Line2D([], [], linestyle="none", marker=shape, markersize=size, color="#444444", label=label) for shape, size, label
-                         in (("o", 8, "unseen genera, mean"), ("o", 3, "one unseen genus"), ("|", 13, "known genera (test split)"))],
-                loc="outside lower center", ncols=3, frameon=False, fontsize=FONT)
+    marks = (("o", 8, "unseen genera, mean"), ("o", 3, "one unseen genus"), ("|", 13, "known genera of the same phyla"))
+    made.legend(handles=[Line2D([], [], linestyle="none", marker=shape, markersize=size, color="#444444", label=label)
+                         for shape, size, label in marks], loc="outside lower center", ncols=3, frameon=False, fontsize=FONT)
     return made

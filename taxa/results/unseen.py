@@ -67,21 +67,24 @@ def unseen_metrics(classes, validation, test, unseen):
     return document
 
 
-def write_held_out(path, held, ranks, unseen, threshold):
-    """per_class_unseen.csv: of each class that was held out, the share of its sequences that the ranks above have right, and the share
-    that is called a known one.
+def write_held_out(path, held, classes, unseen, threshold):
+    """per_class_unseen.csv: of each class that was held out, its classes at the ranks above, the share of its sequences that each of them
+    has right, and the share that is called a known class.
 
-    held: PreparedDataset.held_out(); ranks: those above; unseen: Confidence; threshold: of the maximum softmax probability, or None.
+    held: PreparedDataset.held_out(); classes: {rank: class table}; unseen: Confidence; threshold: of the maximum softmax probability, or
+    None.
     """
-    classes, which = held
-    columns = {f"{rank}_accuracy": unseen.predicted[:, i] == unseen.truth[:, i] for i, rank in enumerate(ranks)}
+    above = list(classes)[:-1]
+    columns = {f"{rank}_accuracy": unseen.predicted[:, i] == unseen.truth[:, i] for i, rank in enumerate(above)}
     columns |= {} if threshold is None else {"false_calls": unseen.values[:, 0] >= threshold}
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
-        out.writerow(["taxid", "name", "support", *columns])
-        for c, row in enumerate(classes):
-            of_class = which == c
-            out.writerow([row["taxid"], row["name"], of_class.sum(), *(f"{each[of_class].mean():.6f}" for each in columns.values())])
+        out.writerow(["taxid", "name", "support", *above, *columns])
+        for c, row in enumerate(held[0]):
+            of_class = held[1] == c
+            parents = [classes[rank][label]["name"] for rank, label in zip(above, unseen.truth[of_class][0])]
+            shares = [f"{each[of_class].mean():.6f}" for each in columns.values()]
+            out.writerow([row["taxid"], row["name"], of_class.sum(), *parents, *shares])
 
 
 def table(document):
