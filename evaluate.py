@@ -120,13 +120,17 @@ def open_data(args, content):
 def evaluate_unseen(w, model, data, tokenizer, strands, how, fitted, out):
     """Genera that nobody trained on, told from the test split's: writes metrics_unseen.json, per_class_unseen.csv, and temperature.json
     with the least genus probability to ask of predict.py. Returns the metrics."""
+    held = data.held_out()
     found = [confidence(w, model, [data.split(name, tokenizer), *strands[name]], *how, fitted["temperature"])
              for name in ("validation", "test", UNSEEN)]
     metrics = unseen_metrics(data.classes, *found) | {"dataset_digest": data.digest, "temperature": fitted["temperature"]}
     if w.is_main:
         print(unseen_table(metrics), flush=True)
         write_json(out / "metrics_unseen.json", metrics)
-        if held := data.held_out():
+        if held is None:
+            print(f"note: {data.folder} was prepared before per_class_unseen.csv came; for that table prepare it again (its digest stays)")
+            (out / "per_class_unseen.csv").unlink(missing_ok=True)
+        else:
             write_held_out(out / "per_class_unseen.csv", held, data.classes, found[-1], metrics["confidence"]["softmax"]["threshold"])
         write_json(out / "temperature.json", fitted | {"min_probability": metrics["confidence"]["softmax"]["threshold"]})
     return metrics

@@ -156,6 +156,13 @@ def test_what_is_not_of_unseen_genera_is_said(tmp_path):
     with pytest.raises(InputError, match=r"b has no per_class_unseen.csv: python evaluate.py .*b/ckpt.pt --split unseen writes it"):
         unseen.main(given)
     table = (tmp_path / "runs" / "a" / unseen.TABLE).read_text()
+    (tmp_path / "runs" / "b" / unseen.TABLE).write_text(table)
+    metrics = tmp_path / "runs" / "b" / "metrics.json"
+    right = metrics.read_text()
+    metrics.write_text(json.dumps(json.loads(right) | {"dataset_digest": "another"}))
+    with pytest.raises(InputError, match="are of two data sets or two models"):
+        unseen.main(given)
+    metrics.write_text(right)
     for text, message in (*((text, "are not the tables that") for text in ("", table.replace("0.5", "half"), table.replace("<8>", "<99>"))),
                           (table.replace("Genus8", "G"), "two data sets")):
         (tmp_path / "runs" / "b" / unseen.TABLE).write_text(text)

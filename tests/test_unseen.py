@@ -181,6 +181,15 @@ def test_unseen_genera_against_scikit_learn(held, weights, tmp_path, capsys):
                           ("false_calls", found["confidence"]["softmax"]["false_calls"])):
         assert (support * [float(row[column]) for row in rows]).sum() / support.sum() == pytest.approx(whole, abs=1e-5)
 
+    shutil.copytree(held, tmp_path / "old")  # prepared before held_out.npy came
+    manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
+    del manifest["files"]["unseen/held_out.npy"], manifest["sha256"]
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    again = evaluate.main([str(out / "ckpt.pt"), "--split", "unseen", "--data", str(tmp_path / "old"), "--out", str(out)])
+    assert again == found and not (out / "per_class_unseen.csv").exists()
+    assert "old was prepared before per_class_unseen.csv came" in capsys.readouterr().out
+
     both = evaluate.main([str(out / "ckpt.pt"), "--split", "unseen", "--both-strands", "--out", str(tmp_path / "both")])
     assert both["confidence"] != found["confidence"] and both["sequences"] == found["sequences"]
     (tmp_path / "read.fa").write_text(f">a\n{get_tokenizer('nt').decode(data.split('test', 'nt').tokens(0)).decode()}\n")

@@ -166,8 +166,10 @@ class PreparedDataset:
         return (*SPLITS, UNSEEN) if UNSEEN in self.manifest.get("splits", {}) else SPLITS
 
     def held_out(self):
-        """(rows of the classes that were held out, (N,) which of them each sequence of the unseen split is), or None: older folders do not
-        say it. Raises InputError for a file that does not fit them."""
+        """(rows of the classes that were held out, (N,) which of them each sequence of the unseen split is).
+
+        None where nothing was held out, and in older folders, which do not say it. Raises InputError for a file that does not fit them.
+        """
         if f"{UNSEEN}/{HELD_OUT}" not in self.manifest["files"]:
             return None
         rows, which = self.manifest["held_out"], _mapped(self.folder / UNSEEN / HELD_OUT, ndim=1)

@@ -9,7 +9,7 @@ from taxa.errors import InputError
 
 SPLITS = ("train", "validation", "test")
 UNSEEN = "unseen"  # a fourth split: whole genera that are in none of the three (hold_out)
-HELD_OUT = "held_out.npy"  # of that split: (M,) which row of the manifest's "held_out" each sequence is
+HELD_OUT = "held_out.npy"  # of that split: (N,) which row of the manifest's "held_out" each sequence is
 NO_CLASS = 2**16 - 1  # the label of a held-out genus, which no head has
 
 

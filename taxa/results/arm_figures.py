@@ -144,7 +144,8 @@ def on_unseen(arms, ranks):
         for y, arm in enumerate(arms):
             found, color = arm["ranks"][rank], COLOURS.get(arm["strategy"], "#000000")
             face = "white" if arm["heads"] == "frozen" else color
-            ax.plot(found["genera"], [y + 0.22] * len(found["genera"]), "o", markersize=3, color=color, alpha=0.5, markeredgewidth=0)
+            ax.plot(found["genera"], [y + 0.22] * len(found["genera"]), "o", markersize=3, color=color, alpha=0.5, markeredgewidth=0,
+                    clip_on=False)
             ax.plot([found["low"], found["high"]], [y, y], color=color, linewidth=1.6, alpha=0.6, zorder=2)
             ax.plot([found["mean"]], [y], "o", markersize=8, color=color, markerfacecolor=face, markeredgewidth=1.3, zorder=3)
             ax.plot([found["known"]], [y], "|", markersize=15, color="#000000", markeredgewidth=1.6, zorder=4)
@@ -155,7 +156,7 @@ def on_unseen(arms, ranks):
         ax.set_axisbelow(True)
     axes[0, 0].set_yticks(range(len(arms)), [arm["arm"] for arm in arms], fontsize=FONT)
     axes[0, 0].set_ylim(len(arms) - 0.5, -0.5)
-    marks = (("o", 8, "unseen genera, mean"), ("o", 3, "one unseen genus"), ("|", 13, "known genera of the same phyla"))
+    marks = (("o", 8, "unseen genera, mean"), ("o", 3, "one unseen genus"), ("|", 13, "known genera of the same phylum (superkingdom)"))
     made.legend(handles=[Line2D([], [], linestyle="none", marker=shape, markersize=size, color="#444444", label=label)
                          for shape, size, label in marks], loc="outside lower center", ncols=3, frameon=False, fontsize=FONT)
     return made

@@ -68,8 +68,8 @@ def unseen_metrics(classes, validation, test, unseen):
 
 
 def write_held_out(path, held, classes, unseen, threshold):
-    """per_class_unseen.csv: of each class that was held out, its classes at the ranks above, the share of its sequences that each of them
-    has right, and the share that is called a known class.
+    """per_class_unseen.csv: of each class that was held out, its classes at the ranks above, the share of its sequences for which each of
+    these ranks is right, and the share that is called a known class.
 
     held: PreparedDataset.held_out(); classes: {rank: class table}; unseen: Confidence; threshold: of the maximum softmax probability, or
     None.
