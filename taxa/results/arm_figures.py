@@ -156,7 +156,7 @@ def on_unseen(arms, ranks):
         ax.set_axisbelow(True)
     axes[0, 0].set_yticks(range(len(arms)), [arm["arm"] for arm in arms], fontsize=FONT)
     axes[0, 0].set_ylim(len(arms) - 0.5, -0.5)
-    marks = (("o", 8, "unseen genera, mean"), ("o", 3, "one unseen genus"), ("|", 13, "known genera of the same phylum (superkingdom)"))
+    marks = (("o", 8, "unseen genera, mean"), ("o", 3, "one unseen genus"), ("|", 13, "known relatives (test split)"))
     made.legend(handles=[Line2D([], [], linestyle="none", marker=shape, markersize=size, color="#444444", label=label)
                          for shape, size, label in marks], loc="outside lower center", ncols=3, frameon=False, fontsize=FONT)
     return made
