@@ -43,10 +43,11 @@ def parse_args(argv=None):
 
 def read_table(folder):
     """([(taxid, name, fragments)] of the held-out genera, {rank: (G,) share that is right}, {rank: (G,) recall of their class of that rank
-    in the test split}) of a run."""
+    in the test split, NaN where it has none}) of a run."""
     path, of_test = Path(folder) / TABLE, Path(folder) / "per_class.csv"
     try:
-        rows, recall = rows_of(path), {(row["rank"], row["name"]): float(row["recall"]) for row in rows_of(of_test)}
+        rows = rows_of(path)
+        recall = {(row["rank"], row["name"]): float(row["recall"]) if int(row["support"]) else np.nan for row in rows_of(of_test)}
         ranks = [name.removesuffix(COLUMN) for name in rows[0] if name.endswith(COLUMN)]
         return ([(row["taxid"], row["name"], int(row["support"])) for row in rows],
                 {rank: np.array([float(row[rank + COLUMN]) for row in rows]) for rank in ranks},
@@ -99,7 +100,7 @@ def main(argv=None):
                "seeds": [each.args["seed"] for each in group.runs], "ranks": {}}
         for rank, (of_runs, replicates) in found[group.label].items():
             arm["ranks"][rank] = {
-                "known": float(np.mean([tables[each.folder][2][rank] for each in group.runs])),
+                "known": float(np.nanmean([tables[each.folder][2][rank] for each in group.runs])),
                 "mean": float(of_runs.mean()), **interval(replicates), "genera": of_runs.mean(axis=0).tolist(),
                 **{key: difference(found[group.label][rank], found[other.label][rank]) for key, other in against.items() if other}}
         document["arms"].append(arm)

@@ -163,6 +163,11 @@ def test_what_is_not_of_unseen_genera_is_said(tmp_path):
     with pytest.raises(InputError, match="are of two data sets or two models"):
         unseen.main(given)
     metrics.write_text(right)
+    per_class = tmp_path / "runs" / "b" / "per_class.csv"
+    rows = per_class.read_text(encoding="utf-8").splitlines()
+    per_class.write_text("\n".join(["phylum,107,Phylum <7>,0,0,0.0,0.0,0.0" if "Phylum <7>" in row else row for row in rows]))
+    recalls = unseen.read_table(per_class.parent)[2]["phylum"]
+    assert np.isnan(recalls).tolist() == [True, False, False]  # no fragment to test, which is not a recall of 0
     for text, message in (*((text, "are not the tables that") for text in ("", table.replace("0.5", "half"), table.replace("<8>", "<99>"))),
                           (table.replace("Genus8", "G"), "two data sets")):
         (tmp_path / "runs" / "b" / unseen.TABLE).write_text(text)
