@@ -51,7 +51,7 @@ def read_table(folder):
         ranks = [name.removesuffix(COLUMN) for name in rows[0] if name.endswith(COLUMN)]
         return ([(row["taxid"], row["name"], int(row["support"])) for row in rows],
                 {rank: np.array([float(row[rank + COLUMN]) for row in rows]) for rank in ranks},
-                {rank: np.array([recall[rank, row[rank]] for row in rows]) for rank in ranks})
+                {rank: np.array([recall[rank, row[f"{rank}_name"]] for row in rows]) for rank in ranks})
     except FileNotFoundError as error:
         name = Path(error.filename).name
         flags = " --split unseen" if name == TABLE else ""

@@ -121,7 +121,7 @@ def make_unseen(folder, shares, **kind):
     """A run whose held-out genera 7, 8 and 9 have these shares of their fragments in the right phylum, and .5 in the right superkingdom."""
     rows = [f"{taxid},Genus{taxid},10,Archaea,Phylum <{taxid}>,0.5,{share},0.6" for taxid, share in zip((7, 8, 9), shares)]
     (make_run(folder, **kind) / unseen.TABLE).write_text(
-        "\n".join(["taxid,name,support,superkingdom,phylum,superkingdom_accuracy,phylum_accuracy,false_calls", *rows]) + "\n")
+        "\n".join(["taxid,name,support,superkingdom_name,phylum_name,superkingdom_accuracy,phylum_accuracy,false_calls", *rows]) + "\n")
 
 
 def test_unseen_genera_are_drawn_alike_for_every_arm(tmp_path, capsys):

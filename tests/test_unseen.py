@@ -174,7 +174,7 @@ def test_unseen_genera_against_scikit_learn(held, weights, tmp_path, capsys):
     assert {int(row["taxid"]) for row in rows} == genera and support.min() > 0 and support.sum() == found["sequences"]
     which, labels = data.held_out()[1], data.split("unseen", "nt").labels
     for c, row in enumerate(rows):
-        assert [row[rank] for rank in ("superkingdom", "phylum")] == [
+        assert [row[f"{rank}_name"] for rank in ("superkingdom", "phylum")] == [
             data.classes[rank][label]["name"] for rank, label in zip(("superkingdom", "phylum"), labels[which == c][-1])]
     for column, whole in (("superkingdom_accuracy", found["ranks"]["superkingdom"]["accuracy"]),
                           ("phylum_accuracy", found["ranks"]["phylum"]["accuracy"]),

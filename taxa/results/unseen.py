@@ -79,7 +79,7 @@ def write_held_out(path, held, classes, unseen, threshold):
     columns |= {} if threshold is None else {"false_calls": unseen.values[:, 0] >= threshold}
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
-        out.writerow(["taxid", "name", "support", *above, *columns])
+        out.writerow(["taxid", "name", "support", *(f"{rank}_name" for rank in above), *columns])
         for c, row in enumerate(held[0]):
             of_class = held[1] == c
             parents = [classes[rank][label]["name"] for rank, label in zip(above, unseen.truth[of_class][0])]
