@@ -131,7 +131,7 @@ def evaluate_unseen(w, model, data, tokenizer, strands, how, fitted, out):
             print(f"note: {data.folder} was prepared before per_class_unseen.csv came; for that table prepare it again (its digest stays)")
             (out / "per_class_unseen.csv").unlink(missing_ok=True)
         else:
-            write_held_out(out / "per_class_unseen.csv", held, data.classes, found[-1], metrics["confidence"]["softmax"]["threshold"])
+            write_held_out(out / "per_class_unseen.csv", held, data.classes, *found[1:], metrics["confidence"]["softmax"]["threshold"])
         write_json(out / "temperature.json", fitted | {"min_probability": metrics["confidence"]["softmax"]["threshold"]})
     return metrics
 

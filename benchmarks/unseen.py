@@ -4,11 +4,11 @@
   python benchmarks/unseen.py runs/unseen --out docs/results/unseen.json --figure docs/figures/unseen.png
 
 From per_class_unseen.csv of each run. The measure is the mean over the held-out genera of the share of their fragments for which a rank
-above is right. Beside it stands, from per_class.csv, what known genera like them reach in the test split: the mean over the held-out genera
-of the recall of their phylum (superkingdom). A replicate draws one of an arm's runs, and as many genera as there are, with replacement, the
-same ones for every arm: a difference of two arms is of the same genera. Fragments of one genus are of one genome or few, so the genus is
-the unit, not the fragment; genera of one phylum are not independent either, so the intervals are rather too narrow. False calls of a
-phylum cost nothing here: an arm that calls much by a large phylum looks better than its balanced accuracy.
+above is right; beside it, the same of the test split's fragments of that phylum (superkingdom): known genera like them. A replicate draws
+one of an arm's runs, and as many genera as there are, with replacement, the same ones for every arm: a difference of two arms is of the
+same genera. Fragments of one genus are of one genome or few, so the genus is the unit, not the fragment; genera of one phylum are not
+independent either, so the intervals are rather too narrow. False calls of a phylum cost nothing here: an arm that calls much by a large
+phylum looks better than its balanced accuracy.
 """
 
 import csv
@@ -27,7 +27,7 @@ from taxa.results.run_folders import find_runs, read_run  # noqa: E402
 from taxa.runtime.cli import Parser, positive_int, run, seed  # noqa: E402
 from taxa.runtime.files import replacing, write_json  # noqa: E402
 
-TABLE, COLUMN = "per_class_unseen.csv", "_accuracy"
+TABLE = "per_class_unseen.csv"
 
 
 def parse_args(argv=None):
@@ -42,27 +42,22 @@ def parse_args(argv=None):
 
 
 def read_table(folder):
-    """([(taxid, name, fragments)] of the held-out genera, {rank: (G,) share that is right}, {rank: (G,) recall of their class of that rank
-    in the test split, NaN where it has none}) of a run."""
-    path, of_test = Path(folder) / TABLE, Path(folder) / "per_class.csv"
+    """([(taxid, name, fragments)] of the held-out genera, {rank: {"accuracy", "known": (G,) shares}}) of a run.
+
+    A share is NaN where its cell is empty.
+    """
+    path = Path(folder) / TABLE
     try:
-        rows = rows_of(path)
-        recall = {(row["rank"], row["name"]): float(row["recall"]) if int(row["support"]) else np.nan for row in rows_of(of_test)}
-        ranks = [name.removesuffix(COLUMN) for name in rows[0] if name.endswith(COLUMN)]
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        ranks = [name.removesuffix("_accuracy") for name in rows[0] if name.endswith("_accuracy")]
         return ([(row["taxid"], row["name"], int(row["support"])) for row in rows],
-                {rank: np.array([float(row[rank + COLUMN]) for row in rows]) for rank in ranks},
-                {rank: np.array([recall[rank, row[f"{rank}_name"]] for row in rows]) for rank in ranks})
-    except FileNotFoundError as error:
-        name = Path(error.filename).name
-        flags = " --split unseen" if name == TABLE else ""
-        raise InputError(f"{folder} has no {name}: python evaluate.py {folder}/ckpt.pt{flags} writes it") from None
+                {rank: {key: np.array([float(row[f"{rank}_{key}"] or "nan") for row in rows]) for key in ("accuracy", "known")}
+                 for rank in ranks})
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no {TABLE}: python evaluate.py {folder}/ckpt.pt --split unseen writes it") from None
     except (KeyError, ValueError, TypeError, IndexError, csv.Error):
-        raise InputError(f"{path} and {of_test.name} are not the tables that evaluate.py writes") from None
-
-
-def rows_of(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        raise InputError(f"{path} is not the table that evaluate.py --split unseen writes") from None
 
 
 def drawn(values, genera, rng):
@@ -81,17 +76,19 @@ def main(argv=None):
     if not runs:
         raise InputError(f"{', '.join(args.runs)}: no finished run of train.py")
     tables = {each.folder: read_table(each.folder) for each in runs}
-    held, shares, _ = tables[runs[0].folder]
-    for each in runs:
-        if any(of(each) != of(runs[0]) for of in (lambda run: run.metrics.get("dataset_digest"), lambda run: run.args["model"],
-                                                  lambda run: tables[run.folder][0])):
+    held, ranks = tables[runs[0].folder]
+    kinds = [(each.metrics.get("dataset_digest"), each.args["model"], tables[each.folder][0]) for each in runs]
+    for each, kind in zip(runs, kinds):
+        if kind != kinds[0]:
             raise InputError(f"{runs[0].folder} and {each.folder} are of two data sets or two models: give the runs of one")
     groups, rng = group_runs(runs), np.random.default_rng(args.seed)
     genera = rng.integers(len(held), size=(args.replicates, len(held)))
-    values = {group.label: {rank: np.stack([tables[each.folder][1][rank] for each in group.runs]) for rank in shares} for group in groups}
-    found = {label: {rank: (v, drawn(v, genera, rng)) for rank, v in of_rank.items()} for label, of_rank in values.items()}
+    found = {}  # {label: {rank: ((runs, G) shares, (B,) replicates)}}
+    for group in groups:
+        of_ranks = {rank: np.stack([tables[each.folder][1][rank]["accuracy"] for each in group.runs]) for rank in ranks}
+        found[group.label] = {rank: (values, drawn(values, genera, rng)) for rank, values in of_ranks.items()}
     document = {"replicates": args.replicates, "held_out": [{"taxid": t, "name": name, "sequences": n} for t, name, n in held], "arms": []}
-    print("| arm | runs | " + " | ".join(f"{rank}: known genera | unseen" for rank in shares) + " |\n|" + "---|" * (2 + 2 * len(shares)))
+    print("| arm | runs | " + " | ".join(f"{rank}: known genera | unseen" for rank in ranks) + " |\n|" + "---|" * (2 + 2 * len(ranks)))
     for group in groups:
         full = only(groups, "full", None, "train", group)
         frozen = only(groups, group.strategy, group.r, "frozen", group) if group.strategy in ADAPTERS and group.heads == "train" else None
@@ -100,7 +97,7 @@ def main(argv=None):
                "seeds": [each.args["seed"] for each in group.runs], "ranks": {}}
         for rank, (of_runs, replicates) in found[group.label].items():
             arm["ranks"][rank] = {
-                "known": float(np.nanmean([tables[each.folder][2][rank] for each in group.runs])),
+                "known": float(np.nanmean([tables[each.folder][1][rank]["known"] for each in group.runs])),
                 "mean": float(of_runs.mean()), **interval(replicates), "genera": of_runs.mean(axis=0).tolist(),
                 **{key: difference(found[group.label][rank], found[other.label][rank]) for key, other in against.items() if other}}
         document["arms"].append(arm)
@@ -116,7 +113,7 @@ def main(argv=None):
     if args.figure:
         from taxa.results.arm_figures import on_unseen  # matplotlib, which the numbers do without
         with replacing(args.figure) as temporary:
-            on_unseen(document["arms"], list(shares)).savefig(temporary, dpi=150, format="png")
+            on_unseen(document["arms"], list(ranks)).savefig(temporary, dpi=150, format="png")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from taxa.data.splits import NO_CLASS, hold_out
 from taxa.data.tokens import get_tokenizer
 from taxa.errors import InputError
 from taxa.results.metrics import auroc
+from taxa.results.unseen import Confidence, write_held_out
 from taxa.training import checkpoint
 
 
@@ -199,6 +200,29 @@ def test_unseen_genera_against_scikit_learn(held, weights, tmp_path, capsys):
     assert f"suggests --min-probability {fitted['min_probability']:.3f}" in capsys.readouterr().err
     predict.main([*read, "--min-probability", "0.2"])
     assert "suggests" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threshold", [0.5, None])
+def test_the_table_of_held_out_genera_against_a_naive_count(threshold, tmp_path):
+    rng = np.random.default_rng(0)
+    classes = {"phylum": [{"taxid": 10 + i, "name": f"P{i}"} for i in range(4)], "genus": []}
+    rows, phylum_of, which = [{"taxid": None, "name": "H0"}, {"taxid": 31, "name": "H1"}], np.array([1, 3]), rng.integers(0, 2, 40)
+    drawn = lambda truth: Confidence(truth, rng.integers(0, 3, truth.shape), rng.random((len(truth), 2)))
+    test = drawn(np.stack([rng.integers(0, 3, 60), rng.integers(0, 9, 60)], axis=1))  # nothing of the phylum of H1
+    unseen = drawn(np.stack([phylum_of[which], np.full(40, NO_CLASS)], axis=1))
+    write_held_out(tmp_path / "table.csv", (rows, which), classes, test, unseen, threshold)
+    found = list(csv.DictReader((tmp_path / "table.csv").read_text(encoding="utf-8").splitlines()))
+    assert [(row["taxid"], row["name"], row["phylum_name"]) for row in found] == [("", "H0", "P1"), ("31", "H1", "P3")]
+    for c, row in enumerate(found):
+        members = [i for i in range(40) if which[i] == c]
+        assert int(row["support"]) == len(members)
+        assert float(row["phylum_accuracy"]) == pytest.approx(
+            sum(unseen.predicted[i, 0] == phylum_of[c] for i in members) / len(members), abs=1e-6)
+        called = "" if threshold is None else f"{sum(unseen.values[i, 0] >= threshold for i in members) / len(members):.6f}"
+        assert row["false_calls"] == called
+    relatives = [i for i in range(60) if test.truth[i, 0] == 1]
+    assert found[0]["phylum_known"] == f"{sum(test.predicted[i, 0] == 1 for i in relatives) / len(relatives):.6f}"
+    assert found[1]["phylum_known"] == ""
 
 
 def test_a_folder_without_unseen_genera_is_one_line(short, weights, tmp_path):

@@ -67,24 +67,31 @@ def unseen_metrics(classes, validation, test, unseen):
     return document
 
 
-def write_held_out(path, held, classes, unseen, threshold):
-    """per_class_unseen.csv: of each class that was held out, its classes at the ranks above, the share of its sequences for which each of
-    these ranks is right, and the share that is called a known class.
+def write_held_out(path, held, classes, test, unseen, threshold):
+    """per_class_unseen.csv, a row for each class that was held out. Of each rank above: its class there, the share of its sequences for
+    which that is right, and the same of the test split's sequences of that class (empty where there are none). false_calls: the share that
+    is called a known class.
 
-    held: PreparedDataset.held_out(); classes: {rank: class table}; unseen: Confidence; threshold: of the maximum softmax probability, or
-    None.
+    held: PreparedDataset.held_out(); classes: {rank: class table}; test, unseen: Confidence; threshold: of the maximum softmax
+    probability, or None.
     """
     above = list(classes)[:-1]
-    columns = {f"{rank}_accuracy": unseen.predicted[:, i] == unseen.truth[:, i] for i, rank in enumerate(above)}
-    columns |= {} if threshold is None else {"false_calls": unseen.values[:, 0] >= threshold}
+    ranks = [f"{rank}_{column}" for rank in above for column in ("name", "accuracy", "known")]
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
-        out.writerow(["taxid", "name", "support", *(f"{rank}_name" for rank in above), *columns])
+        out.writerow(["taxid", "name", "support", *ranks, "false_calls"])
         for c, row in enumerate(held[0]):
-            of_class = held[1] == c
-            parents = [classes[rank][label]["name"] for rank, label in zip(above, unseen.truth[of_class][0])]
-            shares = [f"{each[of_class].mean():.6f}" for each in columns.values()]
-            out.writerow([row["taxid"], row["name"], of_class.sum(), *parents, *shares])
+            here, cells = held[1] == c, []
+            for i, rank in enumerate(above):
+                label = unseen.truth[here, i][0]
+                known = test.predicted[test.truth[:, i] == label, i]
+                cells += [classes[rank][label]["name"], _share(unseen.predicted[here, i] == label), _share(known == label)]
+            called = [] if threshold is None else unseen.values[here, 0] >= threshold
+            out.writerow([row["taxid"], row["name"], here.sum(), *cells, _share(called)])
+
+
+def _share(right):
+    return f"{np.mean(right):.6f}" if len(right) else ""
 
 
 def table(document):
