@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 # The checkpoint that ships in taxa/assets/tiny_nt, made again (its README.md tells what it is): about half an hour of one core.
 PRETRAINED = runs/pretrain-tiny-nt
 tiny-nt: $(VENV)/.installed
-	$(RUN) benchmarks/genomes.py --genera 4000 --sequences 120000 --seed 1 --out data/pretraining-fasta
+	$(RUN) experiments/genomes.py --genera 4000 --sequences 120000 --seed 1 --out data/pretraining-fasta
 	$(RUN) prepare.py --fasta data/pretraining-fasta/*_db.fa --taxdump data/pretraining-fasta/taxdmp_simulated.zip --out data/pretraining \
 		--validation 0.02 --test 0.01 --overwrite
 	OMP_NUM_THREADS=1 $(RUN) pretrain.py --model tiny-nt --data data/pretraining --tied --batch-size 16 --lr 2e-3 --warmup-steps 200 \
@@ -30,13 +30,13 @@ tiny-nt: $(VENV)/.installed
 
 # The paper's comparison on simulated genomes: at most 45 minutes on 2 cores, or with QUICK=1 at most 8; what is finished is not run again.
 # Two steps come before the study: simulated genomes, prepared, and tiny-dnabert, for which nothing is published, pretrained on others of
-# them (a genus needs three sequences to have one in each split). In examples/: paper_mini.csv, paper_mini_quick.csv, and heads.csv, which
+# them (a genus needs three sequences to have one in each split). In experiments/: paper_mini.csv, paper_mini_quick.csv, and heads.csv, which
 # needs the data many and real as well (docs/STUDY.md).
 MINI = paper-mini$(if $(QUICK),-quick)
 MINI_DATA = data/paper-mini/few$(if $(QUICK),-quick)
 PRETRAINED_MINI = runs/$(MINI)/pretrain-tiny-dnabert
 paper-mini: | $(MINI_DATA)/manifest.json $(PRETRAINED_MINI)/metrics.json
-	OMP_NUM_THREADS=1 $(RUN) study.py --grid examples/$(subst -,_,$(MINI)).csv --set '--epochs 1 --batch-size 16' --out runs/$(MINI) \
+	OMP_NUM_THREADS=1 $(RUN) study.py --grid experiments/$(subst -,_,$(MINI)).csv --set '--epochs 1 --batch-size 16' --out runs/$(MINI) \
 		--jobs $(JOBS)
 	$(if $(QUICK),,test -e runs/$(MINI)/probe.json || $(RUN) probe_batch.py --model tiny-nt --strategies all --memory-limit 200MiB \
 		--steps 1 --device cpu --out runs/$(MINI)/probe.json)
@@ -45,7 +45,7 @@ paper-mini: | $(MINI_DATA)/manifest.json $(PRETRAINED_MINI)/metrics.json
 # $(call genomes,FOLDER,GENERA,SEQUENCES,SEED,FLAGS OF prepare.py): simulated genomes, prepared in FOLDER.
 define genomes
 $(1)/manifest.json: | $(VENV)/.installed
-	$(RUN) benchmarks/genomes.py --genera $(2) --sequences $(3) --seed $(4) --out $(1)-fasta
+	$(RUN) experiments/genomes.py --genera $(2) --sequences $(3) --seed $(4) --out $(1)-fasta
 	$(RUN) prepare.py --fasta $(1)-fasta/*_db.fa --taxdump $(1)-fasta/taxdmp_simulated.zip --out $(1) $(5) --tokenizers nt tiny-dnabert
 endef
 SPLIT = --test 0.2 --validation 0.05
@@ -84,7 +84,7 @@ bench: $(VENV)/.installed
 	$(RUN) benchmarks/step.py
 
 lint: $(VENV)/.installed
-	$(RUN) -m compileall -q taxa tests benchmarks *.py
+	$(RUN) -m compileall -q taxa tests benchmarks experiments *.py
 	$(RUN) -m pyflakes taxa tests benchmarks *.py
 
 # What the commands of README.md leave behind, but for data and runs of your own: data/bertax, data/mine, and runs/ are yours to remove.

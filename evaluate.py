@@ -15,9 +15,16 @@ from taxa.data.splits import SPLITS, UNSEEN
 from taxa.data.taxonomy import class_id
 from taxa.data.tokens import digests
 from taxa.errors import InputError
-from taxa.results.evaluation import details, run_split, split_temperature, summarize, table, write_tables
-from taxa.results.unseen import confidence, unseen_metrics, write_held_out
-from taxa.results.unseen import table as unseen_table
+from taxa.evaluation.evaluation import (
+    details,
+    run_split,
+    split_temperature,
+    summarize,
+    table,
+    write_tables,
+)
+from taxa.evaluation.unseen import confidence, unseen_metrics, write_held_out
+from taxa.evaluation.unseen import table as unseen_table
 from taxa.runtime.cli import Parser, non_negative_int, positive_int, run
 from taxa.runtime.distributed import main_first, world
 from taxa.runtime.files import write_json

@@ -27,7 +27,7 @@ from transformers import PretrainedConfig
 from taxa.backbones import FAMILIES, get_model
 from taxa.errors import InputError
 from taxa.inject import merge_adapters
-from taxa.results.model_card import model_card
+from taxa.prediction.model_card import model_card
 from taxa.runtime.cli import Parser, run
 from taxa.runtime.files import new_folder, read_json, save_tensors, write_json
 from taxa.runtime.precision import autocast

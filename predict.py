@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from taxa.data.reads import check_files, pairs, read_ahead, records, slices
+from taxa.data.batches import read_ahead
 from taxa.errors import InputError
-from taxa.results.decode import JointDecoder, log_probabilities
-from taxa.results.kraken import report
-from taxa.results.writers import FORMATS, LineWriter, VectorWriter
+from taxa.evaluation.decode import JointDecoder, log_probabilities
+from taxa.prediction.kraken import report
+from taxa.prediction.reads import check_files, pairs, records, slices
+from taxa.prediction.writers import FORMATS, LineWriter, VectorWriter
 from taxa.runtime.cli import Parser, fraction, positive_int, run
 from taxa.runtime.distributed import exit_together, sum_over_ranks, world
 from taxa.runtime.files import replacing

@@ -18,7 +18,15 @@ from taxa import RANKS, STUDY_SEED
 from taxa.data.dataset import PreparedDataset
 from taxa.data.describe import describe, picture
 from taxa.data.grammar import is_packed
-from taxa.data.prepare import ACROSS, DEMO_SEQUENCES, LENGTH, TEST, VALIDATION, prepare, simulated_source
+from taxa.data.prepare import (
+    ACROSS,
+    DEMO_SEQUENCES,
+    LENGTH,
+    TEST,
+    VALIDATION,
+    prepare,
+    simulated_source,
+)
 from taxa.data.sources import FastaSource, TableSource
 from taxa.data.table import check_columns
 from taxa.data.taxonomy import check_ranks
@@ -162,7 +170,10 @@ def given_splits(parser, args):
 
 def read_classes(path):
     """{rank: [{"taxid", "name"}, ...]} of a checkpoint, or of a folder of export.py."""
-    from taxa.training import checkpoint, peft_format  # they import transformers, which takes seconds
+    from taxa.training import (  # they import transformers, which takes seconds
+        checkpoint,
+        peft_format,
+    )
 
     return peft_format.read_labels(path) if Path(path).is_dir() else checkpoint.read(path)["classes"]
 

@@ -24,14 +24,22 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from taxa.backbones import MODELS, get_model, load_backbone, read_config, table_name
-from taxa.backbones.masked_lm import MASKING, MaskedLM, generator_for, load_head, mask_tokens, save_hub_folder, unigram_losses
+from taxa.backbones.masked_lm import (
+    MASKING,
+    MaskedLM,
+    generator_for,
+    load_head,
+    mask_tokens,
+    save_hub_folder,
+    unigram_losses,
+)
 from taxa.data.augment import augmented
-from taxa.data.dataset import micro_batches
-from taxa.data.opening import check_vocabulary, load, open_data, row_tokenizer, step_records
-from taxa.data.reads import check_files, records, tokenized_windows
+from taxa.data.batches import load, micro_batches, step_records
+from taxa.data.opening import check_vocabulary, open_data, row_tokenizer
 from taxa.data.tokens import get_tokenizer
 from taxa.errors import InputError
-from taxa.results.metrics import perplexity
+from taxa.evaluation.metrics import perplexity
+from taxa.prediction.reads import check_files, records, tokenized_windows
 from taxa.runtime import cli
 from taxa.runtime.cli import fraction
 from taxa.runtime.distributed import barrier, main_first, sum_over_ranks, world
@@ -186,7 +194,7 @@ def pretrain(w, run, args, row):
         if done >= total_steps:
             break
         model.train()
-        plan = micro_batches(len(splits["train"]), args.seed, epoch, args.batch_size, args.accumulate, w.rank, w.size)
+        plan = micro_batches(len(splits["train"]), args.seed, epoch, args.batch_size, args.accumulate, rank=w.rank, size=w.size)
         plan = plan[step - done:end - done]  # optimizer steps
         source = augmented(data.split("train", "nt"), row_tokenizer(row), args.seed, epoch) if args.augment else splits["train"]
         loader = load(source, plan, args.workers, w.device)

@@ -39,11 +39,11 @@ from taxa.measure import memory
 from taxa.measure.chart import draw_memory
 from taxa.measure.isolation import GiB, in_child, limit_memory, on_cuda, peak_since, resident
 from taxa.measure.step import build, random_batch, synchronize, training_step
-from taxa.results.published import published_seconds
 from taxa.runtime.cli import Parser, byte_size, positive_int, run
 from taxa.runtime.files import write_json
 from taxa.runtime.precision import PRECISIONS, set_precision
 from taxa.strategies import PROTOCOLS, STRATEGIES, settings_from_flags
+from taxa.study.published_runs import published_seconds
 from taxa.training.activation_checkpointing import MODES
 
 FIRST_BATCH = 4  # the paper's

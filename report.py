@@ -18,10 +18,19 @@ from pathlib import Path
 
 from taxa import RANKS
 from taxa.errors import InputError
-from taxa.results.run_folders import find_runs, read_run
-from taxa.results.tables import best_groups, columns_of, confused_pairs, csv_text, html_table, markdown, summary_rows, table_rows
 from taxa.runtime.cli import Parser, positive_float, run
 from taxa.runtime.files import new_folder
+from taxa.study.run_folders import find_runs, read_run
+from taxa.study.tables import (
+    best_groups,
+    columns_of,
+    confused_pairs,
+    csv_text,
+    html_table,
+    markdown,
+    summary_rows,
+    table_rows,
+)
 
 FILES = ("report.html", "table.md", "table.csv", "summary.csv", "confused_genera.csv")  # and figure_*.png
 DPI = 150
@@ -139,8 +148,12 @@ def page(parts, columns, rows, summary, pairs, remarks, pngs):
 
 def write_report(args, runs):
     """The whole folder --out, or nothing of it."""
-    from taxa.results.groups import group_runs, published_groups, read_probes  # late: it loads torch, which --watch has no need of
-    from taxa.results.sections import Material, drawn_sections  # late: it needs matplotlib
+    from taxa.study.groups import (  # late: it loads torch, which --watch has no need of
+        group_runs,
+        published_groups,
+        read_probes,
+    )
+    from taxa.study.sections import Material, drawn_sections  # late: it needs matplotlib
 
     out = Path(args.out)
     if out.is_dir():

@@ -21,15 +21,15 @@ from pathlib import Path
 
 from taxa import RANKS, STUDY_SEED, STUDY_TRAINING_SEQUENCES
 from taxa.errors import InputError, Saved, Stop, choose, nearest
-from taxa.results import grid
-from taxa.results.rates import hours, read_rates
-from taxa.results.run_folders import read_run
 from taxa.runtime.cli import Parser, positive_int, run
 from taxa.runtime.files import replacing
-from taxa.runtime.queue import Job, gpus, hold, run_jobs
 from taxa.runtime.signals import Signals
-from taxa.runtime.slurm import array_script
 from taxa.runtime.workers import available_cores
+from taxa.study import grid
+from taxa.study.queue import Job, gpus, hold, run_jobs
+from taxa.study.rates import hours, read_rates
+from taxa.study.run_folders import read_run
+from taxa.study.slurm import array_script
 
 ROOT = Path(__file__).resolve().parent
 TRAIN = ROOT / "train.py"

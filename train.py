@@ -19,24 +19,48 @@ from torch.nn.parallel import DistributedDataParallel
 from taxa import STUDY_SEED
 from taxa.backbones import MODELS, backbone_config, find_model
 from taxa.data.augment import augmented
-from taxa.data.dataset import PreparedDataset, micro_batches, on_device
-from taxa.data.opening import check_vocabulary, data_folder, load, open_data, row_tokenizer, step_records
+from taxa.data.batches import load, micro_batches, on_device, step_records
+from taxa.data.dataset import PreparedDataset
+from taxa.data.opening import check_vocabulary, data_folder, open_data, row_tokenizer
 from taxa.data.splits import SPLITS
 from taxa.errors import InputError
-from taxa.measure.published import published_fraction
+from taxa.evaluation.evaluation import run_split, summarize, table, write_tables
 from taxa.model import TaxonClassifier, sequence_losses
 from taxa.random_init import reinitialize
-from taxa.results.evaluation import run_split, summarize, table, write_tables
 from taxa.runtime import cli
 from taxa.runtime.cli import positive_int, share
 from taxa.runtime.distributed import barrier, copy_from_main, main_first, sum_over_ranks, world
-from taxa.runtime.precision import COMPILE, autocast, compile_in_place, precision_note, set_precision
+from taxa.runtime.precision import (
+    COMPILE,
+    autocast,
+    compile_in_place,
+    precision_note,
+    set_precision,
+)
 from taxa.runtime.progress import progress
-from taxa.strategies import STRATEGY_FLAGS, classifier_on_meta, inject_adapters, settings_from_flags, train_only, trainable_names
+from taxa.strategies import (
+    STRATEGY_FLAGS,
+    classifier_on_meta,
+    inject_adapters,
+    settings_from_flags,
+    train_only,
+    trainable_names,
+)
+from taxa.study.published_fractions import published_fraction
 from taxa.training import checkpoint, peft_format
 from taxa.training.activation_checkpointing import checkpoint_layers
-from taxa.training.flags import (add_classes, add_data, add_machine, add_model, add_optimisation, add_output, add_strategy, check_run,
-                                 check_strategy, classes_of)
+from taxa.training.flags import (
+    add_classes,
+    add_data,
+    add_machine,
+    add_model,
+    add_optimisation,
+    add_output,
+    add_strategy,
+    check_run,
+    check_strategy,
+    classes_of,
+)
 from taxa.training.optim import adamw, cosine_lr, load_adamw
 from taxa.training.run import Run, dropout_seed, planned_steps
 
@@ -199,7 +223,7 @@ def train(w, run, args, row, settings, start=None):
         if bad_epochs == args.patience or done >= total_steps:
             break
         model.train()
-        plan = micro_batches(len(splits["train"]), args.seed, epoch, args.batch_size, args.accumulate, w.rank, w.size)
+        plan = micro_batches(len(splits["train"]), args.seed, epoch, args.batch_size, args.accumulate, rank=w.rank, size=w.size)
         plan = plan[step - done:end - done]  # optimizer steps
         source = augmented(data.split("train", "nt"), row_tokenizer(row), args.seed, epoch) if args.augment else splits["train"]
         batches = load(source, plan, args.workers, w.device)

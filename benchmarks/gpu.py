@@ -28,21 +28,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-from taxa import STUDY_CLASSES  # noqa: E402
-from taxa.backbones import FAMILIES, get_model  # noqa: E402
-from taxa.errors import InputError  # noqa: E402
-from taxa.measure import flops  # noqa: E402
-from taxa.measure.isolation import is_out_of_memory, limit_memory, on_cuda  # noqa: E402
-from taxa.measure.step import build, random_batch, synchronize, training_step  # noqa: E402
-from taxa.runtime.cli import Parser, byte_size, positive_float, run  # noqa: E402
-from taxa.runtime.files import write_json  # noqa: E402
-from taxa.runtime.precision import autocast, compile_in_place, set_precision  # noqa: E402
-from taxa.strategies import settings_from_flags, trainable_names  # noqa: E402
-from taxa.training.optim import adamw  # noqa: E402
+from taxa import STUDY_CLASSES
+from taxa.backbones import FAMILIES, get_model
+from taxa.errors import InputError
+from taxa.measure import flops
+from taxa.measure.isolation import is_out_of_memory, limit_memory, on_cuda
+from taxa.measure.step import build, random_batch, synchronize, training_step
+from taxa.runtime.cli import Parser, byte_size, positive_float, run
+from taxa.runtime.files import write_json
+from taxa.runtime.precision import autocast, compile_in_place, set_precision
+from taxa.strategies import settings_from_flags, trainable_names
+from taxa.training.optim import adamw
 
 STRATEGIES = ("full", "lora", "ia3", "freeze75")  # lora with its default r = 4
 PUBLISHED = {"nt50m": 606.0, "nt100m": 343.0, "nt250m": 225.0, "dnabert2": 42.0 / 4}  # sequences/s per GPU, full (supplement)

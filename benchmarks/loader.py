@@ -4,7 +4,7 @@
   python benchmarks/loader.py --data data/bertax     # the train split of a prepared dataset
   python benchmarks/loader.py --workers 2            # batches made by two processes beside the loop, as train.py --workers 2
 
-One epoch in train.py's own order (taxa.data.dataset.micro_batches) through the same DataLoader; a step takes the batch and does nothing.
+One epoch in train.py's own order (taxa.data.batches.micro_batches) through the same DataLoader; a step takes the batch and does nothing.
 Prints the median over the rounds and their range as one JSON line.
 """
 
@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from taxa import RANKS  # noqa: E402
-from taxa.data.dataset import PreparedDataset, TokenSplit, TokenWriter, micro_batches  # noqa: E402
-from taxa.runtime.cli import Parser, non_negative_int, positive_int, run  # noqa: E402
+from taxa import RANKS
+from taxa.data.batches import micro_batches
+from taxa.data.dataset import PreparedDataset, TokenSplit, TokenWriter
+from taxa.runtime.cli import Parser, non_negative_int, positive_int, run
 
 CLASSES = {rank: 1000 for rank in RANKS}
 
@@ -41,7 +42,7 @@ def simulate(folder, sequences, tokens):
 
 def epoch(split, batch_size, workers, seed):
     """Sequences per second of one shuffled pass; the order is made before the clock starts, as it is once per epoch in train.py."""
-    plan = micro_batches(len(split), seed, 0, batch_size, 1, 0, 1)
+    plan = micro_batches(len(split), seed, 0, batch_size, 1, rank=0, size=1)
     loader = iter(DataLoader(split, batch_size=None, sampler=[rows for micros, _ in plan for rows, _ in micros], num_workers=workers))
     start, seen = time.perf_counter(), 0
     for batch in loader:

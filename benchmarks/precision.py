@@ -22,15 +22,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
 
-from taxa.backbones import MODELS, get_model, table_name  # noqa: E402
-from taxa.data.dataset import PreparedDataset  # noqa: E402
-from taxa.errors import InputError  # noqa: E402
-from taxa.runtime.cli import Parser, positive_float, positive_int, run  # noqa: E402
-from taxa.runtime.files import write_json  # noqa: E402
-from taxa.runtime.precision import PRECISIONS  # noqa: E402
-from taxa.strategies import STRATEGIES  # noqa: E402
+from taxa.backbones import MODELS, get_model, table_name
+from taxa.data.dataset import PreparedDataset
+from taxa.errors import InputError
+from taxa.runtime.cli import Parser, positive_float, positive_int, run
+from taxa.runtime.files import write_json
+from taxa.runtime.precision import PRECISIONS
+from taxa.strategies import STRATEGIES
 
 PASSED_ON = ("model", "strategy", "r", "weights", "data", "epochs", "max_steps", "batch_size", "lr", "workers", "device", "log_every")
 

@@ -23,17 +23,18 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # before this folder, whose predict.py is this file
 
-import predict  # noqa: E402
-from taxa.training import checkpoint  # noqa: E402
-from taxa.backbones import FAMILIES, backbone_config, get_model  # noqa: E402
-from taxa.data.reads import read_ahead, records, slices  # noqa: E402
-from taxa.data.tokens import NTTokenizer  # noqa: E402
-from taxa.model import TaxonClassifier  # noqa: E402
-from taxa.results.decode import JointDecoder  # noqa: E402
-from taxa.results.writers import LineWriter  # noqa: E402
-from taxa.runtime.cli import Parser, positive_int, run  # noqa: E402
-from taxa.runtime.distributed import world  # noqa: E402
-from taxa.strategies import settings_from_flags  # noqa: E402
+import predict
+from taxa.backbones import FAMILIES, backbone_config, get_model
+from taxa.data.batches import read_ahead
+from taxa.data.tokens import NTTokenizer
+from taxa.evaluation.decode import JointDecoder
+from taxa.model import TaxonClassifier
+from taxa.prediction.reads import records, slices
+from taxa.prediction.writers import LineWriter
+from taxa.runtime.cli import Parser, positive_int, run
+from taxa.runtime.distributed import world
+from taxa.strategies import settings_from_flags
+from taxa.training import checkpoint
 
 CLASSES = {"superkingdom": 4, "phylum": 57, "genus": 1884}
 SIZES = {"tiny-nt": (256, 32)}  # reads, batch size
@@ -64,8 +65,7 @@ def write_reads(path, count):
     blocks = ["\n".join(text[i:i + 80] for i in range(0, 1500, 80))
               for text in ("".join(rng.choice(list("ACGT"), 1500)) for _ in range(min(count, 1000)))]
     with open(path, "w") as file:
-        for i in range(count):
-            file.write(f">read{i}\n{blocks[i % len(blocks)]}\n")
+        file.writelines(f">read{i}\n{blocks[i % len(blocks)]}\n" for i in range(count))
 
 
 def speed(model_name, threads, reads, batch_size, rounds, scratch):

@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from taxa.errors import InputError
-from taxa.runtime.cli import Parser, positive_int, run  # noqa: E402
-from taxa.runtime.workers import available_cores  # noqa: E402
+from taxa.runtime.cli import Parser, positive_int, run
+from taxa.runtime.workers import available_cores
 
 NCBI_TAXA = 2_600_000  # about what NCBI's dump has
 

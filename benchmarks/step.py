@@ -29,21 +29,21 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peer import make_peer  # noqa: E402
+from peer import make_peer
 
-from taxa import STUDY_CLASSES  # noqa: E402
-from taxa.backbones import FAMILIES, backbone_config, get_model  # noqa: E402
-from taxa.errors import InputError  # noqa: E402
-from taxa.measure.flops import parts  # noqa: E402
-from taxa.measure.memory import bytes_kept  # noqa: E402
-from taxa.measure.step import batch_loss, random_batch, training_step  # noqa: E402
-from taxa.model import TaxonClassifier  # noqa: E402
-from taxa.random_init import reinitialize  # noqa: E402
-from taxa.runtime.cli import Parser, positive_int, run  # noqa: E402
-from taxa.runtime.files import write_json  # noqa: E402
-from taxa.strategies import inject_adapters, settings_from_flags, train_only, trainable_names  # noqa: E402
-from taxa.training.activation_checkpointing import MODES, checkpoint_layers  # noqa: E402
-from taxa.training.optim import adamw  # noqa: E402
+from taxa import STUDY_CLASSES
+from taxa.backbones import FAMILIES, backbone_config, get_model
+from taxa.errors import InputError
+from taxa.measure.flops import parts
+from taxa.measure.memory import bytes_kept
+from taxa.measure.step import batch_loss, random_batch, training_step
+from taxa.model import TaxonClassifier
+from taxa.random_init import reinitialize
+from taxa.runtime.cli import Parser, positive_int, run
+from taxa.runtime.files import write_json
+from taxa.strategies import inject_adapters, settings_from_flags, train_only, trainable_names
+from taxa.training.activation_checkpointing import MODES, checkpoint_layers
+from taxa.training.optim import adamw
 
 STRATEGIES = (("full", None), ("lora", 1), ("lora", 4), ("lora", 20), ("ia3", None), ("freeze75", None))
 # (impl, strategy, r, mode): the peer, and ours without checkpointing; then checkpointed, where r = 4 stands for LoRA

@@ -5,12 +5,13 @@ parameters that the model uses. `published`: what the published code does: for L
 initialisation, (IA)3 sits elsewhere, and freezing also counts tensors that the loss never uses.
 """
 
-from typing import Callable, NamedTuple, Optional
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from taxa.backbones import FAMILIES, backbone_config, get_model
-from taxa.backbones.published import published_sizes
+from taxa.backbones.unused_tensors import published_sizes
 from taxa.errors import InputError
 from taxa.freeze import frozen_names
 from taxa.ia3 import inject_ia3
@@ -53,7 +54,7 @@ class Strategy(NamedTuple):
     colour: str  # in pictures: Okabe and Ito's palette, told apart with any colour vision
     trains: Callable  # (classifier, settings) -> names of the parameters that train
     flags: dict = {}  # {flag of its own: default}; training/flags.py has their help, and with another strategy they are refused
-    inject: Optional[Callable] = None  # (backbone, settings) -> None: puts the adapters in
+    inject: Callable | None = None  # (backbone, settings) -> None: puts the adapters in
 
 
 LORA_FLAGS = {"r": 4, "lora_alpha": 32.0, "lora_dropout": 0.1, "rslora": False, "targets": None}

@@ -2,9 +2,9 @@
 
 import re
 import sys
+from distutils.core import run_setup
 
 import setuptools  # noqa: F401  (brings distutils to Python 3.12 and later)
-from distutils.core import run_setup
 
 
 def requirements(which):

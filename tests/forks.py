@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import evaluate  # noqa: E402, F401
-import predict  # noqa: E402, F401
-import pretrain  # noqa: E402, F401
-import train  # noqa: E402, F401
+import evaluate  # noqa: F401
+import predict  # noqa: F401
+import pretrain  # noqa: F401
+import train  # noqa: F401
 
 
 def run(words):

@@ -18,7 +18,7 @@ from runs import free_port
 from safetensors.torch import save_file
 
 from taxa.backbones import FAMILIES, get_model
-from taxa.backbones.published import published_sizes
+from taxa.backbones.unused_tensors import published_sizes
 from taxa.errors import InputError
 from taxa.runtime import cli
 from taxa.strategies import classifier_on_meta, settings_from_flags

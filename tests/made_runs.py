@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from taxa.results.evaluation import Outcome, summarize, write_tables
+from taxa.evaluation.evaluation import Outcome, summarize, write_tables
 
 CLASSES = {"superkingdom": [{"taxid": i, "name": n} for i, n in (
                (2, "Bacteria"), (2157, "Archaea"), (2759, "Eukaryota"), (10239, "Viruses"))],

@@ -20,14 +20,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+import torch
 
-import evaluate  # noqa: E402
-import pretrain  # noqa: E402
-import train  # noqa: E402
-from taxa.runtime import cli  # noqa: E402
-from taxa.runtime.distributed import world  # noqa: E402
-from taxa.training import checkpoint  # noqa: E402
+import evaluate
+import pretrain
+import train
+from taxa.runtime import cli
+from taxa.runtime.distributed import world
+from taxa.training import checkpoint
 
 
 class Killed(BaseException):

@@ -22,19 +22,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
+from runs import assert_same_end, free_port, ranks
 
-import prepare  # noqa: E402
-import train  # noqa: E402
-from runs import assert_same_end, free_port, ranks  # noqa: E402
-from taxa.data.dataset import micro_batches  # noqa: E402
-from taxa.errors import InputError  # noqa: E402
-from taxa.runtime.cli import Parser, positive_int, run  # noqa: E402
-from taxa.runtime.cli import seed as seed_type  # noqa: E402
-from taxa.runtime.files import write_json  # noqa: E402
-from taxa.training import checkpoint  # noqa: E402
-from taxa.training.run import LAST, PREVIOUS  # noqa: E402
+import prepare
+import train
+from taxa.data.batches import micro_batches
+from taxa.errors import InputError
+from taxa.runtime.cli import Parser, positive_int, run
+from taxa.runtime.cli import seed as seed_type
+from taxa.runtime.files import write_json
+from taxa.training import checkpoint
+from taxa.training.run import LAST, PREVIOUS
 
 KINDS = ("SIGKILL to all", "SIGKILL to rank 0", "SIGKILL to rank 1", "SIGTERM to all")
 LIMIT = 60  # seconds in which all processes of a run must be gone when one is
@@ -81,7 +81,7 @@ def last_step(folder):
 def sequences_lost(data, batch_size, epochs, folder):
     """How many training sequences the last.pt of a finished run did not see exactly once an epoch: by its steps, 0 when all were taken."""
     N = json.loads((data / "manifest.json").read_text())["splits"]["train"]
-    plans = [micro_batches(N, 42, epoch, 2 * batch_size, 1, 0, 1) for epoch in range(epochs)]
+    plans = [micro_batches(N, 42, epoch, 2 * batch_size, 1, rank=0, size=1) for epoch in range(epochs)]
     taken = np.concatenate([rows for plan in plans for micros, _ in plan for rows, _ in micros][:last_step(folder)])
     return int(np.abs(np.bincount(taken, minlength=N) - epochs).sum())
 

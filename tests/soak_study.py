@@ -18,10 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import prepare  # noqa: E402
-from taxa.errors import InputError  # noqa: E402
-from taxa.runtime.cli import Parser, positive_int, run  # noqa: E402
-from taxa.runtime.cli import seed as seed_type  # noqa: E402
+import prepare
+from taxa.errors import InputError
+from taxa.runtime.cli import Parser, positive_int, run
+from taxa.runtime.cli import seed as seed_type
 
 GRID = "model,strategy,lr\n" + "".join(f"tiny-nt,{strategy},{lr}\n" for strategy in ("lora", "ia3", "freeze75") for lr in (0.01, 0.003))
 RUNS = 12

@@ -12,7 +12,13 @@ from taxa.ia3 import IA3Linear
 from taxa.lora import LoRALinear
 from taxa.measure.memory import bytes_kept
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.strategies import STRATEGIES, inject_adapters, settings_from_flags, train_only, trainable_names
+from taxa.strategies import (
+    STRATEGIES,
+    inject_adapters,
+    settings_from_flags,
+    train_only,
+    trainable_names,
+)
 from taxa.training.activation_checkpointing import MODES, checkpoint_layers
 
 CHECKPOINTED = ("selective", "full")

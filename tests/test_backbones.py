@@ -8,15 +8,42 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import (CONFIG, DROPPED, GOLDEN, KEYS, PREFIX, ROOT, SHARED, SLOPES, TINY, Touch, V, WEIGHT_IN_LAYER, batch,
-                     hub_folder, naive_dnabert, naive_nt, parameter_counts, random_state, scrambled, without_dropout)
+from helpers import (
+    CONFIG,
+    DROPPED,
+    GOLDEN,
+    KEYS,
+    PREFIX,
+    ROOT,
+    SHARED,
+    SLOPES,
+    TINY,
+    WEIGHT_IN_LAYER,
+    Touch,
+    V,
+    batch,
+    hub_folder,
+    naive_dnabert,
+    naive_nt,
+    parameter_counts,
+    random_state,
+    scrambled,
+    without_dropout,
+)
 from safetensors.torch import load_file
 from transformers import PretrainedConfig
 
-from taxa.backbones import FAMILIES, MODELS, backbone_config, dnabert2, get_model, load_backbone, loading
+from taxa.backbones import (
+    FAMILIES,
+    MODELS,
+    backbone_config,
+    dnabert2,
+    get_model,
+    load_backbone,
+    loading,
+)
 from taxa.errors import InputError
 from taxa.model import masked_mean
-
 
 # ------------------------------------------------------------------ golden tensors, from the hub's own code
 
@@ -335,7 +362,7 @@ def test_remote_code_in_the_folder_is_not_run(tmp_path, name):
 
 def test_no_file_of_ours_trusts_remote_code():
     word = "trust_" + "remote_code"
-    patterns = ("*.py", "taxa/**/*.py", "tests/*.py", "benchmarks/**/*.py")
+    patterns = ("*.py", "taxa/**/*.py", "tests/*.py", "benchmarks/**/*.py", "experiments/**/*.py")
     files = [path for pattern in patterns for path in ROOT.glob(pattern)]
     assert Path(__file__).resolve() in files and len(files) > 20
     assert [path.name for path in files if word in path.read_text(encoding="utf-8")] == []

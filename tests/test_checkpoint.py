@@ -15,9 +15,25 @@ from taxa.backbones import MODELS, load_backbone
 from taxa.errors import InputError
 from taxa.model import TaxonClassifier, sequence_losses
 from taxa.random_init import reinitialize
-from taxa.strategies import STRATEGIES, inject_adapters, settings_from_flags, train_only, trainable_names
+from taxa.strategies import (
+    STRATEGIES,
+    inject_adapters,
+    settings_from_flags,
+    train_only,
+    trainable_names,
+)
 from taxa.training import checkpoint
-from taxa.training.checkpoint import base_source, changed_state, load_base, load_state, read, rebuild, save, seal, weights_digest
+from taxa.training.checkpoint import (
+    base_source,
+    changed_state,
+    load_base,
+    load_state,
+    read,
+    rebuild,
+    save,
+    seal,
+    weights_digest,
+)
 from taxa.training.optim import adamw
 
 TINY = ["tiny-nt", "tiny-dnabert"]
@@ -345,7 +361,7 @@ def test_truncated_anywhere(tmp_path, legacy):
     seal(path)
     whole = path.read_bytes()
     assert torch.equal(read(path)["state"]["a"], torch.arange(300.0))
-    for length in [*range(0, 200), *range(200, len(whole), 37), len(whole) - 1]:
+    for length in [*range(200), *range(200, len(whole), 37), len(whole) - 1]:
         path.write_bytes(whole[:length])
         with pytest.raises(InputError):
             read(path)

@@ -19,7 +19,7 @@ from helpers import ROOT, forked
 
 import train
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md", ROOT / "experiments" / "README.md"]
 PAGES = [page for page in PAGES if page.name not in ("LOG.md", "PROTOCOL.md")]  # a diary; quotations
 SCRIPTS = {path.name for path in ROOT.glob("*.py")} - {"setup.py"}
 
@@ -52,7 +52,7 @@ def commands(block):
                 words = shlex.split(part)
                 words = words[words.index("--") + 1:] if words[:1] == ["torchrun"] and "--" in words else words
                 words = words[1:] if words[:1] in (["python"], ["python3"]) else words
-                if words and (words[0] in SCRIPTS or words[0].startswith("benchmarks/") or words[:1] == ["-m"]):
+                if words and (words[0] in SCRIPTS or words[0].startswith(("benchmarks/", "experiments/")) or words[:1] == ["-m"]):
                     yield words
 
 
@@ -90,7 +90,7 @@ def clone(demo, tmp_path_factory):
     """A copy of what a clone has, and small data and runs in the place of `make demo` and of the page's training run."""
     folder = tmp_path_factory.mktemp("clone")
     for path in ROOT.iterdir():
-        if path.suffix == ".py" or path.name in ("examples", "docs"):
+        if path.suffix == ".py" or path.name in ("examples", "experiments", "docs"):
             (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
     (folder / "taxa").symlink_to(ROOT / "taxa")
     shutil.copytree(demo, folder / "data" / "demo")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from taxa import RANKS
-from taxa.data.dataset import PreparedDataset, TokenWriter, micro_batches, write_manifest
-from taxa.data.opening import load_batches
+from taxa.data.batches import load_batches, micro_batches
+from taxa.data.dataset import PreparedDataset, TokenWriter, write_manifest
 from taxa.data.splits import SPLITS, stratified_subset
 from taxa.data.tokens import NTTokenizer, get_tokenizer
 from taxa.errors import InputError
@@ -216,10 +216,9 @@ def test_tokens_made_again_and_stopped_before_any_rename(dataset, monkeypatch, r
 
 def test_token_writer_writes_both_files_or_none(tmp_path):
     (tmp_path / "train").mkdir()
-    with pytest.raises(RuntimeError):
-        with TokenWriter(tmp_path, "train", "nt") as writer:
-            writer.append(np.arange(5, dtype=np.uint16), np.array([2, 3]))
-            raise RuntimeError
+    with pytest.raises(RuntimeError), TokenWriter(tmp_path, "train", "nt") as writer:
+        writer.append(np.arange(5, dtype=np.uint16), np.array([2, 3]))
+        raise RuntimeError
     assert list((tmp_path / "train").iterdir()) == []
     with TokenWriter(tmp_path, "train", "nt") as writer:
         writer.append(np.arange(5, dtype=np.uint16), np.array([2, 3]))
@@ -332,10 +331,9 @@ def test_replacing_keeps_the_old_file_or_none_after_an_error(tmp_path, error, ol
     if old:
         (tmp_path / "x").write_text(old)
     before = tree(tmp_path)
-    with pytest.raises(error):
-        with replacing(tmp_path / "x") as temporary:
-            temporary.write_text("half")
-            raise error
+    with pytest.raises(error), replacing(tmp_path / "x") as temporary:
+        temporary.write_text("half")
+        raise error
     assert tree(tmp_path) == before
     with replacing(tmp_path / "x") as temporary:
         temporary.write_text("new")
@@ -440,7 +438,7 @@ def test_new_folder_in_odd_places_works_or_refuses_and_loses_nothing(tmp_path, m
 # the order of an epoch
 
 def plans(N, batch_size, accumulate, size, seed=3, epoch=1):
-    return [micro_batches(N, seed, epoch, batch_size, accumulate, rank, size) for rank in range(size)]
+    return [micro_batches(N, seed, epoch, batch_size, accumulate, rank=rank, size=size) for rank in range(size)]
 
 
 def steps_of(of_ranks):
@@ -494,7 +492,7 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert flat() == flat()
     assert len({tuple(flat(seed=seed, epoch=epoch)) for seed in (3, 4, 2 ** 31) for epoch in (1, 2)}) == 6
     assert flat(seed=7, epoch=0) == np.random.RandomState([7, 0]).permutation(50).tolist()
-    assert micro_batches(0, 0, 0, 4, 1, 0, 1) == []
+    assert micro_batches(0, 0, 0, 4, 1, rank=0, size=1) == []
 
 
 def test_a_part_of_the_training_split_is_its_sequences(dataset):

@@ -7,9 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from taxa.results.decode import HIGHEST, LOWEST, JointDecoder, fit_temperature, log_probabilities, prefixes
-from taxa.results.evaluation import Outcome, Probabilities, inconsistent_share, summarize
-from taxa.results.metrics import expected_calibration_error
+from taxa.evaluation.decode import (
+    HIGHEST,
+    LOWEST,
+    JointDecoder,
+    fit_temperature,
+    log_probabilities,
+    prefixes,
+)
+from taxa.evaluation.evaluation import Outcome, Probabilities, inconsistent_share, summarize
+from taxa.evaluation.metrics import expected_calibration_error
 
 SIZES = {"superkingdom": 3, "phylum": 7, "genus": 20}
 

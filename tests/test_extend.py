@@ -19,12 +19,18 @@ import train
 from taxa import strategies
 from taxa.backbones import load_backbone, table
 from taxa.errors import InputError
-from taxa.measure.published import published_fraction
 from taxa.model import TaxonClassifier
-from taxa.strategies import STRATEGIES, inject_adapters, settings_from_flags, train_only, trainable_names
+from taxa.strategies import (
+    STRATEGIES,
+    inject_adapters,
+    settings_from_flags,
+    train_only,
+    trainable_names,
+)
+from taxa.study.published_fractions import published_fraction
 
 READING = Path(__file__).resolve().parents[1] / "docs" / "READING.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", READING.read_text(encoding="utf-8"), flags=re.M | re.S)
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", READING.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 FUNCTION, STRATEGY_ROW, BACKBONE, IMPORT, FAMILY_ROW, MODEL_ROW = BLOCKS
 
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from helpers import command
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import export
@@ -15,7 +15,7 @@ import pretrain
 import train
 from taxa.backbones import load_backbone
 from taxa.errors import InputError
-from taxa.results.evaluation import split_temperature
+from taxa.evaluation.evaluation import split_temperature
 from taxa.runtime.distributed import World
 from taxa.runtime.files import check_finite, save_tensors, write_json
 from taxa.training import checkpoint

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from taxa.backbones import FAMILIES, backbone_config, get_model
-from taxa.backbones.published import published_sizes
+from taxa.backbones.unused_tensors import published_sizes
 from taxa.freeze import frozen_names
 from taxa.model import TaxonClassifier
 from taxa.strategies import settings_from_flags, trainable_names

@@ -20,11 +20,11 @@ from inputs import archive_bytes, dump_texts, index_bytes, naive_normal, naive_r
 from taxa.data.dataset import PreparedDataset
 from taxa.data.fasta import batches, read_sequences
 from taxa.data.grammar import normalize
-from taxa.data.reads import records
 from taxa.data.splits import SPLITS
 from taxa.data.taxonomy import Label, label_taxids
 from taxa.data.tokens import get_tokenizer
 from taxa.errors import InputError
+from taxa.prediction.reads import records
 from taxa.training import checkpoint
 
 MORE = int(os.environ.get("MORE", "1"))

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import gpu  # noqa: E402
+import gpu
 
-from taxa.errors import InputError  # noqa: E402
+from taxa.errors import InputError
 
 KEYS = ("kind", "impl", "model", "strategy", "precision", "compile", "activation_checkpointing")
 WANTED = [dict(zip(KEYS, values)) for values in (

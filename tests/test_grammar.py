@@ -23,11 +23,11 @@ import train
 from taxa.data.dataset import PreparedDataset
 from taxa.data.fasta import batches, index_fasta, read_sequences
 from taxa.data.grammar import bases, normalize
-from taxa.data.reads import Record, records, slices, tokenized_windows
 from taxa.data.splits import SPLITS
 from taxa.data.table import read_table
 from taxa.data.tokens import NTTokenizer
 from taxa.errors import InputError
+from taxa.prediction.reads import Record, records, slices, tokenized_windows
 from taxa.runtime import cli
 
 ROOT, NT = Path(__file__).resolve().parents[1], NTTokenizer()
@@ -279,7 +279,7 @@ def test_formats_that_are_not_read_are_named_with_the_command_that_reads_them(ki
 
 def test_standard_input_by_single_bytes(tmp_path):
     """First bytes that come one at a time; the locale is not UTF-8, and what is written is."""
-    script = "import sys; from taxa.data.reads import records; from taxa.runtime.cli import run\n" \
+    script = "import sys; from taxa.prediction.reads import records; from taxa.runtime.cli import run\n" \
              "run(lambda: [print(record.header, record.bases.decode()) for record in records('-')])"
     packed = bz2.compress(">22 Gr\u00fc\u2028\u00dfe\nAC GT\n".encode())
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -15,14 +15,14 @@ from taxa import RANKS
 from taxa.data.dataset import PreparedDataset
 from taxa.data.simulate import simulate
 from taxa.errors import InputError
-from taxa.results.grid import read_grid
-from taxa.results.groups import Arm
+from taxa.study.grid import read_grid
+from taxa.study.groups import Arm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import choose_rates  # noqa: E402
-import intervals  # noqa: E402
-import some_genera  # noqa: E402
-import unseen  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+import choose_rates
+import intervals
+import some_genera
+import unseen
 
 CONFUSION = np.array([[30, 10, 0], [5, 15, 0], [0, 0, 0]])  # no sequence of the third class
 
@@ -112,7 +112,7 @@ def test_pictures_of_intervals(tmp_path):
         with pytest.raises(InputError, match=message):
             interval_figures.main([str(tmp_path / "less.json"), "--share", str(tmp_path / "x.png"), "--classes", str(tmp_path / "y.png")])
     (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(InputError, match="other.json is not a file of benchmarks/intervals.py --out"):
+    with pytest.raises(InputError, match="other.json is not a file of experiments/intervals.py --out"):
         interval_figures.main([str(tmp_path / "other.json"), "--share", str(tmp_path / "x.png")])
     assert not (tmp_path / "x.png").exists() and not (tmp_path / "y.png").exists()
 

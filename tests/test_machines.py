@@ -14,8 +14,8 @@ import torch
 from helpers import ROOT, command, forked
 
 import train
+from taxa.data.batches import load_batches
 from taxa.data.dataset import PreparedDataset
-from taxa.data.opening import load_batches
 from taxa.errors import InputError
 from taxa.runtime import distributed, files
 from taxa.runtime.progress import progress

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from taxa.measure.memory import ACTIVATIONS, PARTS, activation_parts, allocator_peak, bytes_kept, step_memory
+from taxa.measure.memory import (
+    ACTIVATIONS,
+    PARTS,
+    activation_parts,
+    allocator_peak,
+    bytes_kept,
+    step_memory,
+)
 from taxa.measure.step import batch_loss, build, random_batch, training_step
 from taxa.strategies import settings_from_flags
 from taxa.training.activation_checkpointing import MODES

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from taxa.results.metrics import accuracy, balanced_accuracy, confusion_matrix, macro_f1, per_class, rank_metrics
+from taxa.evaluation.metrics import (
+    accuracy,
+    balanced_accuracy,
+    confusion_matrix,
+    macro_f1,
+    per_class,
+    rank_metrics,
+)
 
 sklearn = pytest.importorskip("sklearn.metrics")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # scikit-learn's, of classes that only the truth lacks

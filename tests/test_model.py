@@ -8,7 +8,7 @@ from helpers import batch, scrambled
 from torch import nn
 
 from taxa import RANKS
-from taxa.data.dataset import on_device
+from taxa.data.batches import on_device
 from taxa.model import TaxonClassifier, masked_mean, sequence_losses
 
 TINY = ["tiny-nt", "tiny-dnabert"]

@@ -12,7 +12,13 @@ from taxa.backbones import MODELS, load_backbone
 from taxa.backbones.masked_lm import MASKING, MaskedLM
 from taxa.model import TaxonClassifier
 from taxa.runtime.precision import precision_note
-from taxa.strategies import STRATEGIES, inject_adapters, settings_from_flags, train_only, trainable_names
+from taxa.strategies import (
+    STRATEGIES,
+    inject_adapters,
+    settings_from_flags,
+    train_only,
+    trainable_names,
+)
 from taxa.training.optim import adamw, cosine_lr, decayed_names, load_adamw, warmup_steps_of
 
 TINY = ("tiny-nt", "tiny-dnabert")

@@ -14,9 +14,9 @@ from taxa.strategies import inject_adapters, settings_from_flags, train_only, tr
 
 pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import loader  # noqa: E402
-import step  # noqa: E402
-from peer import make_peer  # noqa: E402
+import loader
+import step
+from peer import make_peer
 
 
 @pytest.mark.parametrize("strategy", ["full", "lora", "ia3", "freeze75"])

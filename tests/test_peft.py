@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers import batch, logits, scrambled
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from safetensors.torch import load_file, save_file
-from helpers import batch, logits, scrambled
 from torch import nn
 
 import evaluate

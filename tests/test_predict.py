@@ -17,13 +17,14 @@ from helpers import ROOT, forked
 import evaluate
 import predict
 import train
+from taxa.data.batches import read_ahead
 from taxa.data.dataset import PreparedDataset
-from taxa.data.reads import Record, read_ahead, slices, window_starts
 from taxa.data.tokens import NTTokenizer, get_tokenizer
 from taxa.errors import InputError
-from taxa.results.decode import JointDecoder, log_probabilities
-from taxa.results.evaluation import run_split
-from taxa.results.writers import LineWriter
+from taxa.evaluation.decode import JointDecoder, log_probabilities
+from taxa.evaluation.evaluation import run_split
+from taxa.prediction.reads import Record, slices, window_starts
+from taxa.prediction.writers import LineWriter
 from taxa.runtime.distributed import world
 from taxa.training import checkpoint
 

@@ -24,10 +24,11 @@ from inputs import FEW, row, write_dump
 
 import prepare
 from taxa import RANKS
-from taxa.data import dataset, fasta, prepare as steps, simulate, sources
+from taxa.data import dataset, fasta, simulate, sources
+from taxa.data import prepare as steps
 from taxa.data.dataset import PreparedDataset
 from taxa.data.splits import SPLITS, split_by_genus
-from taxa.data.tokens import NTTokenizer, TINY_BPE, get_tokenizer
+from taxa.data.tokens import TINY_BPE, NTTokenizer, get_tokenizer
 from taxa.errors import InputError
 from taxa.runtime.files import new_folder, save_array, sha256
 

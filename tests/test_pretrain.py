@@ -19,11 +19,20 @@ import prepare
 import pretrain
 import train
 from taxa.backbones import MODELS, load_backbone
-from taxa.backbones.masked_lm import MASKING, MaskedLM, generator_for, load_head, mask_tokens, save_hub_folder, unigram_losses
-from taxa.data.dataset import PreparedDataset, micro_batches
-from taxa.data.reads import records, tokenized_windows
+from taxa.backbones.masked_lm import (
+    MASKING,
+    MaskedLM,
+    generator_for,
+    load_head,
+    mask_tokens,
+    save_hub_folder,
+    unigram_losses,
+)
+from taxa.data.batches import micro_batches
+from taxa.data.dataset import PreparedDataset
 from taxa.data.tokens import get_tokenizer
 from taxa.errors import InputError
+from taxa.prediction.reads import records, tokenized_windows
 from taxa.runtime import cli
 from taxa.training import checkpoint
 from taxa.training.optim import adamw, cosine_lr
@@ -201,11 +210,11 @@ def replica(name, data, weights, steps, processes, lr=0.01):
     model = MaskedLM(family, load_backbone(name, weights[name]), MASKING[family].tied).train()
     optimizer = adamw(model, lr, 0.01)
     split = PreparedDataset(data).split("train", MODELS[name].tokenizer)
-    plans = [micro_batches(len(split), 42, 0, 8, 1, rank, processes) for rank in range(processes)]
+    plans = [micro_batches(len(split), 42, 0, 8, 1, rank=rank, size=processes) for rank in range(processes)]
     for step in range(steps):
         losses = []
         for rank, plan in enumerate(plans):
-            batch = split[plan[step][0][0][0]]
+            batch = split[plan[step].micros[0][0]]
             ids, chosen = mask_tokens(batch["input_ids"], model.masking, model.config.vocab_size, 0.15, generator_for(42, 0, step, rank))
             logits = model(ids, batch["attention_mask"], chosen)
             losses.append(torch.nn.functional.cross_entropy(logits, batch["input_ids"][chosen], reduction="none"))

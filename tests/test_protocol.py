@@ -10,8 +10,8 @@ import pytest
 import train
 from taxa import STUDY_TRAINING_SEQUENCES
 from taxa.backbones import MODELS
-from taxa.measure.published import published_fraction
 from taxa.strategies import STRATEGIES, settings_from_flags
+from taxa.study.published_fractions import published_fraction
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "PROTOCOL.md").read_text(encoding="utf-8")
@@ -53,7 +53,7 @@ def test_the_protocol_is_asked_for_in_three_lines():
     assert asks and all(any(text in line for text in quoted) for line in asks)
     assert len(asks) == len(re.findall(r"^\d\. ", numbered, re.MULTILINE)) == 3
     for file in ("lora", "ia3", "inject", "freeze", "random_init", "model", "training/optim", "training/checkpoint", "data/splits",
-                 "data/dataset", "results/evaluation"):
+                 "data/dataset", "data/batches", "evaluation/evaluation"):
         assert not re.search(r'"protocol"|protocol ==|"published"', (ROOT / "taxa" / f"{file}.py").read_text(encoding="utf-8")), file
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = re.split(r"^## ", (ROOT / "docs" / "READING.md").read_text(encoding="utf-8").partition("# Adding your own")[0], flags=re.M)[1:]
+SECTIONS = re.split(r"^## ", (ROOT / "docs" / "READING.md").read_text(encoding="utf-8").partition("# Adding your own")[0], flags=re.MULTILINE)[1:]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.partition(" (")[0])
@@ -14,7 +14,7 @@ def test_every_line_stands_in_its_file(section):
     files = [ROOT / name for name in re.findall(r"`([\w/]+\.py)`", section) if (ROOT / name).is_file()]
     lines = {line.strip() for file in files for line in file.read_text(encoding="utf-8").splitlines()}
     assert files
-    for quoted in re.findall(r"^    (?!python )(\S.*)$", section, flags=re.M):
+    for quoted in re.findall(r"^    (?!python )(\S.*)$", section, flags=re.MULTILINE):
         assert any(quoted == line or line.endswith(quoted) for line in lines), quoted
 
 

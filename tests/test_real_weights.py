@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import GOLDEN, SHARED, naive_dnabert, naive_nt
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
-from helpers import GOLDEN, SHARED, naive_dnabert, naive_nt
 
 from taxa.backbones import MODELS, load_backbone
 from taxa.data.tokens import get_tokenizer

@@ -17,8 +17,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from runs import free_port, in_step
 from helpers import ROOT, command, forked
+from runs import free_port, in_step
 
 import evaluate
 import train
@@ -312,7 +312,7 @@ def test_a_checkpoint_whose_settings_ask_for_more_than_it_holds_is_refused(strat
 
 def test_nothing_is_unpickled_or_run_anywhere():
     sources = {path: path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("taxa/**/*.py"),
-                                                                   *ROOT.glob("benchmarks/*.py")]}
+                                                                   *ROOT.glob("benchmarks/*.py"), *ROOT.glob("experiments/*.py")]}
     assert len(sources) > 40
     for path, text in sources.items():
         assert text.count("torch.load(") == len(re.findall(r"torch\.load\([^\n]*weights_only=True", text)), path

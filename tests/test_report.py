@@ -1,4 +1,4 @@
-"""report.py on small run folders that hold what train.py leaves: args, environment, log, and the tables of taxa.results.evaluation."""
+"""report.py on small run folders that hold what train.py leaves: args, environment, log, and the tables of taxa.evaluation.evaluation."""
 
 import base64
 import csv
@@ -21,11 +21,11 @@ from made_runs import GRID, make_grid, make_run
 import report
 from taxa import RANKS
 from taxa.errors import InputError
-from taxa.results.groups import arm_of, group_runs, published_groups
-from taxa.results.published import published_rows, published_seconds
-from taxa.results.run_folders import find_runs, read_run
-from taxa.results.tables import COLUMNS, published_row, ranks_of
 from taxa.strategies import STRATEGIES
+from taxa.study.groups import arm_of, group_runs, published_groups
+from taxa.study.published_runs import published_rows, published_seconds
+from taxa.study.run_folders import find_runs, read_run
+from taxa.study.tables import COLUMNS, published_row, ranks_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -252,7 +252,7 @@ def test_runs_on_other_ranks_are_in_the_tables(tmp_path, monkeypatch):
 
 def test_a_model_has_one_marker_in_all_axes(tmp_path):
     pytest.importorskip("matplotlib")
-    from taxa.results import figures
+    from taxa.study import figures
     for model, data in (("org/b", "x"), ("org/a", "y"), ("org/b", "y")):
         make_run(tmp_path / f"{model[-1]}{data}", model=model, data=data)
     groups = group_runs([read_run(folder) for folder in find_runs([tmp_path])])
@@ -265,7 +265,7 @@ def test_a_model_has_one_marker_in_all_axes(tmp_path):
 def test_every_mark_is_inside_its_axes(tmp_path):
     """Two models far apart in one picture: axes that share a scale must hold both."""
     pytest.importorskip("matplotlib")
-    from taxa.results import figures
+    from taxa.study import figures
     make_grid(tmp_path, models=("tiny-dnabert",), grid=[(s, r, heads, skill / 4) for s, r, heads, skill in GRID])
     make_grid(tmp_path, data=("data/few", "data/many"))
     groups = group_runs([read_run(folder) for folder in find_runs([tmp_path])])
@@ -295,7 +295,7 @@ def test_published_numbers():
 
 def test_a_strategy_looks_in_pictures_as_its_row_says(tmp_path):
     pytest.importorskip("matplotlib")
-    from taxa.results import figures
+    from taxa.study import figures
     make_grid(tmp_path, seeds=(1,), grid=[(strategy, 4 if strategy == "lora" else None, "train", 0.5) for strategy in STRATEGIES])
     (axes, *_) = figures.superkingdom(group_runs([read_run(folder) for folder in find_runs([tmp_path])])).axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
@@ -307,7 +307,7 @@ def test_a_strategy_looks_in_pictures_as_its_row_says(tmp_path):
 
 def test_the_legend_of_curves_fits_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    from taxa.results import figures
+    from taxa.study import figures
     for fraction in (0.03, 0.1, 0.3):
         make_run(tmp_path / str(fraction), data_fraction=fraction, weight_decay=fraction, lr=fraction)  # a long label each
     made = figures.curves(group_runs([read_run(folder) for folder in find_runs([tmp_path])]))
@@ -318,7 +318,7 @@ def test_the_legend_of_curves_fits_the_picture(tmp_path):
 
 def test_arms_against_what_trains_classes_and_labels(tmp_path):
     pytest.importorskip("matplotlib")
-    from taxa.results import arm_figures
+    from taxa.study import arm_figures
     make_grid(tmp_path)
     for seed in (1, 2):
         make_run(tmp_path / f"few-labels-{seed}", seed=seed, skill=0.3, data_fraction=0.1, training_sequences=32)

@@ -10,8 +10,8 @@ import time
 
 import pytest
 import torch
-from runs import Killed, assert_same_end, dies, in_step, log_of
 from helpers import ROOT, STRATEGIES, command, forked
+from runs import Killed, assert_same_end, dies, in_step, log_of
 
 import pretrain
 import train

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From low to high; what stands in one set may import each other and everything before it.
 FLOORS = [{"", "__main__", "errors"}, {"runtime"}, {"data"}, {"inject", "lora", "ia3", "freeze", "random_init", "model"}, {"backbones"},
-          {"strategies"}, {"training"}, {"measure", "results"}]
+          {"strategies"}, {"training"}, {"measure", "evaluation"}, {"prediction"}, {"study"}]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted((ROOT / "taxa").rglob("*.py"))
 SCRIPTS = sorted(path for path in ROOT.glob("*.py") if path.name != "setup.py")

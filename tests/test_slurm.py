@@ -7,8 +7,8 @@ import subprocess
 import sys
 import time
 
-from runs import free_port
 from helpers import ROOT, command
+from runs import free_port
 
 from taxa.training.run import read_last
 

@@ -8,7 +8,16 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from taxa.data.splits import SPLITS, copies, find_ids, read_ids, shares, split_by_genus, stratified_subset, write_ids
+from taxa.data.splits import (
+    SPLITS,
+    copies,
+    find_ids,
+    read_ids,
+    shares,
+    split_by_genus,
+    stratified_subset,
+    write_ids,
+)
 from taxa.errors import InputError
 
 TRAIN, VALIDATION, TEST = range(3)

@@ -17,7 +17,7 @@ from taxa.data.dataset import PreparedDataset
 from taxa.data.grammar import reverse_complement
 from taxa.data.tokens import get_tokenizer
 from taxa.errors import InputError
-from taxa.results.kraken import check_taxids, report
+from taxa.prediction.kraken import check_taxids, report
 from taxa.training import checkpoint
 
 PAIRS = {"A": "T", "C": "G", "G": "C", "T": "A", "N": "N"}

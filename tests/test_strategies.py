@@ -8,11 +8,19 @@ import pytest
 import torch
 from helpers import batch, scrambled
 
-from taxa.backbones.published import published_sizes
+from taxa.backbones.unused_tensors import published_sizes
 from taxa.errors import InputError
-from taxa.measure.published import published_fraction
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.strategies import (PROTOCOLS, STRATEGIES, STRATEGY_FLAGS, inject_adapters, settings_from_flags, train_only, trainable_names)
+from taxa.strategies import (
+    PROTOCOLS,
+    STRATEGIES,
+    STRATEGY_FLAGS,
+    inject_adapters,
+    settings_from_flags,
+    train_only,
+    trainable_names,
+)
+from taxa.study.published_fractions import published_fraction
 from taxa.training.optim import adamw
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

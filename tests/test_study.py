@@ -20,12 +20,11 @@ import study
 import train
 from taxa.backbones import MODELS
 from taxa.errors import InputError, Stop
-from taxa.results import grid, rates
-from taxa.results.published import published_rows
-from taxa.results.run_folders import read_run
-from taxa.runtime import queue
 from taxa.runtime.cli import NO_EFFECT
 from taxa.strategies import PROTOCOLS
+from taxa.study import grid, queue, rates
+from taxa.study.published_runs import published_rows
+from taxa.study.run_folders import read_run
 from taxa.training.flags import MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -261,7 +260,7 @@ def test_wrong_flags(words, message, here):
 
 @pytest.mark.parametrize("name, runs", [("paper_mini", 44), ("paper_mini_quick", 25), ("heads", 90), ("slurm_trial", 3)])
 def test_the_grids_that_come_with_the_project(name, runs):
-    plan = plan_of("--grid", str(ROOT / "examples" / f"{name}.csv"), "--set", "--epochs 1 --batch-size 16")
+    plan = plan_of("--grid", str(ROOT / "experiments" / f"{name}.csv"), "--set", "--epochs 1 --batch-size 16")
     assert len(plan) == runs
     for each in plan:
         args = train.parse_args(grid.words_of(each.flags))

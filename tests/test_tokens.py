@@ -11,7 +11,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from taxa.data import simulate
 from taxa.data.grammar import normalize
-from taxa.data.tokens import (DNABERT_DIGEST, TINY_BPE, TOKENIZERS, BPETokenizer, NTTokenizer, digests, get_tokenizer, nt_vocabulary)
+from taxa.data.tokens import (
+    DNABERT_DIGEST,
+    TINY_BPE,
+    TOKENIZERS,
+    BPETokenizer,
+    NTTokenizer,
+    digests,
+    get_tokenizer,
+    nt_vocabulary,
+)
 from taxa.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -19,8 +19,8 @@ from taxa.data.simulate import simulate
 from taxa.data.splits import NO_CLASS, hold_out
 from taxa.data.tokens import get_tokenizer
 from taxa.errors import InputError
-from taxa.results.metrics import auroc
-from taxa.results.unseen import Confidence, write_held_out
+from taxa.evaluation.metrics import auroc
+from taxa.evaluation.unseen import Confidence, write_held_out
 from taxa.training import checkpoint
 
 

@@ -18,7 +18,6 @@ from taxa.random_init import reinitialize
 from taxa.runtime.files import UNREADABLE, check_finite, read_json
 from taxa.runtime.hub import cache_only
 
-
 DTYPE = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"  # its name in from_pretrained
 
 

@@ -21,7 +21,7 @@ pretrain.py also needs a row in masked_lm.MASKING.
 """
 
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from taxa import ASSETS
 from taxa.backbones import dnabert2, nucleotide_transformer
@@ -42,15 +42,15 @@ class Family(NamedTuple):
 class Model(NamedTuple):
     """One row of the table."""
 
-    hub: Optional[str]  # None: nothing is published under this name; `packaged`, --weights, or a seeded random backbone
-    revision: Optional[str]
+    hub: str | None  # None: nothing is published under this name; `packaged`, --weights, or a seeded random backbone
+    revision: str | None
     family: str
-    tokenizer: Optional[str]  # tokens are prepared once per tokenizer and shared by all models that use it; None: none was found
+    tokenizer: str | None  # tokens are prepared once per tokenizer and shared by all models that use it; None: none was found
     sizes: dict
     learning_rate: float
     batch_size: int  # sequences per device and step
-    tokenizer_file: Optional[str] = None  # of a model outside the table
-    packaged: Optional[Path] = None  # folder in the hub's format that comes with this package
+    tokenizer_file: str | None = None  # of a model outside the table
+    packaged: Path | None = None  # folder in the hub's format that comes with this package
 
 
 FAMILIES = {

@@ -8,7 +8,7 @@ does this: it is off by default. --both-strands reads a sequence and its reverse
 import numpy as np
 import torch
 
-from taxa.data.dataset import padded_batch
+from taxa.data.batches import labelled, padded
 from taxa.data.grammar import reverse_complement
 from taxa.data.tokens import NTTokenizer
 
@@ -37,7 +37,8 @@ class ViewedSplit(torch.utils.data.Dataset):
         """A list of B numbers -> {"input_ids" (B, T) int64, "attention_mask" (B, T) int64, "labels" (B, R) int64}, padded right."""
         bases = [view(self.nt.decode(self.split.tokens(i)), self.views[i]) for i in indices]
         ids, counts = self.tokenizer.encode(b"".join(bases), [len(text) for text in bases])
-        return padded_batch(np.split(ids, np.cumsum(counts)[:-1]), self.tokenizer.pad_token_id, self.split.labels[indices])
+        batch = padded(np.split(ids, np.cumsum(counts)[:-1]), self.tokenizer.pad_token_id)
+        return labelled(batch, self.split.labels[indices])
 
 
 def augmented(split, tokenizer, seed, epoch):

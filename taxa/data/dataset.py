@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from taxa.data.batches import gathered, labelled
 from taxa.data.splits import HELD_OUT, SPLITS, UNSEEN, stratified_subset
 from taxa.data.tokens import digests, nt_tokenizer
 from taxa.errors import InputError
@@ -321,12 +322,8 @@ class TokenSplit:
         indices = np.asarray(indices)
         starts = self._offsets[indices]
         lengths = self._offsets[indices + 1] - starts
-        position = np.arange(lengths.max())
-        here = position < lengths[:, None]  # (B, T)
-        ids = self._ids.take(starts[:, None] + position, mode="clip")  # past a sequence's end: the next one's, masked below
-        return {"input_ids": _tensor(np.where(here, ids.astype(np.int64), self.pad_token_id)),
-                "attention_mask": _tensor(here.astype(np.int64)),
-                "labels": _tensor(self.labels[indices].astype(np.int64))}
+        batch = gathered(self._ids, starts, lengths, self.pad_token_id)
+        return labelled(batch, self.labels[indices])
 
 
 class SubsetSplit:
@@ -357,52 +354,3 @@ def _mapped(path, ndim):
     except (ValueError, EOFError, OSError) as error:
         raise InputError(f"{path}: not an array that prepare.py wrote ({' '.join(str(error).split())}): prepare the folder again") from None
     return array
-
-
-def padded_batch(rows, pad_token_id, labels):
-    """B sequences of ids (T_i,) and labels (B, R) -> a batch as TokenSplit gives it, padded right to the longest."""
-    return {**padded(rows, pad_token_id), "labels": _tensor(labels.astype(np.int64))}
-
-
-def padded(rows, pad_token_id):
-    """B rows of ids, each (T_i,) -> {"input_ids" (B, T) int64, "attention_mask" (B, T) int64}, padded right."""
-    T = max(len(row) for row in rows)
-    input_ids = np.full((len(rows), T), pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros((len(rows), T), dtype=np.int64)
-    for b, row in enumerate(rows):
-        input_ids[b, :len(row)] = row
-        attention_mask[b, :len(row)] = 1
-    return {"input_ids": _tensor(input_ids), "attention_mask": _tensor(attention_mask)}
-
-
-def _tensor(array):
-    """A tensor over the memory of an array. torch comes late: it takes seconds, and neither prepare.py nor its workers need it."""
-    import torch
-
-    return torch.from_numpy(array)
-
-
-def on_device(batch, device):
-    """The batch on a device. Its attention_mask is None where no token is padding, which spares attention the mask: faster on CUDA."""
-    if batch["attention_mask"].all():
-        batch = batch | {"attention_mask": None}
-    return {name: tensor if tensor is None else tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def micro_batches(N, seed, epoch, batch_size, accumulate, rank, size):
-    """The order of one epoch, as seen by process `rank` of `size`.
-
-    Returns a list of optimizer steps, each ([(rows, weight), ...], count): rows are the sequence numbers of one micro-batch, count is
-    the number of sequences of the whole step over all processes. One seeded shuffle of all N sequences is cut into steps of
-    batch_size * accumulate * size, the last one shorter; a process takes every size-th sequence of a step. So the steps are the same for
-    1 process with accumulate = 2n as for 2 with n. Where a last step is too short to give this process a sequence, it gets one with
-    weight 0, since every process must take part in the step.
-    """
-    order = np.random.RandomState([seed, epoch]).permutation(N)
-    per_step = batch_size * accumulate * size
-    plan = []
-    for start in range(0, N, per_step):
-        whole = order[start:start + per_step]
-        mine, weight = (whole[rank::size], 1.0) if rank < len(whole) else (whole[:1], 0.0)
-        plan.append(([(mine[i:i + batch_size], weight) for i in range(0, len(mine), batch_size)], len(whole)))
-    return plan

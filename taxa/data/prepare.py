@@ -19,7 +19,18 @@ from taxa.data.fasta import batches, read_sequences
 from taxa.data.grammar import normalize, reverse_complement
 from taxa.data.simulate import simulate
 from taxa.data.sources import FastaSource
-from taxa.data.splits import HELD_OUT, NO_CLASS, SPLITS, UNSEEN, copies, find_ids, hold_out, read_ids, split_by_genus, write_ids
+from taxa.data.splits import (
+    HELD_OUT,
+    NO_CLASS,
+    SPLITS,
+    UNSEEN,
+    copies,
+    find_ids,
+    hold_out,
+    read_ids,
+    split_by_genus,
+    write_ids,
+)
 from taxa.data.taxonomy import renumber
 from taxa.data.tokens import nt_tokenizer
 from taxa.errors import InputError

@@ -16,7 +16,7 @@ import re
 import unicodedata
 import zlib
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Table(NamedTuple):
     labels: dict  # {ID: Label}, whose taxids are numbers from 1 on in the order of the names, one series per rank
     names: dict  # {rank: {number: name}}
     notes: list  # lines for the user: labels that look alike, and names in more than one place
-    parts: Optional[np.ndarray] = None  # (N,) uint8: which of SPLITS each record is in, where a column says so
+    parts: np.ndarray | None = None  # (N,) uint8: which of SPLITS each record is in, where a column says so
 
 
 def delimiter(path):

@@ -21,7 +21,7 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class Label(NamedTuple):
     """The taxid at each rank asked for, None where the lineage has none; and why the sequence is dropped, None where it is kept."""
 
     taxids: tuple  # (R,)
-    reason: Optional[str] = None
+    reason: str | None = None
 
 
 class Labelled(NamedTuple):
@@ -55,7 +55,7 @@ class Labelled(NamedTuple):
 
     labels: dict  # {taxid: Label}
     names: dict  # {taxid of a class: scientific name}
-    date: Optional[str]  # of the dump
+    date: str | None  # of the dump
     digest: str  # SHA-256 of the dump
     notes: list  # lines for the user: what was read otherwise than it stands in the dump
 

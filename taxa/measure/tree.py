@@ -16,7 +16,14 @@ from taxa.lora import LoRALinear
 from taxa.measure.flops import parts
 from taxa.runtime.cli import Parser, positive_int, run
 from taxa.strategies import classifier_on_meta, trainable_names
-from taxa.training.flags import add_classes, add_model, add_strategy, check_strategy, classes_of, strategy_settings
+from taxa.training.flags import (
+    add_classes,
+    add_model,
+    add_strategy,
+    check_strategy,
+    classes_of,
+    strategy_settings,
+)
 
 
 def parse_args(argv=None):

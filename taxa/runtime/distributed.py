@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout  # torch's own, without which a group joins as slowly as it waits
+from torch.distributed.distributed_c10d import (
+    _set_pg_timeout,  # torch's own, without which a group joins as slowly as it waits
+)
 
 from taxa.errors import InputError, Stop
-
 
 # Peers wait this long for each other within a step, and for rank 0, which may tokenize millions of sequences. A process that dies is
 # noticed at once, since its connections close; the limits are for one that hangs.

@@ -175,7 +175,9 @@ def save_tensors(path, tensors):
 
     Never into a file that is there: tensors that were loaded from it may be mapped from its bytes, and would change with them.
     """
-    from safetensors.torch import save  # late: it imports torch, which the plan of a study does not need
+    from safetensors.torch import (
+        save,  # late: it imports torch, which the plan of a study does not need
+    )
 
     with replacing(path) as temporary:
         temporary.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file would make it readable by its owner alone

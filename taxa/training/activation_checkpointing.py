@@ -10,7 +10,11 @@ Same numbers, dropout masks included: only memory and time change (docs/PERFORMA
 import functools
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 MODES = ("none", "selective", "full")
 THIN = 64  # a product over fewer terms than this (LoRA's B) costs less to compute again than to keep

@@ -2,10 +2,19 @@
 
 from taxa import RANKS, STUDY_CLASSES, STUDY_SEED
 from taxa.backbones import MODELS, table_name
+from taxa.data.opening import BERTAX, DEMO
 from taxa.data.taxonomy import check_ranks
 from taxa.errors import InputError, choose
-from taxa.data.opening import BERTAX, DEMO
-from taxa.runtime.cli import NO_EFFECT, fraction, interval, non_negative_float, non_negative_int, positive_float, positive_int, seed
+from taxa.runtime.cli import (
+    NO_EFFECT,
+    fraction,
+    interval,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    seed,
+)
 from taxa.runtime.precision import PRECISIONS
 from taxa.strategies import PROTOCOLS, STRATEGIES, STRATEGY_FLAGS, settings_from_flags
 from taxa.training import activation_checkpointing

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Try study.py's array script on a SLURM that is here, with three tiny runs on the CPU:  bash examples/slurm_trial.sh [FOLDER]
+# Try study.py's array script on a SLURM that is here, with three tiny runs on the CPU:  bash experiments/slurm_trial.sh [FOLDER]
 #
 # The second run is requeued in the middle. At the end its numbers, and the other two, must be those of the local queue, and so must the
 # report, but for the speed. Options that sbatch needs on your cluster: SBATCH_ACCOUNT, SBATCH_PARTITION in the environment.
@@ -8,7 +8,7 @@ trial=${1:-runs/slurm-trial}
 mkdir -p "$trial"
 [ -e "$trial/data" ] || python prepare.py --demo --demo-sequences 400 --out "$trial/data"
 export OMP_NUM_THREADS=1
-study=(python study.py --grid examples/slurm_trial.csv --data "$trial/data" --set '--device cpu --batch-size 16 --save-every 5 --log-every 1')
+study=(python study.py --grid experiments/slurm_trial.csv --data "$trial/data" --set '--device cpu --batch-size 16 --save-every 5 --log-every 1')
 
 "${study[@]}" --out "$trial/slurm" --slurm "$trial/study.sbatch"
 job=$(sbatch --parsable --cpus-per-task=1 --time=30 "$trial/study.sbatch")

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from taxa.errors import InputError
 from taxa.runtime.files import read_json
@@ -18,7 +18,7 @@ class Run(NamedTuple):
     args: dict
     environment: dict
     log: list
-    metrics: Optional[dict]
+    metrics: dict | None
 
     @property
     def fine_tuned(self):

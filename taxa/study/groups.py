@@ -3,15 +3,15 @@
 import json
 import statistics
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from taxa.backbones import MODELS
 from taxa.errors import InputError
-from taxa.results.published import published_rows
-from taxa.results.run_folders import data_names
 from taxa.runtime.cli import NO_EFFECT
 from taxa.runtime.files import read_json
 from taxa.strategies import STRATEGIES
+from taxa.study.published_runs import published_rows
+from taxa.study.run_folders import data_names
 
 # Arguments that change nothing in what comes out, or that a group's other fields tell: data, model, strategy, r, heads, base weights.
 SAME = {*NO_EFFECT, "recompute", "seed", "out", "dry_run", "num_classes", "ranks", "data", "model", "weights", "revision", "settings",
@@ -27,7 +27,7 @@ class Group(NamedTuple):
     data: str
     model: str
     strategy: str
-    r: Optional[int]
+    r: int | None
     heads: str
     row: str  # what stands beside it in a picture: strategy, r, and what sets it apart from the others
     pretrained: bool
@@ -123,7 +123,7 @@ class Arm(NamedTuple):
     """What a group reached, for a picture or a file."""
 
     strategy: str
-    r: Optional[int]
+    r: int | None
     heads: str  # "train" or "frozen"
     row: str  # as tables call it
     share: float  # of the parameters that train

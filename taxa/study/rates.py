@@ -1,6 +1,6 @@
 """Measured training rates of cards -> the hours of a run.
 
-  python -m taxa.results.rates gpu.json --date 2026-11-25     # a document of benchmarks/gpu.py goes into taxa/assets/measured_rates.json
+  python -m taxa.study.rates gpu.json --date 2026-11-25     # a document of benchmarks/gpu.py goes into taxa/assets/measured_rates.json
 
 A rate is of one model, strategy and precision at the published batch, without activation checkpointing, on one GPU; LoRA's is of r = 4 and
 serves any r. Nothing else is carried over to what was not measured, but where the step is the same: random initialisation trains as full

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from taxa.backbones import FAMILIES, MODELS, get_model
-from taxa.results.evaluation import table
-from taxa.results.unseen import table as unseen_table
+from taxa.evaluation.evaluation import table
+from taxa.evaluation.unseen import table as unseen_table
 from taxa.runtime.files import read_json
 from taxa.training import checkpoint
 

@@ -1,23 +1,27 @@
 """Run a classifier over a split, on every process, no sequence twice, and write down what came out."""
 
 import csv
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from taxa.data.dataset import on_device
-from taxa.data.opening import load_batches
+from taxa.data.batches import load_batches, on_device
 from taxa.data.taxonomy import class_id
 from taxa.errors import InputError
-from taxa.results.decode import JointDecoder, fit_temperature, log_probabilities
-from taxa.results.metrics import BINS, confusion_matrix, expected_calibration_error, per_class, rank_metrics
+from taxa.evaluation.decode import JointDecoder, fit_temperature, log_probabilities
+from taxa.evaluation.metrics import (
+    BINS,
+    confusion_matrix,
+    expected_calibration_error,
+    per_class,
+    rank_metrics,
+)
 from taxa.runtime.distributed import exit_together, sum_over_ranks
 from taxa.runtime.files import replacing, write_json
 from taxa.runtime.precision import autocast
 from taxa.runtime.progress import progress
-
 
 TEMPERATURE_SEQUENCES = 20_000  # enough for one number per rank, and their logits fit in memory
 
@@ -36,8 +40,8 @@ class Outcome(NamedTuple):
     loss: float  # mean over sequences of the summed cross-entropy
     truth: np.ndarray  # (N, R)
     predicted: np.ndarray  # (N, R)
-    plain: Optional[Probabilities] = None  # as the heads give them; None where there are only classes
-    scaled: Optional[Probabilities] = None  # with the logits of every rank divided by its temperature, where one was given
+    plain: Probabilities | None = None  # as the heads give them; None where there are only classes
+    scaled: Probabilities | None = None  # with the logits of every rank divided by its temperature, where one was given
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """FASTA of some genera, equally many sequences of each: to vary the number of classes.
 
-  python benchmarks/some_genera.py --fasta real/*_db.fa --taxdump real/taxdmp_2024-12-01.zip --genera 4 12 40 --each 400 --out data/some
+  python experiments/some_genera.py --fasta real/*_db.fa --taxdump real/taxdmp_2024-12-01.zip --genera 4 12 40 --each 400 --out data/some
   python prepare.py --fasta data/some/4.fa --taxdump real/taxdmp_2024-12-01.zip --ranks genus --test 0.25 --out data/genera-4
 
 The genera with at least --each sequences are shuffled once, and N of them are the first N: smaller sets are parts of larger ones. Of a
@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from taxa.data.taxonomy import label_taxids  # noqa: E402
-from taxa.errors import InputError  # noqa: E402
-from taxa.runtime.cli import Parser, positive_int, run, seed  # noqa: E402
-from taxa.runtime.files import replacing  # noqa: E402
+from taxa.data.taxonomy import label_taxids
+from taxa.errors import InputError
+from taxa.runtime.cli import Parser, positive_int, run, seed
+from taxa.runtime.files import replacing
 
 
 def parse_args(argv=None):

@@ -1,6 +1,6 @@
 """Balanced accuracy of finished runs with 95% intervals, and what training the heads is worth, by a bootstrap over runs and sequences.
 
-  python benchmarks/intervals.py runs/converged --out docs/results/converged.json
+  python experiments/intervals.py runs/converged --out experiments/results/converged.json
 
 From the confusion_RANK.csv of each run. A replicate draws one of an arm's runs (which differ only in the seed), and the test sequences of
 every class anew, with replacement. An interval is from the 2.5th to the 97.5th percentile of the replicates: where one run with another
@@ -16,11 +16,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from taxa.errors import InputError  # noqa: E402
-from taxa.results.groups import ADAPTERS, arm_of, group_runs  # noqa: E402
-from taxa.results.run_folders import find_runs, read_run  # noqa: E402
-from taxa.runtime.cli import Parser, positive_int, run, seed  # noqa: E402
-from taxa.runtime.files import write_json  # noqa: E402
+from taxa.errors import InputError
+from taxa.runtime.cli import Parser, positive_int, run, seed
+from taxa.runtime.files import write_json
+from taxa.study.groups import ADAPTERS, arm_of, group_runs
+from taxa.study.run_folders import find_runs, read_run
 
 
 def parse_args(argv=None):

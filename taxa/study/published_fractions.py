@@ -1,11 +1,11 @@
 """The trainable fractions that the published code reports, from shapes alone."""
 
 from taxa.backbones import get_model
-from taxa.backbones.published import published_sizes
+from taxa.backbones.unused_tensors import published_sizes
 from taxa.freeze import frozen_names
 from taxa.inject import adapter_names
-from taxa.results.published import published_rows
 from taxa.strategies import classifier_on_meta, settings_from_flags
+from taxa.study.published_runs import published_rows
 
 
 def published_fraction(model, strategy, num_classes, r=None):

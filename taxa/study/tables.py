@@ -6,8 +6,8 @@ import io
 import statistics
 
 from taxa import RANKS
-from taxa.results.published import published_rows
-from taxa.results.run_folders import data_names
+from taxa.study.published_runs import published_rows
+from taxa.study.run_folders import data_names
 
 # The columns of the paper's supplement, in its order, among what tells our runs apart.
 COLUMNS = ("run", "data", "model", "strategy", "r", "heads", "seed", "data_fraction", "learning_rate", "epochs", *RANKS,

@@ -1,14 +1,14 @@
 """What several arms of an experiment reached, with its spread: against what trains, the number of classes, the number of labels.
 
 Marks are as in figures.py: a colour is a strategy, hollow are frozen heads. Whiskers are the lowest and the highest seed (report.py), or
-intervals (benchmarks/interval_figures.py).
+intervals (experiments/interval_figures.py).
 """
 
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from taxa.results.figures import COLOURS, FONT, STYLES, figure, unique
-from taxa.results.groups import strategy_row
+from taxa.study.figures import COLOURS, FONT, STYLES, figure, unique
+from taxa.study.groups import strategy_row
 
 
 def _mark(ax, arm, x, values):
@@ -137,7 +137,7 @@ def against_labels(arms, ranks):
 def on_unseen(arms, ranks):
     """The ranks above for genera that nobody trained on: a dot a genus, their mean with its interval, a bar for known genera like them.
 
-    arms: of the file of benchmarks/unseen.py.
+    arms: of the file of experiments/unseen.py.
     """
     made, axes = figure(1.2 + 0.42 * len(arms), 1, len(ranks), sharey=True)
     for ax, rank in zip(axes[0], ranks):

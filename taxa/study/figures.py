@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
-from taxa.results.metrics import perplexity
-from taxa.results.groups import ADAPTERS, strategy_place, strategy_row
+from taxa.evaluation.metrics import perplexity
 from taxa.strategies import STRATEGIES
+from taxa.study.groups import ADAPTERS, strategy_place, strategy_row
 
 COLOURS = {name: row.colour for name, row in STRATEGIES.items()}
 PRETRAINING_COLOURS = ("#000000", "#E69F00", "#56B4E9")  # of the same palette, and no strategy's

@@ -11,13 +11,13 @@ import shlex
 import signal
 import time
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from taxa import STUDY_SEED
 from taxa.errors import InputError, Saved
-from taxa.results.published import PublishedRow, published_rows
 from taxa.runtime.cli import NO_EFFECT
 from taxa.runtime.files import read_json
+from taxa.study.published_runs import PublishedRow, published_rows
 
 PROTOCOLS = ("corrected", "published")
 # Sequences per device and step, and devices, of the published runs (docs/PROTOCOL.md). A step holds their product on any number of GPUs.
@@ -37,7 +37,7 @@ class Planned(NamedTuple):
     name: str
     flags: dict
     where: str
-    published: Optional[PublishedRow] = None
+    published: PublishedRow | None = None
 
 
 def flags_of(words):

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from taxa.results.kraken import check_taxids
+from taxa.prediction.kraken import check_taxids
 
 FORMATS = ("tsv", "jsonl", "kraken")
 

@@ -1,6 +1,6 @@
 """Simulated genomes of any number of genera, more like real ones than the demo's: for pretraining and for few or many classes.
 
-  python benchmarks/genomes.py --out data/genomes --genera 3000 --sequences 90000 --seed 1
+  python experiments/genomes.py --out data/genomes --genera 3000 --sequences 90000 --seed 1
   python prepare.py --fasta data/genomes/*_db.fa --taxdump data/genomes/taxdmp_simulated.zip --out data/pretraining
 
 Writes four FASTA files in BERTax's layout and a taxonomy dump of made-up taxa; none is a taxon of the demo. A fragment of 1,500 bases is
@@ -23,11 +23,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from taxa.data.simulate import LETTERS, SHARE, fragments  # noqa: E402
+from taxa.data.simulate import LETTERS, SHARE, fragments
 from taxa.errors import InputError
-from taxa.runtime.cli import Parser, positive_int, run, seed  # noqa: E402
-from taxa.runtime.files import replacing  # noqa: E402
-from taxa.runtime.progress import progress  # noqa: E402
+from taxa.runtime.cli import Parser, positive_int, run, seed
+from taxa.runtime.files import replacing
+from taxa.runtime.progress import progress
 
 LENGTH, CHUNK = 1500, 2048
 SUPERKINGDOMS = {2157: "Archaea", 2: "Bacteria", 2759: "Eukaryota", 10239: "Viruses"}

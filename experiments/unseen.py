@@ -1,7 +1,7 @@
 """Runs on genera that nobody trained on: the ranks above, with 95% intervals by a bootstrap over runs and genera, and a picture.
 
   for run in runs/unseen/*-seed?; do python evaluate.py $run/ckpt.pt --split unseen; done
-  python benchmarks/unseen.py runs/unseen --out docs/results/unseen.json --figure docs/figures/unseen.png
+  python experiments/unseen.py runs/unseen --out experiments/results/unseen.json --figure docs/figures/unseen.png
 
 From per_class_unseen.csv of each run. The measure is the mean over the held-out genera of the share of their fragments for which a rank
 above is right; beside it, the same of the test split's fragments of that phylum (superkingdom): known genera like them. A replicate draws
@@ -19,13 +19,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from intervals import interval, only  # noqa: E402
+from intervals import interval, only
 
-from taxa.errors import InputError  # noqa: E402
-from taxa.results.groups import ADAPTERS, group_runs  # noqa: E402
-from taxa.results.run_folders import find_runs, read_run  # noqa: E402
-from taxa.runtime.cli import Parser, positive_int, run, seed  # noqa: E402
-from taxa.runtime.files import replacing, write_json  # noqa: E402
+from taxa.errors import InputError
+from taxa.runtime.cli import Parser, positive_int, run, seed
+from taxa.runtime.files import replacing, write_json
+from taxa.study.groups import ADAPTERS, group_runs
+from taxa.study.run_folders import find_runs, read_run
 
 TABLE = "per_class_unseen.csv"
 
@@ -111,7 +111,7 @@ def main(argv=None):
                     for rank, c in arm["ranks"].items()))
     write_json(args.out, document)
     if args.figure:
-        from taxa.results.arm_figures import on_unseen  # matplotlib, which the numbers do without
+        from taxa.study.arm_figures import on_unseen  # matplotlib, which the numbers do without
         with replacing(args.figure) as temporary:
             on_unseen(document["arms"], list(ranks)).savefig(temporary, dpi=150, format="png")
 

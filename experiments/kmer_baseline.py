@@ -1,7 +1,7 @@
 """What a bag of 6-mers reaches: the baseline for a trained network.
 
-  python benchmarks/kmer_baseline.py --data data/bertax --epochs 5
-  python benchmarks/kmer_baseline.py --data data/bertax --epochs 5 --overlapping
+  python experiments/kmer_baseline.py --data data/bertax --epochs 5
+  python experiments/kmer_baseline.py --data data/bertax --epochs 5 --overlapping
 
 One linear layer per rank on the 6-mer counts of a sequence (square root, unit length), trained by AdamW with a cosine rate for the given
 epochs on the train split; the learning rate with the best validation loss is tested. The 6-mers are the tokens that the network reads, one
@@ -18,12 +18,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from taxa.data.dataset import PreparedDataset  # noqa: E402
-from taxa.data.tokens import NTTokenizer  # noqa: E402
-from taxa.model import sequence_losses  # noqa: E402
-from taxa.results.evaluation import Outcome, summarize, table  # noqa: E402
-from taxa.runtime.cli import Parser, positive_float, positive_int, run  # noqa: E402
-from taxa.training.optim import adamw, cosine_lr  # noqa: E402
+from taxa.data.dataset import PreparedDataset
+from taxa.data.tokens import NTTokenizer
+from taxa.evaluation.evaluation import Outcome, summarize, table
+from taxa.model import sequence_losses
+from taxa.runtime.cli import Parser, positive_float, positive_int, run
+from taxa.training.optim import adamw, cosine_lr
 
 
 def kmer_counts(split, overlapping):

@@ -1,7 +1,7 @@
 """The 33 runs of the supplement of Berman et al. 2025, read from taxa/assets/published_results.csv."""
 
 import csv
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from taxa import ASSETS
 
@@ -12,7 +12,7 @@ class PublishedRow(NamedTuple):
     row: int  # of the supplement's table
     model: str
     strategy: str
-    r: Optional[int]
+    r: int | None
     data_fraction: float  # of 4.57 million training sequences
     learning_rate: float
     epochs: int

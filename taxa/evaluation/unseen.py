@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from taxa.results.evaluation import check_finite_rows, mean_logits, own_batches
-from taxa.results.metrics import auroc, confusion_matrix, rank_metrics
+from taxa.evaluation.evaluation import check_finite_rows, mean_logits, own_batches
+from taxa.evaluation.metrics import auroc, confusion_matrix, rank_metrics
 from taxa.runtime.distributed import sum_over_ranks
 from taxa.runtime.files import replacing
 

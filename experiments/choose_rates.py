@@ -1,7 +1,7 @@
 """Of runs that differ only in the learning rate, the one with the lowest validation loss: a table of all, and the grid of the chosen ones.
 
-  python study.py --grid examples/rates.csv --out runs/rates                                    # every arm at five rates, one seed
-  python benchmarks/choose_rates.py runs/rates --epochs 12 --seeds 1 2 3 --out runs/chosen.csv
+  python study.py --grid experiments/rates.csv --out runs/rates                                    # every arm at five rates, one seed
+  python experiments/choose_rates.py runs/rates --epochs 12 --seeds 1 2 3 --out runs/chosen.csv
   python study.py --grid runs/chosen.csv --out runs/converged                                   # every arm at its own rate, three seeds
 
 The same rule for every arm, and the test split plays no part in it. An arm whose best rate is the lowest or the highest that was tried is
@@ -15,11 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from taxa.errors import InputError  # noqa: E402
-from taxa.results.grid import flags_of  # noqa: E402
-from taxa.results.run_folders import find_runs, read_run  # noqa: E402
-from taxa.runtime.cli import Parser, positive_int, run, seed  # noqa: E402
-from taxa.runtime.files import replacing  # noqa: E402
+from taxa.errors import InputError
+from taxa.runtime.cli import Parser, positive_int, run, seed
+from taxa.runtime.files import replacing
+from taxa.study.grid import flags_of
+from taxa.study.run_folders import find_runs, read_run
 
 NOT_OF_AN_ARM = ("lr", "seed", "out", "resume")
 

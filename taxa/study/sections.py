@@ -1,11 +1,12 @@
 """The sections of report.py that have a picture: SECTIONS says of each what it is, what it needs and what draws it. Needs matplotlib."""
 
 import statistics
-from typing import Any, Callable, NamedTuple, Optional
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from taxa.results import arm_figures, figures
-from taxa.results.groups import ADAPTERS, arm_of
-from taxa.results.tables import best_groups, group_rank, ranks_of, summed_confusion
+from taxa.study import arm_figures, figures
+from taxa.study.groups import ADAPTERS, arm_of
+from taxa.study.tables import best_groups, group_rank, ranks_of, summed_confusion
 
 
 class Material(NamedTuple):
@@ -31,8 +32,8 @@ class Section(NamedTuple):
     caption: str
     find: Callable  # material -> found
     draw: Callable  # (material, found) -> Figure
-    without: Optional[str] = None  # why nothing is drawn; None: then the section is left out
-    sentences: Optional[Callable] = None  # (material, found) -> what follows the caption
+    without: str | None = None  # why nothing is drawn; None: then the section is left out
+    sentences: Callable | None = None  # (material, found) -> what follows the caption
 
 
 class Drawn(NamedTuple):

@@ -6,19 +6,17 @@ windows of similar length. Nothing but the record being read and a few slices is
 Shapes: W windows of a slice, B of a batch, T tokens of the longest window in it.
 """
 
-import collections
-import concurrent.futures
 import itertools
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from taxa.data.dataset import padded
 from taxa.data import grammar
+from taxa.data.batches import padded
 from taxa.data.grammar import reverse_complement
 from taxa.errors import InputError
 
@@ -30,7 +28,7 @@ class Record(NamedTuple):
     header: str  # the line without its > or @
     bases: bytes  # of ACGTN
     changed: int = 0  # how many of them became N
-    mate: Optional[bytes] = None  # the bases of the other read of a pair
+    mate: bytes | None = None  # the bases of the other read of a pair
 
 
 class Read(NamedTuple):
@@ -143,7 +141,7 @@ def _slice(reads, complete, pieces, tokenizer, batch_size, rank, size):
 
 
 class Windows(torch.utils.data.Dataset):
-    """Some of the windows whose tokens are in memory. Indexed by a list of B numbers, it gives their batch (taxa.data.dataset.padded)."""
+    """Some of the windows whose tokens are in memory. Indexed by a list of B numbers, it gives their batch (taxa.data.batches.padded)."""
 
     def __init__(self, ids, offsets, windows, pad_token_id):
         """ids: of all windows, joined, uint16; offsets: where each starts and the last ends; windows: (N,) the numbers of these."""
@@ -185,13 +183,3 @@ def tokenized_windows(stream, tokenizer, window, held_out):
     offsets = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
     sides = (np.flatnonzero(np.array(held, dtype=bool) == side) for side in (False, True))
     return tuple(Windows(np.frombuffer(ids, dtype=np.uint16), offsets, side, tokenizer.pad_token_id) for side in sides)
-
-
-def read_ahead(items, depth=2):
-    """Yield the items of an iterable, of which a thread has up to `depth` ready. What it raises is raised here."""
-    iterator, end = iter(items), object()
-    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
-        pending = collections.deque(pool.submit(next, iterator, end) for _ in range(depth))
-        while (item := pending.popleft().result()) is not end:
-            pending.append(pool.submit(next, iterator, end))
-            yield item

@@ -1,8 +1,8 @@
-"""Pictures of what benchmarks/intervals.py wrote, with its 95% intervals.
+"""Pictures of what experiments/intervals.py wrote, with its 95% intervals.
 
-  python benchmarks/interval_figures.py docs/results/converged.json --share docs/figures/share.png --classes docs/figures/classes.png
-  python benchmarks/interval_figures.py docs/results/few_labels.json --labels docs/figures/labels.png
-  python benchmarks/interval_figures.py docs/results/classes.json --classes docs/figures/classes_alone.png   # a data set for each number
+  python experiments/interval_figures.py experiments/results/converged.json --share docs/figures/share.png --classes docs/figures/classes.png
+  python experiments/interval_figures.py experiments/results/few_labels.json --labels docs/figures/labels.png
+  python experiments/interval_figures.py experiments/results/classes.json --classes docs/figures/classes_alone.png   # a data set for each number
 """
 
 import sys
@@ -10,11 +10,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from taxa.errors import InputError  # noqa: E402
-from taxa.results.arm_figures import against_classes, against_labels, against_share, ranks_above_chance  # noqa: E402
-from taxa.results.groups import Arm  # noqa: E402
-from taxa.runtime.cli import Parser, run  # noqa: E402
-from taxa.runtime.files import read_json, replacing  # noqa: E402
+from taxa.errors import InputError
+from taxa.runtime.cli import Parser, run
+from taxa.runtime.files import read_json, replacing
+from taxa.study.arm_figures import (
+    against_classes,
+    against_labels,
+    against_share,
+    ranks_above_chance,
+)
+from taxa.study.groups import Arm
 
 PICTURES = {"share": against_share, "classes": against_classes, "labels": against_labels}
 
@@ -30,7 +35,7 @@ def read_arms(path):
                 a["strategy"], a["r"], a["heads"], a["row"], a["trainable_fraction"], int(a["training_sequences"]), reached, a["classes"]))
         models = {a["model"] for a in found}
     except (KeyError, TypeError):
-        raise InputError(f"{path} is not a file of benchmarks/intervals.py --out") from None
+        raise InputError(f"{path} is not a file of experiments/intervals.py --out") from None
     if len(models) != 1:
         raise InputError(f"{path} holds {len(models)} models: a picture is of one")
     return data_sets
@@ -56,7 +61,7 @@ def joined(data_sets):
 
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("intervals", metavar="FILE.json", help="of benchmarks/intervals.py")
+    parser.add_argument("intervals", metavar="FILE.json", help="of experiments/intervals.py")
     for name, draw in PICTURES.items():
         parser.add_argument(f"--{name}", metavar="FILE.png", help=draw.__doc__)
     args = parser.parse_args(argv)

@@ -1,0 +1,1 @@
+"""From predictions to numbers: what train.py and evaluate.py need to measure a classifier."""
