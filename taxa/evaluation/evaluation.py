@@ -1,5 +1,6 @@
-"""Run a classifier over a split, on every process, no sequence twice, and write down what came out."""
+"""Run a classifier over a split, on every process, no sequence twice, and write down the result."""
 
+import contextlib
 import csv
 from typing import NamedTuple
 
@@ -23,7 +24,8 @@ from taxa.runtime.files import replacing, write_json
 from taxa.runtime.precision import autocast
 from taxa.runtime.progress import progress
 
-TEMPERATURE_SEQUENCES = 20_000  # enough for one number per rank, and their logits fit in memory
+# Enough for one number per rank, and their logits fit in memory.
+TEMPERATURE_SEQUENCES = 20_000
 
 
 class Probabilities(NamedTuple):
@@ -40,18 +42,22 @@ class Outcome(NamedTuple):
     loss: float  # mean over sequences of the summed cross-entropy
     truth: np.ndarray  # (N, R)
     predicted: np.ndarray  # (N, R)
-    plain: Probabilities | None = None  # as the heads give them; None where there are only classes
-    scaled: Probabilities | None = None  # with the logits of every rank divided by its temperature, where one was given
+    # As the heads give them; None where there are only classes.
+    plain: Probabilities | None = None
+    # With the logits of every rank divided by its temperature, where one was given.
+    scaled: Probabilities | None = None
 
 
 @torch.no_grad()
 def batch_logits(w, model, split, batches, precision="fp32", workers=0):
-    """Yield (rows, labels (B, R), {rank: logits (B, C)}), on the device, of this process's batches, each a list of rows.
+    """Yield (rows, labels (B, R), {rank: logits (B, C)}), on the device, of each batch.
 
-    model: the bare classifier, not its DDP wrapper. Leaves it in eval mode.
+    batches: those of this process, each a list of rows. model: the bare classifier, not its DDP
+    wrapper; it is left in eval mode.
     """
     model.eval()
-    for rows, batch in zip(progress(batches, f"{split.name}", unit="batch"), load_batches(split, batches, workers, w.device)):
+    loaded = load_batches(split, batches, workers, w.device)
+    for rows, batch in zip(progress(batches, f"{split.name}", unit="batch"), loaded):
         batch = on_device(batch, w.device)
         with autocast(w.device, precision):
             logits = model(batch["input_ids"], batch["attention_mask"])
@@ -59,80 +65,137 @@ def batch_logits(w, model, split, batches, precision="fp32", workers=0):
 
 
 def mean_logits(w, model, splits, batches, precision, workers):
-    """As batch_logits(), the mean of the logits of several splits with the same sequences: a split, or it and its other strands."""
+    """As batch_logits(), with the mean of the logits of several splits of the same sequences.
+
+    splits: one split, or a split and its other strands.
+    """
     passes = [batch_logits(w, model, split, batches, precision, workers) for split in splits]
     for (rows, labels, logits), *others in zip(*passes):
         for rank in logits if others else ():
-            logits[rank] = torch.stack([logits[rank], *(of_other[rank] for _, _, of_other in others)]).float().mean(dim=0)
+            all_passes = [logits[rank], *(of_other[rank] for _, _, of_other in others)]
+            logits[rank] = torch.stack(all_passes).float().mean(dim=0)
         yield rows, labels, logits
 
 
 def own_batches(w, rows, batch_size):
-    """The batches of this process: batch k goes to process k modulo their number, so batches do not depend on how many there are."""
-    return [rows[start:start + batch_size] for start in range(0, len(rows), batch_size)][w.rank::w.size]
+    """The batches of this process: batch k goes to process k modulo the number of processes.
+
+    So the batches do not depend on how many processes there are.
+    """
+    batches = [rows[start:start + batch_size] for start in range(0, len(rows), batch_size)]
+    return batches[w.rank::w.size]
+
+
+def _by_rank(values):
+    """R tensors (B,) -> (B, R) on the CPU."""
+    return torch.stack(values, dim=1).cpu()
 
 
 @torch.no_grad()
-def run_split(w, model, split, batch_size, precision="fp32", workers=0, *, lineages, temperature=None, others=()):
+def run_split(
+    w, model, split, batch_size, precision="fp32", workers=0, *,
+    lineages, temperature=None, others=(),
+):
     """Predict every sequence of a split -> Outcome.
 
-    lineages: (L, R) class numbers to decode over jointly. temperature: {rank: T} for Outcome.scaled. others: splits whose logits are
-    averaged with this one's, sequence by sequence (its other strands). Raises InputError, on all processes,
-    when the loss of a sequence is not finite.
+    lineages: (L, R) class numbers to decode over jointly. temperature: {rank: T} for
+    Outcome.scaled. others: splits whose logits are averaged with this one's, sequence by sequence
+    (its other strands). Raises InputError, on all processes, when the loss of a sequence is not
+    finite.
     """
     N, R = split.labels.shape
     decoder = JointDecoder(lineages, w.device)
     settings = [None, temperature] if temperature else [None]
     predicted = torch.zeros(N, R, dtype=torch.int64)
-    columns = [[torch.zeros(N, R, dtype=dtype) for dtype in (torch.float64, torch.float64, torch.int64)] for _ in settings]
-    for rows, labels, logits in mean_logits(w, model, (split, *others), own_batches(w, list(range(N)), batch_size), precision, workers):
-        predicted[rows] = torch.stack([z.argmax(dim=1) for z in logits.values()], dim=1).cpu()
+    columns = []  # for each setting of the temperature: confidence, nll and joint, each (N, R)
+    for _ in settings:
+        dtypes = (torch.float64, torch.float64, torch.int64)
+        columns.append([torch.zeros(N, R, dtype=dtype) for dtype in dtypes])
+
+    batches = own_batches(w, list(range(N)), batch_size)
+    found = mean_logits(w, model, (split, *others), batches, precision, workers)
+    for rows, labels, logits in found:
+        predicted[rows] = _by_rank([z.argmax(dim=1) for z in logits.values()])
         for (confidence, nll, joint), setting in zip(columns, settings):
             log_probs = log_probabilities(logits, setting)
-            confidence[rows] = torch.stack([log_p.max(dim=1).values.exp() for log_p in log_probs.values()], dim=1).double().cpu()
-            nll[rows] = torch.stack([F.nll_loss(log_p, labels[:, i], reduction="none")
-                                     for i, log_p in enumerate(log_probs.values())], dim=1).double().cpu()
+            highest = [log_p.max(dim=1).values.exp() for log_p in log_probs.values()]
+            losses = [
+                F.nll_loss(log_p, labels[:, i], reduction="none")
+                for i, log_p in enumerate(log_probs.values())
+            ]
+            confidence[rows] = _by_rank(highest).double()
+            nll[rows] = _by_rank(losses).double()
             joint[rows] = decoder.lineages[decoder.scores(log_probs).argmax(dim=1)].cpu()
-    predicted = sum_over_ranks(w, predicted)  # every row is non-zero on one process only: the sums are exact
-    plain, *scaled = [Probabilities(*(sum_over_ranks(w, column).numpy() for column in of_setting)) for of_setting in columns]
-    for found in (plain, *scaled):
-        check_finite_rows(w, split, torch.from_numpy(found.nll), "loss")
-    return Outcome(float(plain.nll.sum() / max(N, 1)), np.asarray(split.labels), predicted.numpy(), plain, *scaled)
+
+    # Every row is non-zero on one process only: the sums are exact.
+    predicted = sum_over_ranks(w, predicted).numpy()
+    plain, *scaled = [
+        Probabilities(*(sum_over_ranks(w, column).numpy() for column in of_setting))
+        for of_setting in columns
+    ]
+    for probabilities in (plain, *scaled):
+        check_finite_rows(w, split, torch.from_numpy(probabilities.nll), "loss")
+    loss = float(plain.nll.sum() / max(N, 1))
+    return Outcome(loss, np.asarray(split.labels), predicted, plain, *scaled)
 
 
 def check_finite_rows(w, split, rows, what):
-    """Raise InputError, on all processes, unless the numbers (N, any) of a split's sequences are finite: of NaN there is no metric."""
+    """Raise InputError, on all processes, unless the numbers (N, any) of a split are finite.
+
+    There is no metric of NaN. what: what the numbers are, for the message.
+    """
     bad = int((~rows.isfinite().all(dim=1)).sum())
     if bad:
-        exit_together(w, InputError(f"{bad:,} of {len(rows):,} sequences of the {split.name} split have a {what} that is not finite: this "
-                                    "network says nothing of them; it was trained with too high a --lr, or needs --precision fp32"))
+        exit_together(w, InputError(
+            f"{bad:,} of {len(rows):,} sequences of the {split.name} split have a {what} that is "
+            "not finite: this network says nothing of them; it was trained with too high a --lr, "
+            "or needs --precision fp32"
+        ))
 
 
 @torch.no_grad()
 def split_temperature(w, model, split, batch_size, precision="fp32", workers=0, others=()):
-    """({rank: temperature}, sequences used): one temperature per rank, fitted on at most 20,000 evenly spaced sequences of a split.
+    """One temperature per rank -> ({rank: temperature}, sequences used).
 
+    They are fitted on at most 20,000 evenly spaced sequences of a split. others: as in run_split().
     Raises InputError, on all processes, when a logit is not finite.
     """
-    used = list(range(0, len(split), -(-len(split) // TEMPERATURE_SEQUENCES) or 1))
-    found = {rank: torch.zeros(len(used), head.out_features) for rank, head in model.heads.items()}
+    every = -(-len(split) // TEMPERATURE_SEQUENCES) or 1
+    used = list(range(0, len(split), every))
     place = {row: i for i, row in enumerate(used)}
-    for rows, _, logits in mean_logits(w, model, (split, *others), own_batches(w, used, batch_size), precision, workers):
+    found = {
+        rank: torch.zeros(len(used), head.out_features)
+        for rank, head in model.heads.items()
+    }
+
+    batches = own_batches(w, used, batch_size)
+    for rows, _, logits in mean_logits(w, model, (split, *others), batches, precision, workers):
         for rank, z in logits.items():
             found[rank][[place[row] for row in rows]] = z.float().cpu()
     found = {rank: sum_over_ranks(w, z) for rank, z in found.items()}
     check_finite_rows(w, split, torch.cat(list(found.values()), dim=1), "logit")
+
     labels = torch.from_numpy(split.labels[used].astype(np.int64))
-    return {rank: fit_temperature(z, labels[:, i]) for i, (rank, z) in enumerate(found.items())}, len(used)
+    temperature = {
+        rank: fit_temperature(z, labels[:, i])
+        for i, (rank, z) in enumerate(found.items())
+    }
+    return temperature, len(used)
 
 
 def confusions(truth, predicted, num_classes):
     """{rank: (C, C) confusion matrix} of truth and predicted, both (N, R)."""
-    return {rank: confusion_matrix(truth[:, i], predicted[:, i], C) for i, (rank, C) in enumerate(num_classes.items())}
+    return {
+        rank: confusion_matrix(truth[:, i], predicted[:, i], C)
+        for i, (rank, C) in enumerate(num_classes.items())
+    }
 
 
 def inconsistent_share(predicted, lineages):
-    """Share of rows of predicted (N, R) that are no row of lineages (L, R): a genus outside the predicted phylum, say."""
+    """Share of rows of predicted (N, R) that are no row of lineages (L, R).
+
+    Such a row is, say, a genus outside the predicted phylum.
+    """
     real = {tuple(row) for row in lineages}
     return sum(tuple(row) not in real for row in predicted.tolist()) / max(len(predicted), 1)
 
@@ -140,22 +203,49 @@ def inconsistent_share(predicted, lineages):
 def _of_probabilities(outcome, probabilities, num_classes):
     """What metrics.json says of one setting of the temperature."""
     correct = outcome.predicted == outcome.truth
-    calibration = {rank: {"expected_calibration_error": expected_calibration_error(probabilities.confidence[:, i], correct[:, i]),
-                          "nll": float(probabilities.nll[:, i].mean())} for i, rank in enumerate(num_classes)}
-    joint = {rank: rank_metrics(matrix) for rank, matrix in confusions(outcome.truth, probabilities.joint, num_classes).items()}
+    calibration = {}
+    for i, rank in enumerate(num_classes):
+        error = expected_calibration_error(probabilities.confidence[:, i], correct[:, i])
+        calibration[rank] = {
+            "expected_calibration_error": error,
+            "nll": float(probabilities.nll[:, i].mean()),
+        }
+    matrices = confusions(outcome.truth, probabilities.joint, num_classes)
+    joint = {rank: rank_metrics(matrix) for rank, matrix in matrices.items()}
     return {"joint": {"ranks": joint}, "calibration": calibration}
 
 
-def summarize(split_name, outcome, num_classes, lineages=None, dataset_digest=None, temperature=None):
-    """The document that metrics.json holds. lineages and the digest go with an outcome that has probabilities, temperature with .scaled."""
-    ranks = {rank: rank_metrics(matrix) for rank, matrix in confusions(outcome.truth, outcome.predicted, num_classes).items()}
-    averaged = {rank: {"present": len(np.unique(outcome.truth[:, i])), "classes": C} for i, (rank, C) in enumerate(num_classes.items())}
-    metrics = {"split": split_name, "sequences": len(outcome.truth), "loss": outcome.loss, "ranks": ranks, "averaged_over": averaged}
+def summarize(
+    split_name, outcome, num_classes, lineages=None, dataset_digest=None, temperature=None
+):
+    """The document that metrics.json holds.
+
+    lineages and dataset_digest go with an outcome that has probabilities, temperature with one
+    that has Outcome.scaled.
+    """
+    matrices = confusions(outcome.truth, outcome.predicted, num_classes)
+    averaged = {
+        rank: {"present": len(np.unique(outcome.truth[:, i])), "classes": C}
+        for i, (rank, C) in enumerate(num_classes.items())
+    }
+    metrics = {
+        "split": split_name,
+        "sequences": len(outcome.truth),
+        "loss": outcome.loss,
+        "ranks": {rank: rank_metrics(matrix) for rank, matrix in matrices.items()},
+        "averaged_over": averaged,
+    }
     if outcome.plain:
-        metrics |= {"dataset_digest": dataset_digest, "inconsistent_lineages": inconsistent_share(outcome.predicted, lineages),
-                    **_of_probabilities(outcome, outcome.plain, num_classes)}
+        metrics |= {
+            "dataset_digest": dataset_digest,
+            "inconsistent_lineages": inconsistent_share(outcome.predicted, lineages),
+            **_of_probabilities(outcome, outcome.plain, num_classes),
+        }
     if outcome.scaled:
-        metrics["scaled"] = {"temperature": temperature, **_of_probabilities(outcome, outcome.scaled, num_classes)}
+        metrics["scaled"] = {
+            "temperature": temperature,
+            **_of_probabilities(outcome, outcome.scaled, num_classes),
+        }
     return metrics
 
 
@@ -166,43 +256,80 @@ def _width(ranks):
 def _lines(title, ranks):
     width = _width(ranks)
     lines = [f"{title:<{width}}{'balanced accuracy':>18}{'accuracy':>10}{'macro F1':>10}"]
-    return lines + [f"{rank:<{width}}{m['balanced_accuracy']:>18.4f}{m['accuracy']:>10.4f}{m['macro_f1']:>10.4f}"
-                    for rank, m in ranks.items()]
+    for rank, m in ranks.items():
+        lines.append(
+            f"{rank:<{width}}{m['balanced_accuracy']:>18.4f}{m['accuracy']:>10.4f}"
+            f"{m['macro_f1']:>10.4f}"
+        )
+    return lines
 
 
 def table(metrics):
     """metrics.json as a fixed-width table."""
-    return "\n".join([*_lines("rank", metrics["ranks"]),
-                      f"{metrics['sequences']:,} sequences of the {metrics['split']} split, loss {metrics['loss']:.4f}"])
+    foot = (
+        f"{metrics['sequences']:,} sequences of the {metrics['split']} split, "
+        f"loss {metrics['loss']:.4f}"
+    )
+    return "\n".join([*_lines("rank", metrics["ranks"]), foot])
 
 
 def details(metrics):
-    """What metrics.json says beyond table(): classes averaged over, joint decoding and calibration, with temperatures where fitted."""
-    temperature, width = metrics.get("scaled", {}).get("temperature"), _width(metrics["ranks"])
-    averaged = ", ".join(f"{n['present']:,} of {n['classes']:,} {rank}" for rank, n in metrics["averaged_over"].items())
-    lines = [f"balanced accuracy: mean over the classes that are in the split, {averaged}",
-             f"{metrics['inconsistent_lineages']:.1%} of the predictions are inconsistent (such as a genus outside the predicted phylum); "
-             "decoded jointly:",
-             *_lines("rank", metrics["joint"]["ranks"])]
+    """What metrics.json says beyond table().
+
+    That is the classes averaged over, joint decoding and calibration, with temperatures where they
+    were fitted.
+    """
+    temperature = metrics.get("scaled", {}).get("temperature")
+    width = _width(metrics["ranks"])
+
+    averaged = ", ".join(
+        f"{n['present']:,} of {n['classes']:,} {rank}"
+        for rank, n in metrics["averaged_over"].items()
+    )
+    inconsistent = (
+        f"{metrics['inconsistent_lineages']:.1%} of the predictions are inconsistent "
+        "(such as a genus outside the predicted phylum); decoded jointly:"
+    )
+    lines = [
+        f"balanced accuracy: mean over the classes that are in the split, {averaged}",
+        inconsistent,
+        *_lines("rank", metrics["joint"]["ranks"]),
+    ]
     if temperature:
-        lines += ["decoded jointly, with the temperatures:", *_lines("rank", metrics["scaled"]["joint"]["ranks"])]
-    lines += [f"calibration: cross-entropy (NLL) and expected calibration error (ECE, {BINS} bins)",
-              f"{'rank':<{width}}{'NLL':>8}{'ECE':>8}" + (f"{'temperature':>13}{'NLL':>8}{'ECE':>8}" if temperature else "")]
+        lines.append("decoded jointly, with the temperatures:")
+        lines += _lines("rank", metrics["scaled"]["joint"]["ranks"])
+
+    lines.append(
+        "calibration: cross-entropy (NLL) and expected calibration error "
+        f"(ECE, {BINS} bins)"
+    )
+    header = f"{'rank':<{width}}{'NLL':>8}{'ECE':>8}"
+    lines.append(header + (f"{'temperature':>13}{'NLL':>8}{'ECE':>8}" if temperature else ""))
     for rank, plain in metrics["calibration"].items():
-        lines.append(f"{rank:<{width}}{plain['nll']:>8.4f}{plain['expected_calibration_error']:>8.4f}")
+        line = f"{rank:<{width}}{plain['nll']:>8.4f}{plain['expected_calibration_error']:>8.4f}"
         if temperature:
             scaled = metrics["scaled"]["calibration"][rank]
-            lines[-1] += f"{temperature[rank]:>13.4f}{scaled['nll']:>8.4f}{scaled['expected_calibration_error']:>8.4f}"
+            line += (
+                f"{temperature[rank]:>13.4f}{scaled['nll']:>8.4f}"
+                f"{scaled['expected_calibration_error']:>8.4f}"
+            )
+        lines.append(line)
     return "\n".join(lines)
 
 
 def write_tables(folder, metrics, outcome, classes):
-    """metrics.json, per_class.csv and confusion_{rank}.csv (rows: truth, columns: prediction, by taxid). Names carry any split but test."""
+    """Write metrics.json, per_class.csv and confusion_{rank}.csv.
+
+    The rows of a confusion matrix are the truth, its columns the predictions, by taxid. The names
+    of the files carry the name of any split but test.
+    """
     suffix = "" if metrics["split"] == "test" else f"_{metrics['split']}"
-    matrices = confusions(outcome.truth, outcome.predicted, {rank: len(of_rank) for rank, of_rank in classes.items()})
-    with replacing(folder / f"per_class{suffix}.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
-        out = csv.writer(file)
-        out.writerow(["rank", "taxid", "name", "support", "predicted", "recall", "precision", "f1"])
+    num_classes = {rank: len(of_rank) for rank, of_rank in classes.items()}
+    matrices = confusions(outcome.truth, outcome.predicted, num_classes)
+    with _csv_writer(folder / f"per_class{suffix}.csv") as out:
+        out.writerow(
+            ["rank", "taxid", "name", "support", "predicted", "recall", "precision", "f1"]
+        )
         for rank, matrix in matrices.items():
             columns = per_class(matrix)
             for i, row in enumerate(classes[rank]):
@@ -210,8 +337,14 @@ def write_tables(folder, metrics, outcome, classes):
                 ratios = [f"{columns[key][i]:.6f}" for key in ("recall", "precision", "f1")]
                 out.writerow([rank, row["taxid"], row["name"], *counts, *ratios])
     for rank, matrix in matrices.items():
-        with replacing(folder / f"confusion_{rank}{suffix}.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
-            out = csv.writer(file)
-            out.writerow(["truth", *(class_id(row) for row in classes[rank])])
-            out.writerows([class_id(row), *counts] for row, counts in zip(classes[rank], matrix.tolist()))
+        with _csv_writer(folder / f"confusion_{rank}{suffix}.csv") as out:
+            ids = [class_id(row) for row in classes[rank]]
+            out.writerow(["truth", *ids])
+            out.writerows([one, *counts] for one, counts in zip(ids, matrix.tolist()))
     write_json(folder / f"metrics{suffix}.json", metrics)
+
+
+@contextlib.contextmanager
+def _csv_writer(path):
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        yield csv.writer(file)
