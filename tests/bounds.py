@@ -1,4 +1,6 @@
-"""Prints what setup.py asks for, tests and figures included, as a requirements file: `oldest` pins every lower bound, `newest` none."""
+"""Prints what setup.py asks for, tests and figures included, as a requirements file: `oldest` pins
+every lower bound, `newest` pins nothing.
+"""
 
 import re
 import sys
@@ -8,9 +10,14 @@ import setuptools  # noqa: F401  (brings distutils to Python 3.12 and later)
 
 
 def requirements(which):
-    """The lines of a requirements file. Raises ValueError for a requirement without a lower bound: nobody could say what was tested."""
-    package = run_setup("setup.py", stop_after="init")  # an old setuptools hides extras with markers: make upgrades it
-    asked = sorted({*package.install_requires, *package.extras_require["test"], *package.extras_require["report"]})
+    """The lines of a requirements file.
+
+    Raises ValueError for a requirement without a lower bound: nobody could say what was tested.
+    """
+    # An old setuptools hides extras with markers: make upgrades it.
+    package = run_setup("setup.py", stop_after="init")
+    extras = package.extras_require
+    asked = sorted({*package.install_requires, *extras["test"], *extras["report"]})
     return asked if which == "newest" else [pinned(requirement) for requirement in asked]
 
 

@@ -1,8 +1,15 @@
-"""Run command lines in processes forked from one that has imported what the scripts import: an import takes seconds, a fork none.
+"""Run command lines in processes forked from one that has imported what the scripts import: an
+import takes seconds, a fork none.
 
-A line of standard input is a JSON object: "words", a script's path (or "-c" and code) and its arguments, one list for each rank; "cwd";
-"environment"; "outputs", for each rank the files of its standard output and error. When all ranks have ended, a line has their exit
-statuses. Nothing here runs a thread, whose locks a fork would copy. helpers.forked() is the other end.
+A line of standard input is a JSON object with these keys:
+
+  words         a list for each rank: a script's path (or "-c" and code) and its arguments
+  cwd           the working directory
+  environments  for each rank, variables to add to its environment
+  outputs       for each rank, the files of its standard output and error
+
+When all ranks have ended, a line of standard output has their exit statuses. Nothing here runs a
+thread, whose locks a fork would copy. helpers.forked() is the other end.
 """
 
 import json
@@ -61,6 +68,10 @@ def fork(words, cwd, environment, outputs):
 if __name__ == "__main__":
     for line in sys.stdin:
         asked = json.loads(line)
-        children = [fork(words, asked["cwd"], environment, outputs)
-                    for words, environment, outputs in zip(asked["words"], asked["environments"], asked["outputs"])]
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+        ranks = zip(asked["words"], asked["environments"], asked["outputs"])
+        children = [
+            fork(words, asked["cwd"], environment, outputs)
+            for words, environment, outputs in ranks
+        ]
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(statuses), flush=True)

@@ -20,7 +20,10 @@ def naive_records(data):
 
 
 def naive_normal(letters):
-    return bytes(ord(chr(x).upper()) if chr(x) in "ACGTNacgtn" else ord("T" if chr(x) in "Uu" else "N") for x in letters)
+    """Upper-case letters; U is a T, and what is not one of ACGTU is an N."""
+    normal = {ord(letter): ord(letter.upper()) for letter in "ACGTNacgtn"}
+    normal |= {ord("U"): ord("T"), ord("u"): ord("T")}
+    return bytes(normal.get(x, ord("N")) for x in letters)
 
 
 def index_bytes(folder, data, name="x.fa"):
@@ -63,15 +66,31 @@ NODES = [
     (7006, 131567, "phylum", "a phylum in no superkingdom"),
     (7007, 7006, "genus", "its genus"),
 ]
-# (old, new): one step, three steps, into a node that is labelled anyway, onto nothing, and two cycles
-MERGED = [(8001, 562), (8002, 8003), (8003, 8004), (8004, 9606), (8005, 561), (8006, 7999), (8007, 8008), (8008, 8007),
-          (8009, 8009), (9606, 562)]  # the last: an id that is still a node
+MERGED = [  # (old, new)
+    (8001, 562),  # one step
+    (8002, 8003), (8003, 8004), (8004, 9606),  # three steps
+    (8005, 561),  # into a node that is labelled anyway
+    (8006, 7999),  # onto nothing
+    (8007, 8008), (8008, 8007),  # a cycle of two
+    (8009, 8009),  # a cycle of one
+    (9606, 562),  # an id that is still a node
+]
 DELETED = [9001, 9002]
 # Another, whose top has the newer names of ranks.
-FEW = [(1, 1, "no rank", "root"), (2, 1, "domain", "Bacteria"), (10239, 1, "acellular root", "Viruses"),
-       (20, 2, "phylum", "P"), (21, 20, "genus", "'G one'"), (22, 21, "species", "s"), (23, 20, "genus", "G two"),
-       (30, 10239, "phylum", "V"), (31, 30, "genus", "W"), (40, 2, "genus", "no phylum"),
-       (50, 20, "family", "no genus"), (60, 1, "no rank", "no superkingdom")]
+FEW = [
+    (1, 1, "no rank", "root"),
+    (2, 1, "domain", "Bacteria"),
+    (10239, 1, "acellular root", "Viruses"),
+    (20, 2, "phylum", "P"),
+    (21, 20, "genus", "'G one'"),
+    (22, 21, "species", "s"),
+    (23, 20, "genus", "G two"),
+    (30, 10239, "phylum", "V"),
+    (31, 30, "genus", "W"),
+    (40, 2, "genus", "no phylum"),
+    (50, 20, "family", "no genus"),
+    (60, 1, "no rank", "no superkingdom"),
+]
 
 
 def row(*fields):
@@ -80,10 +99,14 @@ def row(*fields):
 
 def dump_texts(nodes=NODES, merged=MERGED, deleted=DELETED):
     """{member: text} of a dump as NCBI writes it: 13 columns of nodes, several names of a taxon."""
-    names = [line for taxid, _, _, name in nodes for line in (
-        row(taxid, f"{name} of old", "", "synonym"), row(taxid, name, "", "scientific name"),
-        row(taxid, f"common {taxid}", "", "genbank common name"),
-        row(taxid, f"{name} Linnaeus, 1758", "", "authority"))]
+    names = []
+    for taxid, _, _, name in nodes:
+        names += [
+            row(taxid, f"{name} of old", "", "synonym"),
+            row(taxid, name, "", "scientific name"),
+            row(taxid, f"common {taxid}", "", "genbank common name"),
+            row(taxid, f"{name} Linnaeus, 1758", "", "authority"),
+        ]
     return {
         "nodes.dmp": "".join(row(*node[:3], "", 0, 0, 1, 0, 0, 0, 0, 0, "") for node in nodes),
         "names.dmp": "".join(names),
@@ -96,18 +119,23 @@ def dump_texts(nodes=NODES, merged=MERGED, deleted=DELETED):
 
 def archive_bytes(texts, kind, prefix=""):
     """The bytes of an archive. kind: zip, stored.zip, tar.gz or tar. texts: str or bytes."""
-    datas = {prefix + name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
+    datas = {
+        prefix + name: text.encode() if isinstance(text, str) else text
+        for name, text in texts.items()
+    }
     out = io.BytesIO()
     if kind.endswith("zip"):
         how = zipfile.ZIP_STORED if kind == "stored.zip" else zipfile.ZIP_DEFLATED
         with zipfile.ZipFile(out, "w", how) as archive:
             for name, data in datas.items():
-                archive.writestr(zipfile.ZipInfo(name, date_time=(2023, 5, 6, 7, 8, 10)), data, how)
+                member = zipfile.ZipInfo(name, date_time=(2023, 5, 6, 7, 8, 10))
+                archive.writestr(member, data, how)
         return out.getvalue()
     with tarfile.open(fileobj=out, mode="w") as archive:
         for name, data in datas.items():
             info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(data), 1683356890  # 2023-05-06
+            info.size = len(data)
+            info.mtime = 1683356890  # 2023-05-06
             archive.addfile(info, io.BytesIO(data))
     return gzip.compress(out.getvalue(), mtime=0) if kind == "tar.gz" else out.getvalue()
 

@@ -1,12 +1,15 @@
-"""Run a list of train.py and evaluate.py command lines in one process (or, under torchrun, in each of several).
+"""Run a list of train.py and evaluate.py command lines in one process, or, under torchrun, in each
+of several.
 
-  torchrun --nproc_per_node 2 tests/runs.py '[["train", "--model", ...], ["evaluate", "ckpt.pt"], ["dies", 5, "--model", ...]]'
+  torchrun --nproc_per_node 2 tests/runs.py '[["train", "--model", ...], ["dies", 5, ...]]'
 
-["dies", N, ...] is a training run that ends in the middle of its N-th step, as if killed: nothing is saved or tidied up.
+["dies", N, ...] is a training run that ends in the middle of its N-th step, as if it were killed:
+nothing is saved or tidied up.
 
   python tests/runs.py '{"2": [["train", ...]], "3": [["evaluate", ...]]}'
 
-runs one list by two processes, then another by three, forked from this one: what they import is imported once.
+runs one list by two processes, then another by three. The processes are forked from this one, so
+that what they import is imported once.
 """
 
 import contextlib
@@ -36,8 +39,11 @@ class Killed(BaseException):
 
 @contextlib.contextmanager
 def in_step(n, act):
-    """Within the block, call act() in the middle of the n-th optimizer step, between gradient and update."""
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
+    """Within the block, call act() in the middle of the n-th optimizer step, between gradient and
+    update.
+    """
+    clip = torch.nn.utils.clip_grad_norm_
+    calls = []
 
     def counts(*arguments):
         calls.append(1)
@@ -67,7 +73,10 @@ def dies(n, arguments, script=train):
 
 
 def free_port():
-    """A port that nobody listens on, below those that the system gives to connections, so that none takes it in the meantime."""
+    """A port that nobody listens on.
+
+    It is below those that the system gives to connections, so that none takes it in the meantime.
+    """
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as server, contextlib.suppress(OSError):
@@ -76,16 +85,23 @@ def free_port():
 
 
 def ranks(size, main, output=None):
-    """Fork `size` ranks that call main() as a script does, as srun starts them; output: a file for what they print. Returns their ids.
+    """Fork `size` ranks that call main() as a script does, as srun starts them.
 
-    Only from a process that has not run a backward pass: autograd's threads do not survive a fork.
+    output: an open file for what they print. Returns their process ids. To be called only from a
+    process that has not run a backward pass: autograd's threads do not survive a fork.
     """
-    port, ids = str(free_port()), []
+    port = str(free_port())
+    ids = []
     for rank in range(size):
         ids.append(os.fork())
         if ids[-1] == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-                           "MASTER_PORT": port}
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             if output:
                 for stream in (1, 2):
                     os.dup2(output.fileno(), stream)
@@ -123,18 +139,26 @@ def same(a, b, path=""):
 
 def log_of(folder):
     lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key != "sequences_per_s"} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key != "sequences_per_s"} for line in lines
+    ]
 
 
 def assert_same_end(one, other):
-    """Two run folders hold the same weights, optimizer, best epoch, log and metrics."""
-    timing = ("args", "seconds", "logs")
-    last = [{key: value for key, value in checkpoint.read(folder / "last.pt", checkpoint.RESUME_STATE).items() if key not in timing}
-            for folder in (one, other)]
-    same(*last)
+    """Assert that two run folders hold the same weights, optimizer, best epoch, log and metrics."""
+
+    def last(folder):
+        state = checkpoint.read(folder / "last.pt", checkpoint.RESUME_STATE)
+        timing = ("args", "seconds", "logs")
+        return {key: value for key, value in state.items() if key not in timing}
+
+    same(last(one), last(other))
     same(checkpoint.read(one / "ckpt.pt"), checkpoint.read(other / "ckpt.pt"))
     assert (one / "metrics.json").read_bytes() == (other / "metrics.json").read_bytes()
     assert log_of(one) == log_of(other)
+
+
+SCRIPTS = {"train": train, "evaluate": evaluate, "pretrain": pretrain}
 
 
 def run_all(runs):
@@ -143,7 +167,7 @@ def run_all(runs):
             if script == "dies":
                 dies(arguments[0], arguments[1:])
             else:
-                {"train": train, "evaluate": evaluate, "pretrain": pretrain}[script].main(arguments)
+                SCRIPTS[script].main(arguments)
 
 
 if __name__ == "__main__":
