@@ -1,4 +1,7 @@
-"""What predict.py writes: a line per read, in one of three formats, and vectors as .npy. Nothing is held back: both are streams."""
+"""What predict.py writes: a line per read, in one of three formats, and vectors as .npy.
+
+Nothing is held back: both are streams.
+"""
 
 import collections
 import json
@@ -11,15 +14,22 @@ FORMATS = ("tsv", "jsonl", "kraken")
 
 
 class LineWriter:
-    """Lines of one format. classes: {rank: [{"taxid", "name"}, ...]}; lineages: (L, R) class numbers."""
+    """Lines of one format.
+
+    classes: {rank: [{"taxid", "name"}, ...]}. lineages: (L, R) class numbers.
+    """
 
     def __init__(self, args, classes, lineages):
         """args: of predict.py: format, top_k, min_probability, whole_header, report."""
-        self.args, self.classes, self.lineages = args, classes, lineages
-        self.counts = collections.Counter()  # {class numbers of a lineage, as far down as it was given: reads}
+        self.args = args
+        self.classes = classes
+        self.lineages = lineages
+        # {class numbers of a lineage, as far down as it was given: reads}
+        self.counts = collections.Counter()
         if args.format == "kraken" or args.report:
             check_taxids(classes, "--report" if args.report else "--format kraken")
-        self.line = {"tsv": self.tsv, "jsonl": self.jsonl, "kraken": self.kraken}[args.format]
+        formats = {"tsv": self.tsv, "jsonl": self.jsonl, "kraken": self.kraken}
+        self.line = formats[args.format]
 
     def header(self):
         """What stands above the first read."""
@@ -28,45 +38,77 @@ class LineWriter:
         columns = ["id", "length"]
         for rank, table in self.classes.items():
             for k in range(min(self.args.top_k, len(table))):
-                columns += [f"{rank}_{what}{f'_{k + 1}' if k else ''}" for what in ("taxid", "name", "probability")]
-        return "\t".join([*columns, "lineage_taxids", "lineage", "lineage_probability"]) + "\n"
+                suffix = f"_{k + 1}" if k else ""
+                columns += [f"{rank}_{what}{suffix}" for what in ("taxid", "name", "probability")]
+        columns += ["lineage_taxids", "lineage", "lineage_probability"]
+        return "\t".join(columns) + "\n"
 
     def lines(self, reads, found):
-        """The text of some reads."""
+        """The text of some reads. found: {name: a tensor with a row for each of them}."""
         found = {name: tensor.tolist() for name, tensor in found.items() if name != "pooled"}
         text = []
         for i, read in enumerate(reads):
-            tops = {rank: list(zip(found[f"{rank}_class"][i], found[f"{rank}_probability"][i])) for rank in self.classes}
-            shared, least = found["lineage_probability"][i], self.args.min_probability or 0.0
+            tops = {
+                rank: list(zip(found[f"{rank}_class"][i], found[f"{rank}_probability"][i]))
+                for rank in self.classes
+            }
+            shared = found["lineage_probability"][i]
+            least = self.args.min_probability or 0.0
             if read.windows == 0:  # nothing that the network could see
-                tops, shared, least = {rank: [(0, 0.0)] * len(top) for rank, top in tops.items()}, [0.0] * len(shared), 1.0
+                tops = {rank: [(0, 0.0)] * len(top) for rank, top in tops.items()}
+                shared = [0.0] * len(shared)
+                least = 1.0
             depth = sum(p >= least for p in shared)  # falls from the root down
             numbers = self.lineages[found["lineage"][i]][:depth]
             self.counts[tuple(numbers)] += 1
             lineage = [table[c] for table, c in zip(self.classes.values(), numbers)]
-            identifier = " ".join(read.header.splitlines()) if self.args.whole_header else read.header.split(None, 1)[0]
-            text.append(self.line(identifier, read, tops, least, lineage, shared[max(depth - 1, 0)]))
+            probability = shared[max(depth - 1, 0)]
+            identifier = self._identifier(read.header)
+            text.append(self.line(identifier, read, tops, least, lineage, probability))
         return "".join(text)
+
+    def _identifier(self, header):
+        if self.args.whole_header:
+            return " ".join(header.splitlines())
+        return header.split(None, 1)[0]
 
     def tsv(self, identifier, read, tops, least, lineage, probability):
         cells = [identifier, str(sum(read.lengths))]
+        unclassified = {"taxid": 0, "name": "unclassified"}
         for rank, top in tops.items():
             for c, p in top:
-                row = self.classes[rank][c] if p >= least else {"taxid": 0, "name": "unclassified"}
+                row = self.classes[rank][c] if p >= least else unclassified
                 cells += [_taxid(row), row["name"], f"{p:.6f}"]
-        cells += [";".join(_taxid(row) for row in lineage) or "0", ";".join(row["name"] for row in lineage) or "unclassified"]
-        return "\t".join([*(_cell(cell) for cell in cells), f"{probability:.6f}"]) + "\n"
+        cells.append(";".join(_taxid(row) for row in lineage) or "0")
+        cells.append(";".join(row["name"] for row in lineage) or "unclassified")
+        cells.append(f"{probability:.6f}")
+        return "\t".join(_cell(cell) for cell in cells) + "\n"
 
     def jsonl(self, identifier, read, tops, least, lineage, probability):
-        ranks = {rank: [{**self.classes[rank][c], "probability": round(p, 6)} for c, p in top if p >= least] for rank, top in tops.items()}
-        lineage = {"taxids": [row["taxid"] for row in lineage], "names": [row["name"] for row in lineage],
-                   "probability": round(probability, 6)}
-        return json.dumps({"id": identifier, "length": sum(read.lengths), "windows": read.windows, "ranks": ranks,
-                           "lineage": lineage}) + "\n"
+        ranks = {}
+        for rank, top in tops.items():
+            ranks[rank] = [
+                {**self.classes[rank][c], "probability": round(p, 6)}
+                for c, p in top if p >= least
+            ]
+        document = {
+            "id": identifier,
+            "length": sum(read.lengths),
+            "windows": read.windows,
+            "ranks": ranks,
+            "lineage": {
+                "taxids": [row["taxid"] for row in lineage],
+                "names": [row["name"] for row in lineage],
+                "probability": round(probability, 6),
+            },
+        }
+        return json.dumps(document) + "\n"
 
     def kraken(self, identifier, read, tops, least, lineage, probability):
-        taxid, length = lineage[-1]["taxid"] if lineage else 0, "|".join(map(str, read.lengths))
-        return f"{'C' if lineage else 'U'}\t{_cell(identifier)}\t{taxid}\t{length}\t{taxid}:{read.windows}\n"
+        status = "C" if lineage else "U"
+        taxid = lineage[-1]["taxid"] if lineage else 0
+        length = "|".join(map(str, read.lengths))
+        return f"{status}\t{_cell(identifier)}\t{taxid}\t{length}\t{taxid}:{read.windows}\n"
 
 
 def _cell(text):
@@ -75,14 +117,21 @@ def _cell(text):
 
 
 def _taxid(row):
-    return "" if row["taxid"] is None else str(row["taxid"])  # labels that come from a user's table have none
+    # Labels that come from a user's table have no taxid.
+    return "" if row["taxid"] is None else str(row["taxid"])
 
 
 class VectorWriter:
-    """A .npy file of float vectors (N, H), written as they come; the header is written anew at the end, when N is known."""
+    """A .npy file of float vectors (N, H), written as they come.
+
+    The header is written anew at the end, when N is known.
+    """
 
     def __init__(self, path, H, dtype):
-        self.file, self.H, self.dtype, self.N = open(path, "wb"), H, np.dtype(dtype).newbyteorder("<"), 0
+        self.file = open(path, "wb")
+        self.H = H
+        self.N = 0
+        self.dtype = np.dtype(dtype).newbyteorder("<")
         self._header()
 
     def append(self, vectors):
@@ -97,4 +146,9 @@ class VectorWriter:
 
     def _header(self):
         """NumPy pads it so that any N takes the same number of bytes."""
-        np.lib.format.write_array_header_1_0(self.file, {"descr": self.dtype.str, "fortran_order": False, "shape": (self.N, self.H)})
+        described = {
+            "descr": self.dtype.str,
+            "fortran_order": False,
+            "shape": (self.N, self.H),
+        }
+        np.lib.format.write_array_header_1_0(self.file, described)

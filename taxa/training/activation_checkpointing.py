@@ -1,10 +1,12 @@
-"""--activation-checkpointing: which activations a layer keeps for the backward, and which it computes again (torch's own machinery).
+"""--activation-checkpointing: which activations a layer keeps for the backward, which it recomputes.
 
     none        all that autograd keeps
-    selective   what matrix multiplications and attention give; the rest (LayerNorm, GELU, rotary, dropout, ...) is computed again
+    selective   what matrix multiplications and attention give; the rest (LayerNorm, GELU, rotary,
+                dropout, ...) is computed again
     full        the layer's input alone; the whole layer is computed again
 
-Same numbers, dropout masks included: only memory and time change (docs/PERFORMANCE.md). The names follow torchtitan's.
+The machinery is torch's own. The numbers are the same, dropout masks included: only memory and
+time change (docs/PERFORMANCE.md). The names follow torchtitan's.
 """
 
 import functools
@@ -17,28 +19,50 @@ from torch.utils.checkpoint import (
 )
 
 MODES = ("none", "selective", "full")
-THIN = 64  # a product over fewer terms than this (LoRA's B) costs less to compute again than to keep
+# A product over fewer terms than this (LoRA's B) costs less to compute again than to keep.
+THIN = 64
+
 aten = torch.ops.aten
-PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.linear.default: 0}  # which argument is the left factor
-ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention",
-             "_scaled_dot_product_efficient_attention")
+PRODUCTS = {  # operator -> which of its arguments is the left factor
+    aten.mm.default: 0,
+    aten.addmm.default: 1,
+    aten.bmm.default: 0,
+    aten.linear.default: 0,
+}
+ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_efficient_attention",
+)
 
 
 def policy(context, op, *args, **kwargs):
-    """Keep what this operator gives, or compute it again? Called by torch for every operator in a layer's forward."""
+    """Keep what this operator gives, or compute it again?
+
+    torch calls this for every operator in the forward of a layer.
+    """
     product = op in PRODUCTS and args[PRODUCTS[op]].shape[-1] >= THIN
     attention = op.name().removeprefix("aten::").partition(".")[0] in ATTENTION
-    return CheckpointPolicy.MUST_SAVE if product or attention else CheckpointPolicy.PREFER_RECOMPUTE
+    keep = product or attention
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def checkpoint_layers(backbone, mode):
-    """Make the layers of a backbone keep what `mode` says, in place. No parameter changes its name."""
+    """Make the layers of a backbone keep what `mode` says, in place.
+
+    No parameter changes its name.
+    """
     if mode == "none":
         return
-    how = {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)} if mode == "selective" else {}
+    how = {}
+    if mode == "selective":
+        how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     for layer in backbone.encoder.layer:
         layer.forward = functools.partial(_forward, layer.forward, how)
 
 
 def _forward(forward, how, *args):
-    return checkpoint(forward, *args, use_reentrant=False, **how) if torch.is_grad_enabled() else forward(*args)
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False, **how)
