@@ -11,10 +11,20 @@ except ImportError:
 __version__ = "0.1.0"
 ASSETS = Path(__file__).resolve().parent / "assets"  # small files that come with the package
 RANKS = ("superkingdom", "phylum", "genus")
+PROTOCOLS = ("corrected", "published")  # ours, and what the published code does
 
 # The data of Berman et al. 2025, in the place of data in the batch probe. Classes: the paper's text, and what the supplement's trainable
 # fractions fit (the methods section has 4, 55 and 1878). Training sequences: of 5,181,880, less 2% test (103,638), less 10% of the rest
 # for validation (507,825), each rounded up as scikit-learn's train_test_split does (docs/PROTOCOL.md, Data).
 STUDY_CLASSES = {"superkingdom": 4, "phylum": 57, "genus": 1884}
 STUDY_TRAINING_SEQUENCES = 4_570_417
+# Sequences per device and step, and devices, of the published runs (docs/PROTOCOL.md). A step holds
+# their product on any number of GPUs.
+STUDY_BATCH = {
+    "nt50m": (128, 1),
+    "nt100m": (64, 1),
+    "nt250m": (64, 1),
+    "dnabert2": (16, 4),
+    "dnaberts": (16, 4),
+}
 STUDY_SEED = 42  # of the published split and runs, and our default

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from taxa.data.augment import augmented
 from taxa.data.dataset import PreparedDataset
 from taxa.data.splits import SPLITS
 from taxa.data.tokens import get_tokenizer
@@ -59,3 +60,10 @@ def check_vocabulary(tokenizer, ids, entries):
     """Raises InputError unless an embedding table of `entries` holds all `ids` of a tokenizer."""
     if ids > entries:
         raise InputError(f"the tokenizer {tokenizer} has {ids} ids, but the backbone only {entries}")
+
+
+def epoch_split(data, args, model_row, epoch):
+    """The training split as an epoch reads it: as it is, or with --augment in random views."""
+    if not args.augment:
+        return data.split("train", model_row.tokenizer)
+    return augmented(data.split("train", "nt"), row_tokenizer(model_row), args.seed, epoch)

@@ -47,3 +47,9 @@ def cosine_lr(step, total_steps, lr, warmup_steps=0):
         return lr * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def set_lr(optimizer, lr):
+    """Give every group of parameters the learning rate of the step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
