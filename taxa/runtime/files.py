@@ -20,18 +20,33 @@ from safetensors import SafetensorError
 
 from taxa.errors import InputError
 
-# What reading a file of weights raises when it is cut short, damaged, or something else altogether.
-UNREADABLE = (pickle.UnpicklingError, SafetensorError, struct.error, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError,
-              AttributeError, IndexError, AssertionError)
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # said by a file system that has none
+# What reading a file of weights raises when it is cut short, damaged, or another kind of file.
+UNREADABLE = (
+    pickle.UnpicklingError,
+    SafetensorError,
+    struct.error,
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    AssertionError,
+)
+# The error numbers with which a file system says that it has no locks.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`; renamed to `path` when the block ends well, removed when it does not.
+    """Yield a temporary path beside `path`.
 
-    The bytes are on the disk before the name is, so that a machine that loses its power has the old file or the new one. An error of
-    the disk names `path`. A device or a pipe (/dev/null, /dev/stdout) is yielded itself.
+    It is renamed to `path` when the block ends well, and removed when it does not. The bytes are on
+    the disk before the name is, so that a machine that loses its power has the old file or the new
+    one. An error of the disk names `path`. A device or a pipe (/dev/null, /dev/stdout) is yielded
+    itself.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -65,28 +80,33 @@ def to_disk(path):
 
 @contextlib.contextmanager
 def new_folder(path, overwrite=False):
-    """Yield a temporary folder beside `path`; renamed to `path` when the block ends well, removed with all in it when it does not.
+    """Yield a temporary folder beside `path`.
 
-    What a killed run left beside `path` is removed first; if it was killed between moving the old folder away and the new one in, the
-    old one comes back. Raises InputError when `path` exists and is not an empty folder, unless overwrite=True, which replaces it at the
-    very end.
+    It is renamed to `path` when the block ends well, and removed with all in it when it does not.
+    What a killed run left beside `path` is removed first. If that run was killed between moving the
+    old folder away and the new one in, the old one comes back. Raises InputError when `path` exists
+    and is not an empty folder, unless overwrite=True, which replaces it at the very end.
     """
     path = Path(path).resolve()
     remove_leftovers(path)
     if path.exists() and not path.is_dir() and overwrite:
         raise InputError(f"{path} is not a folder: give another --out")
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+    is_empty_folder = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not overwrite and not is_empty_folder:
         raise InputError(f"{path} exists: give another --out, or --overwrite to replace it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary = Path(
+            tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        )
     except OSError as error:
         raise InputError(f"cannot write beside {path}: {error.strerror}") from None
     try:
         with locked(temporary):
             yield temporary
             temporary.chmod(0o777 & ~_umask())
-            for file in temporary.glob("*.safetensors"):  # which their library makes readable by their owner alone
+            # The safetensors library makes its files readable by their owner alone.
+            for file in temporary.glob("*.safetensors"):
                 file.chmod(0o666 & ~_umask())
             old = temporary.with_suffix(".old")
             with locked(path) if path.exists() else contextlib.nullcontext():
@@ -100,9 +120,10 @@ def new_folder(path, overwrite=False):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold a lock on a folder, which ends with the process however that ends; a warning where the file system has none.
+    """Hold a lock on a folder. The lock ends with the process, however that ends.
 
-    Raises InputError when another process holds it.
+    Where the file system has no locks, a warning is printed. Raises InputError when another process
+    holds the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -113,14 +134,22 @@ def locked(folder):
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            print(f"warning: {folder} cannot be locked ({error.strerror}): let no other process write it", file=sys.stderr, flush=True)
+            print(
+                f"warning: {folder} cannot be locked ({error.strerror}): "
+                "let no other process write it",
+                file=sys.stderr,
+                flush=True,
+            )
         yield
     finally:
         os.close(descriptor)
 
 
 def remove_leftovers(path):
-    """Remove the temporary folders of killed runs beside `path`: those that no process has locked."""
+    """Remove the temporary folders of killed runs beside `path`.
+
+    They are those that no process has locked.
+    """
     for leftover in sorted(path.parent.glob(f".{glob.escape(path.name)}.*")):
         if leftover.suffix in (".tmp", ".old") and leftover.is_dir():
             with contextlib.suppress(InputError), locked(leftover):
@@ -137,7 +166,10 @@ def _umask():
 
 
 def read_text(path, limit=1 << 28):
-    """The text of a small file. Raises ValueError for one of more than `limit` bytes, which is not what it is taken for."""
+    """The text of a small file.
+
+    Raises ValueError for one of more than `limit` bytes, which is not the file it is taken for.
+    """
     with open(path, encoding="utf-8") as file:
         if os.fstat(file.fileno()).st_size > limit:
             raise ValueError(f"more than {limit:,} bytes")
@@ -145,9 +177,10 @@ def read_text(path, limit=1 << 28):
 
 
 def read_json(path, hint=""):
-    """The value of a JSON file. Raises InputError, in one line, for a file that is missing, too large, or no JSON in UTF-8.
+    """The value of a JSON file.
 
-    hint: what to add where the file is missing.
+    hint: what to add to the message where the file is missing. Raises InputError, in one line, for
+    a file that is missing, too large, or no JSON in UTF-8.
     """
     try:
         return json.loads(read_text(path))
@@ -165,7 +198,10 @@ def write_json(path, value):
     try:
         text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        raise InputError(f"{path} is not written: a number in it is NaN or infinite, so what was measured is worth nothing") from None
+        raise InputError(
+            f"{path} is not written: a number in it is NaN or infinite, "
+            "so what was measured is worth nothing"
+        ) from None
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -173,27 +209,37 @@ def write_json(path, value):
 def save_tensors(path, tensors):
     """Write a safetensors file of {name: tensor} under a temporary name and then rename it.
 
-    Never into a file that is there: tensors that were loaded from it may be mapped from its bytes, and would change with them.
+    It never writes into a file that is there: tensors that were loaded from it may be mapped from
+    its bytes, and would change with them.
     """
-    from safetensors.torch import (
-        save,  # late: it imports torch, which the plan of a study does not need
-    )
+    # Imported late, since it imports torch, which the plan of a study does not need.
+    from safetensors.torch import save
 
     with replacing(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file would make it readable by its owner alone
+        # save() and not save_file(), which would make the file readable by its owner alone.
+        temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def check_finite(source, tensors):
-    """Raise InputError, by name, for the first tensor of {name: tensor} with a NaN or an infinity. source: where they were read."""
+    """Raise InputError, by name, for the first tensor of {name: tensor} with a NaN or an infinity.
+
+    source: where they were read.
+    """
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             bad = int((~tensor.isfinite()).sum())
-            raise InputError(f"{source}: {name} is not finite: {bad:,} of its {tensor.numel():,} numbers are NaN or infinite; it comes "
-                             "from a run that diverged, or is damaged: take another file")
+            raise InputError(
+                f"{source}: {name} is not finite: {bad:,} of its {tensor.numel():,} numbers are "
+                "NaN or infinite; it comes from a run that diverged, or is damaged: "
+                "take another file"
+            )
 
 
 def save_array(path, array):
-    """np.save to a path; a full disk is the OSError that it is (np.save raises one without an error number)."""
+    """np.save to a path.
+
+    A full disk raises an OSError with its error number; np.save itself raises one without.
+    """
     buffer = io.BytesIO()
     np.save(buffer, array)
     Path(path).write_bytes(buffer.getbuffer())

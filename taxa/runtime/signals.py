@@ -1,4 +1,7 @@
-"""Signals that ask a run to stop: SIGTERM, SIGINT (Ctrl-C), and SIGUSR1, which SLURM's --signal sends some time before the limit."""
+"""Signals that ask a run to stop: SIGTERM, SIGINT (Ctrl-C), and SIGUSR1.
+
+SLURM's --signal sends SIGUSR1 some time before the time limit.
+"""
 
 import os
 import signal
@@ -7,14 +10,19 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Signals:
-    """A context manager. Between defer() and release() a signal only sets .received, so that the step in hand is finished and saved;
-    outside, SIGTERM and SIGINT act as ever, and SIGUSR1, which is no hurry, is kept for defer().
+    """A context manager that defers the signals of STOPPING.
 
-    A second Ctrl-C leaves at once; not under torchrun, which passes the first one on to processes that have it already.
+    Between defer() and release() a signal only sets .received, so that the current step is
+    finished and saved. Outside, SIGTERM and SIGINT act as usual, and SIGUSR1, which is not urgent,
+    is kept for defer().
+
+    A second Ctrl-C leaves at once; but not under torchrun, which passes the first one on to
+    processes that have it already.
     """
 
     def __init__(self):
-        self.received, self._deferring = None, False
+        self.received = None
+        self._deferring = False
 
     def __enter__(self):
         self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
@@ -35,7 +43,8 @@ class Signals:
         return signal.Signals(self.received).name if self.received else "a signal"
 
     def _handle(self, number, frame):
-        again = self.received == number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        again = self.received == number == signal.SIGINT and not under_torchrun
         if number == signal.SIGUSR1 or (self._deferring and not again):
             self.received = number
         elif number == signal.SIGINT:

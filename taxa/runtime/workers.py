@@ -1,4 +1,7 @@
-"""Several processes for one list of jobs, results in the order of the jobs: the number of processes changes nothing in the output."""
+"""Several processes for one list of jobs.
+
+The results come in the order of the jobs, so the number of processes changes nothing in the output.
+"""
 
 import collections
 import concurrent.futures
@@ -13,22 +16,28 @@ from taxa.errors import InputError
 
 def available_cores():
     """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextlib.contextmanager
 def in_order(workers):
-    """Yield a `map(function, jobs)` on `workers` processes, three jobs for each at a time: memory does not grow with their number.
+    """Yield a `map(function, jobs)` on `workers` processes.
 
-    One worker is this process itself. An exception of a job is raised here, the earliest job's first. Raises InputError when a process
-    was killed from outside.
+    At most three jobs for each process are in work at a time, so memory does not grow with the
+    number of jobs. One worker is this process itself. An exception of a job is raised here, the
+    earliest job's first. Raises InputError when a process was killed from outside.
     """
     if workers == 1:
         yield map
         return
-    # Spawned, not forked: a fork copies the locks of this process's other threads (NumPy's, torch's, a progress bar's) as they happen to
-    # be, held for ever by nobody. A spawned worker imports the script anew, so the scripts that come here import little, and no torch.
-    executor = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start)
+    # Spawned, not forked: a fork copies the locks of this process's other threads (NumPy's,
+    # torch's, a progress bar's) in the state that they are in, and nobody releases the copies.
+    # A spawned worker imports the script anew, so the scripts that come here import little,
+    # and no torch.
+    spawn = multiprocessing.get_context("spawn")
+    executor = concurrent.futures.ProcessPoolExecutor(workers, spawn, _start)
 
     def ordered_map(function, jobs):
         running = collections.deque()
@@ -40,7 +49,9 @@ def in_order(workers):
             while running:
                 yield running.popleft().result()
         except concurrent.futures.process.BrokenProcessPool:
-            raise InputError("a worker process was killed (out of memory?): --workers 1 needs the least") from None
+            raise InputError(
+                "a worker process was killed (out of memory?): --workers 1 needs the least"
+            ) from None
 
     try:
         yield ordered_map
@@ -56,7 +67,10 @@ def _start():
 
 
 def end_with_parent():
-    """In a process that multiprocessing started: end when its parent does, which kill -9 gives no time to say so."""
+    """In a process that multiprocessing started: end when its parent ends.
+
+    A parent that is ended by kill -9 has no time to tell its children.
+    """
 
     def follow():
         multiprocessing.parent_process().join()
