@@ -1,4 +1,4 @@
-"""--activation-checkpointing: which activations a layer keeps for the backward, which it recomputes.
+"""--activation-checkpointing: which activations a layer keeps, and which it computes again.
 
     none        all that autograd keeps
     selective   what matrix multiplications and attention give; the rest (LayerNorm, GELU, rotary,
