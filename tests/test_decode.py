@@ -1,5 +1,8 @@
-"""Joint decoding, calibration and temperature, each against a loop or a library that knows nothing of ours."""
+"""Joint decoding, calibration and temperature, each against a loop or a library that knows nothing
+of ours.
+"""
 
+import itertools
 import math
 
 import numpy as np
@@ -21,10 +24,13 @@ from taxa.evaluation.metrics import expected_calibration_error
 SIZES = {"superkingdom": 3, "phylum": 7, "genus": 20}
 
 
-def tree(seed, sizes=tuple(SIZES.values())):
-    """(L, R) lineages of a random tree: every class has one parent."""
+def tree(seed, sizes=(3, 7, 20)):
+    """(L, R) lineages of a random tree: every class has one parent. sizes: classes of each rank."""
     rng = np.random.default_rng(seed)
-    parents = [None] + [np.concatenate([np.arange(above), rng.integers(0, above, here - above)]) for above, here in zip(sizes, sizes[1:])]
+    parents = [None]  # of the classes of each rank but the first
+    for above, here in itertools.pairwise(sizes):
+        drawn = rng.integers(0, above, here - above)
+        parents.append(np.concatenate([np.arange(above), drawn]))
     rows = []
     for leaf in range(sizes[-1]):
         row = [leaf]
@@ -40,7 +46,10 @@ def some_logits(seed, B=40, spread=3.0, sizes=SIZES):
 
 
 def naive(logits, lineages, temperature=None):
-    """Per sequence: (best lineage, probability of each of its prefixes), in float64, one term at a time."""
+    """Per sequence: (best lineage, probability of each of its prefixes).
+
+    In float64, one term at a time.
+    """
     found = []
     for b in range(len(next(iter(logits.values())))):
         log_p = []
@@ -48,10 +57,14 @@ def naive(logits, lineages, temperature=None):
             z = [float(value) / (temperature[rank] if temperature else 1.0) for value in z[b]]
             log_sum = math.log(sum(math.exp(value) for value in z))
             log_p.append([value - log_sum for value in z])
-        weights = [math.exp(sum(log_p[i][c] for i, c in enumerate(lineage))) for lineage in lineages]
+        weights = [math.exp(sum(log_p[i][c] for i, c in enumerate(lineage)))
+                   for lineage in lineages]
         best = max(range(len(lineages)), key=weights.__getitem__)
-        shares = [sum(weight for weight, lineage in zip(weights, lineages) if list(lineage[:i + 1]) == list(lineages[best][:i + 1]))
-                  for i in range(len(lineages[best]))]
+        shares = []
+        for depth in range(1, len(lineages[best]) + 1):
+            prefix = list(lineages[best][:depth])
+            shares.append(sum(weight for weight, lineage in zip(weights, lineages)
+                              if list(lineage[:depth]) == prefix))
         found.append((best, [share / sum(weights) for share in shares]))
     return found
 
@@ -68,13 +81,15 @@ def test_best_lineage_equals_a_loop(seed, temperature):
 
 
 def test_scores_are_the_matrix_product_with_the_incidence():
-    lineages, log_probs = tree(3), log_probabilities(some_logits(3))
+    lineages = tree(3)
+    log_probs = log_probabilities(some_logits(3))
     incidence = torch.zeros(sum(SIZES.values()), len(lineages))
     for column, lineage in enumerate(lineages.tolist()):
         for offset, c in zip((0, 3, 10), lineage):
             incidence[offset + c, column] = 1
     product = torch.cat(list(log_probs.values()), dim=1) @ incidence
-    torch.testing.assert_close(JointDecoder(lineages).scores(log_probs), product, rtol=1e-5, atol=1e-5)
+    scores = JointDecoder(lineages).scores(log_probs)
+    torch.testing.assert_close(scores, product, rtol=1e-5, atol=1e-5)
 
 
 def test_one_rank_and_eight():
@@ -83,7 +98,8 @@ def test_one_rank_and_eight():
     assert decoded.lineage.tolist() == [1]
     torch.testing.assert_close(decoded.probability, one["genus"].softmax(dim=1)[:, 1:2])
     sizes = {f"rank{i}": 2 + i for i in range(8)}
-    logits, lineages = some_logits(5, B=10, sizes=sizes), tree(5, tuple(sizes.values()))
+    logits = some_logits(5, B=10, sizes=sizes)
+    lineages = tree(5, tuple(sizes.values()))
     decoded = JointDecoder(lineages).best(log_probabilities(logits))
     assert decoded.lineage.tolist() == [best for best, _ in naive(logits, lineages)]
 
@@ -109,16 +125,20 @@ def naive_ece(confidence, correct):
         inside = [i for i, p in enumerate(confidence) if (m - 1) / 15 < p <= m / 15]
         if inside:
             accuracy = sum(bool(correct[i]) for i in inside) / len(inside)
-            total += len(inside) / len(confidence) * abs(accuracy - sum(confidence[i] for i in inside) / len(inside))
+            mean = sum(confidence[i] for i in inside) / len(inside)
+            total += len(inside) / len(confidence) * abs(accuracy - mean)
     return total
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_calibration_error_equals_a_loop(seed):
     rng = np.random.default_rng(seed)
-    confidence = rng.random(300) ** (0.3, 1.0, 3.0, 0.0)[seed]  # mostly high, even, mostly low, all 1
+    power = (0.3, 1.0, 3.0, 0.0)[seed]  # mostly high, even, mostly low, all 1
+    confidence = rng.random(300) ** power
     correct = rng.random(300) < confidence * 0.8
-    assert expected_calibration_error(confidence, correct) == pytest.approx(naive_ece(confidence, correct), rel=0, abs=1e-12)
+    expected = naive_ece(confidence, correct)
+    found = expected_calibration_error(confidence, correct)
+    assert found == pytest.approx(expected, rel=0, abs=1e-12)
 
 
 def test_calibration_error_of_the_extremes():
@@ -148,18 +168,27 @@ def test_fitted_temperature_is_the_minimum():
 
 def test_temperature_stays_in_bounds():
     logits = torch.eye(4) * 5
-    assert fit_temperature(logits, torch.arange(4)) == pytest.approx(LOWEST, rel=1e-6)  # always right: sharper is always better
-    assert fit_temperature(logits, (torch.arange(4) + 1) % 4) == pytest.approx(HIGHEST, rel=1e-6)  # always wrong
+    right = torch.arange(4)
+    wrong = (right + 1) % 4
+    # Always right: sharper is always better. Always wrong: the contrary.
+    assert fit_temperature(logits, right) == pytest.approx(LOWEST, rel=1e-6)
+    assert fit_temperature(logits, wrong) == pytest.approx(HIGHEST, rel=1e-6)
 
 
 def test_summary_has_both_decodings():
     """Two sequences, one inconsistent; by hand."""
-    truth, predicted = np.array([[0, 0], [1, 1]]), np.array([[0, 1], [1, 1]])
+    truth = np.array([[0, 0], [1, 1]])
+    predicted = np.array([[0, 1], [1, 1]])
     joint = np.array([[0, 0], [1, 1]])
-    plain = Probabilities(np.array([[1.0, 0.6], [1.0, 1.0]]), np.array([[0.1, 0.9], [0.3, 0.1]]), joint)
-    found = summarize("test", Outcome(0.7, truth, predicted, plain), {"superkingdom": 2, "genus": 2}, [[0, 0], [1, 1]], "d1")
-    assert found["inconsistent_lineages"] == inconsistent_share(predicted, [[0, 0], [1, 1]]) == 0.5
+    confidence = np.array([[1.0, 0.6], [1.0, 1.0]])
+    plain = Probabilities(confidence, np.array([[0.1, 0.9], [0.3, 0.1]]), joint)
+    sizes = {"superkingdom": 2, "genus": 2}
+    lineages = [[0, 0], [1, 1]]
+    found = summarize("test", Outcome(0.7, truth, predicted, plain), sizes, lineages, "d1")
+    assert found["inconsistent_lineages"] == inconsistent_share(predicted, lineages) == 0.5
     assert found["dataset_digest"] == "d1" and "scaled" not in found
-    assert found["ranks"]["genus"]["accuracy"] == 0.5 and found["joint"]["ranks"]["genus"]["accuracy"] == 1.0
+    assert found["ranks"]["genus"]["accuracy"] == 0.5
+    assert found["joint"]["ranks"]["genus"]["accuracy"] == 1.0
     assert found["calibration"]["genus"]["nll"] == pytest.approx(0.5)
-    assert found["calibration"]["genus"]["expected_calibration_error"] == pytest.approx(0.3)  # bins of 0.6 (wrong) and of 1.0 (right)
+    error = found["calibration"]["genus"]["expected_calibration_error"]
+    assert error == pytest.approx(0.3)  # bins of 0.6 (wrong) and of 1.0 (right)

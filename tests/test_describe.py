@@ -1,4 +1,7 @@
-"""prepare.py --describe: every number counted again from the records; the folder is left as it is."""
+"""prepare.py --describe: every number is counted again from the records.
+
+The folder is left as it is.
+"""
 
 import subprocess
 import sys
@@ -13,16 +16,21 @@ from taxa.errors import InputError
 
 
 def table(text, head):
-    """{first words: the other words as numbers} of the lines below the one that starts with `head`, up to a blank one."""
-    lines = text.split("\n\n")[next(i for i, part in enumerate(text.split("\n\n")) if part.startswith(head))].splitlines()
-    rows = [line.rsplit(None, len(lines[-1].split()) - 1) for line in lines[1:]]
+    """{first words: the other words as numbers} of the lines below one that starts with `head`.
+
+    The lines end at the next blank one.
+    """
+    lines = next(part for part in text.split("\n\n") if part.startswith(head)).splitlines()
+    numbers = len(lines[-1].split()) - 1
+    rows = [line.rsplit(None, numbers) for line in lines[1:]]
     return {row[0]: [float(cell.replace(",", "")) for cell in row[1:]] for row in rows}
 
 
 def test_every_number(demo, capsys):
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("*")}
     prepare.main(["--describe", str(demo)])
-    text, data = capsys.readouterr().out, PreparedDataset(demo)
+    text = capsys.readouterr().out
+    data = PreparedDataset(demo)
     assert {path: path.stat().st_mtime_ns for path in demo.rglob("*")} == before
     assert text.startswith(f"{demo}: 400 sequences, digest {data.digest[:16]}\n")
     splits = [data.split(name, "nt") for name in SPLITS]
@@ -41,8 +49,10 @@ def test_every_number(demo, capsys):
         assert not_in_test == len(sizes) - len(set(splits[2].labels[:, column].tolist()))
     found = table(text, "tokens per sequence")
     for name in ("nt", "tiny-dnabert"):
-        lengths = sorted(len(split.tokens(i)) for split in (data.split(part, name) for part in SPLITS) for i in range(len(split)))
-        assert found[name][0] == pytest.approx(np.mean(lengths), abs=0.05) and found[name][1::6] == [lengths[0], lengths[-1]]
+        with_tokens = [data.split(part, name) for part in SPLITS]
+        lengths = sorted(len(split.tokens(i)) for split in with_tokens for i in range(len(split)))
+        assert found[name][0] == pytest.approx(np.mean(lengths), abs=0.05)
+        assert found[name][1::6] == [lengths[0], lengths[-1]]
 
 
 def test_picture(demo, tmp_path, capsys):

@@ -1,16 +1,17 @@
-"""docs/READING.md's two worked examples, added as a user would: a strategy (BitFit) and a toy backbone of one layer.
+"""docs/READING.md's two worked examples, added as a user would add them: a strategy (BitFit) and a
+toy backbone of one layer.
 
-The code is what stands on that page between ```python and ```, in order: BitFit's function and row, the backbone's file, its import and
-its two rows.
+The code is what stands on that page between ```python and ```, in this order: BitFit's function and
+row, the backbone's file, its import and its two rows.
 """
 
 import importlib.util
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from runs import dies
 
 import evaluate
@@ -29,8 +30,8 @@ from taxa.strategies import (
 )
 from taxa.study.published_fractions import published_fraction
 
-READING = Path(__file__).resolve().parents[1] / "docs" / "READING.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", READING.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+READING = (ROOT / "docs" / "READING.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", READING, flags=re.MULTILINE | re.DOTALL)
 FUNCTION, STRATEGY_ROW, BACKBONE, IMPORT, FAMILY_ROW, MODEL_ROW = BLOCKS
 
 
@@ -60,8 +61,9 @@ def test_a_strategy_is_one_row(bitfit, short, tmp_path, capsys, monkeypatch):
     assert published_fraction("nt50m", "bitfit", (4, 57, 1884)) is None
     monkeypatch.setitem(STRATEGIES, "another-lora", STRATEGIES["lora"])
     assert published_fraction("nt50m", "another-lora", (4, 57, 1884), 4) is None
-    arguments = ["--model", "tiny-nt", "--strategy", "bitfit", "--data", str(short), "--max-steps", "4", "--save-every", "1",
-                 "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path / "run")]
+    arguments = ["--model", "tiny-nt", "--strategy", "bitfit", "--data", str(short),
+                 "--max-steps", "4", "--save-every", "1", "--batch-size", "4",
+                 "--device", "cpu", "--out", str(tmp_path / "run")]
     dies(3, arguments)
     metrics = train.main([*arguments, "--resume"])
     assert "resumed after step 2" in capsys.readouterr().out
@@ -86,18 +88,21 @@ def toy(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_a_backbone_is_a_file_and_its_rows(toy, short, tmp_path, strategy):
-    metrics = train.main(["--model", "toy", "--strategy", strategy, "--data", str(short), "--max-steps", "2", "--batch-size", "4",
-                          "--device", "cpu", "--activation-checkpointing", "selective", "--out", str(tmp_path / "run")])
+    metrics = train.main(["--model", "toy", "--strategy", strategy, "--data", str(short),
+                          "--max-steps", "2", "--batch-size", "4", "--device", "cpu",
+                          "--activation-checkpointing", "selective",
+                          "--out", str(tmp_path / "run")])
     assert metrics["sequences"] > 0
     assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["model"] == "toy"
 
 
 def test_a_hub_id_of_a_family_without_a_published_model_is_refused(toy):
-    with pytest.raises(InputError, match="model_type is 'toy', of which the table has no published model"):
+    message = "model_type is 'toy', of which the table has no published model"
+    with pytest.raises(InputError, match=message):
         table.get_model("org/name", {"model_type": "toy"})
 
 
 def test_a_backbone_that_nothing_is_published_of_has_no_published_boundary(toy, short, tmp_path):
     with pytest.raises(InputError, match="--protocol published .* none is known of 'toy'"):
-        train.main(["--model", "toy", "--strategy", "freeze75", "--protocol", "published", "--data", str(short), "--device", "cpu",
-                    "--out", str(tmp_path / "run")])
+        train.main(["--model", "toy", "--strategy", "freeze75", "--protocol", "published",
+                    "--data", str(short), "--device", "cpu", "--out", str(tmp_path / "run")])

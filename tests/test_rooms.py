@@ -1,14 +1,27 @@
-"""The layout: no room imports a higher one, no script another script, and mechanisms nothing but torch and each other."""
+"""The layout of the package and the scripts.
+
+No room imports a higher one, and no script imports another script. The mechanisms import nothing
+but torch and each other.
+"""
 
 import ast
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 # From low to high; what stands in one set may import each other and everything before it.
-FLOORS = [{"", "__main__", "errors"}, {"runtime"}, {"data"}, {"inject", "lora", "ia3", "freeze", "random_init", "model"}, {"backbones"},
-          {"strategies"}, {"training"}, {"measure", "evaluation"}, {"prediction"}, {"study"}]
+FLOORS = [
+    {"", "__main__", "errors"},
+    {"runtime"},
+    {"data"},
+    {"inject", "lora", "ia3", "freeze", "random_init", "model"},
+    {"backbones"},
+    {"strategies"},
+    {"training"},
+    {"measure", "evaluation"},
+    {"prediction"},
+    {"study"},
+]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted((ROOT / "taxa").rglob("*.py"))
 SCRIPTS = sorted(path for path in ROOT.glob("*.py") if path.name != "setup.py")
@@ -27,11 +40,13 @@ def imported(path):
 def room(dotted):
     """ "taxa.data.fasta" -> "data"; "taxa.RANKS" -> "": what stands in taxa/__init__.py."""
     part = dotted.split(".")[1] if "." in dotted else ""
-    return part if (ROOT / "taxa" / part).is_dir() or (ROOT / "taxa" / f"{part}.py").is_file() else ""
+    is_room = (ROOT / "taxa" / part).is_dir() or (ROOT / "taxa" / f"{part}.py").is_file()
+    return part if is_room else ""
 
 
 def test_every_room_has_its_floor():
-    dotted = [".".join(("taxa", *path.relative_to(ROOT / "taxa").with_suffix("").parts)) for path in MODULES]
+    paths = [path.relative_to(ROOT / "taxa").with_suffix("") for path in MODULES]
+    dotted = [".".join(("taxa", *path.parts)) for path in paths]
     assert {room(name) for name in dotted} - {"__init__"} <= FLOOR.keys()
 
 
@@ -39,7 +54,8 @@ def test_every_room_has_its_floor():
 def test_no_room_imports_a_higher_one(path):
     parts = path.relative_to(ROOT / "taxa").with_suffix("").parts
     mine = FLOOR["" if parts == ("__init__",) else parts[0]]
-    higher = [name for name in imported(path) if name.split(".")[0] == "taxa" and FLOOR[room(name)] > mine]
+    ours = [name for name in imported(path) if name.split(".")[0] == "taxa"]
+    higher = [name for name in ours if FLOOR[room(name)] > mine]
     assert not higher
 
 
@@ -50,5 +66,6 @@ def test_no_script_imports_another(path):
 
 @pytest.mark.parametrize("name", ["lora", "ia3", "freeze", "random_init", "inject", "model"])
 def test_mechanisms_need_no_data_and_no_command_line(name):
-    own = {other for other in imported(ROOT / "taxa" / f"{name}.py") if other.split(".")[0] == "taxa"}
+    path = ROOT / "taxa" / f"{name}.py"
+    own = {other for other in imported(path) if other.split(".")[0] == "taxa"}
     assert {room(other) for other in own} <= {"", "errors", "inject"}
