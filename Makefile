@@ -85,7 +85,7 @@ bench: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(RUN) -m compileall -q taxa tests benchmarks experiments *.py
-	$(RUN) -m pyflakes taxa tests benchmarks *.py
+	$(VENV)/bin/ruff check .
 
 # What the commands of README.md leave behind, but for data and runs of your own: data/bertax, data/mine, and runs/ are yours to remove.
 clean:

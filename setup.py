@@ -14,6 +14,7 @@ TEST = [
     "scikit-learn>=1.7.2; python_version >= '3.14'",
     "peft>=0.17",
     "pytest-xdist>=3.5",
+    "ruff>=0.12",
 ]
 REPORT = [
     "matplotlib>=3.8; python_version < '3.13'",
