@@ -1,4 +1,4 @@
-"""A training step as train.py takes it, for what measures one: the model and its optimizer, a random batch, the step."""
+"""A training step as train.py takes it, for what measures one: model, optimizer, batch, step."""
 
 import torch
 
@@ -11,10 +11,11 @@ from taxa.training.optim import adamw
 
 
 def build(model, settings, num_classes, device, lr, mode="none", weights=None):
-    """(classifier in train mode, optimizer), made as train.py makes them, from random weights: memory and time do not depend on them.
+    """(classifier in train mode, optimizer), made as train.py makes them, from random weights:
+    memory and time do not depend on them.
 
-    model: a name in the table or a row; settings: of settings_from_flags(); mode: of --activation-checkpointing; weights: a folder to take
-    the sizes from.
+    model: a name in the table or a row; settings: of settings_from_flags(); mode: of
+    --activation-checkpointing; weights: a folder to take the sizes from.
     """
     torch.manual_seed(0)
     classifier = TaxonClassifier(load_backbone(model, weights, pretrained=False), num_classes)
@@ -26,7 +27,10 @@ def build(model, settings, num_classes, device, lr, mode="none", weights=None):
 
 
 def random_batch(vocab_size, num_classes, batch_size, tokens, device):
-    """input_ids (B, T) without padding, attention_mask (B, T), labels (B, R). num_classes: classes of each rank, a number per rank."""
+    """input_ids (B, T) without padding, attention_mask (B, T), labels (B, R).
+
+    num_classes: a number per rank.
+    """
     ids = torch.randint(5, vocab_size, (batch_size, tokens), device=device)
     labels = [torch.randint(0, classes, (batch_size,), device=device) for classes in num_classes]
     return ids, torch.ones_like(ids), torch.stack(labels, dim=1)

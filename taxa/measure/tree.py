@@ -1,9 +1,11 @@
-"""A model as a tree on one screen: what is frozen, what trains, which Linear carries what, parameters and operations per token.
+"""A model as a tree on one screen: what is frozen, what trains, which Linear carries what,
+parameters and operations per token.
 
   python -m taxa.measure.tree --model nt50m --strategy lora --r 4
-  python -m taxa.measure.tree --model dnabert2 --strategy ia3 --protocol published --num-classes 4 31 75
+  python -m taxa.measure.tree --model dnabert2 --strategy ia3 --protocol published
 
-Builds on the meta device: nothing is computed, and nothing is downloaded for a model of the table. Layers that are alike are folded.
+Builds on the meta device: nothing is computed, and nothing is downloaded for a model of the table.
+Layers that are alike are folded.
 """
 
 import itertools
@@ -16,14 +18,12 @@ from taxa.lora import LoRALinear
 from taxa.measure.flops import parts
 from taxa.runtime.cli import Parser, positive_int, run
 from taxa.strategies import classifier_on_meta, trainable_names
-from taxa.training.flags import (
-    add_classes,
-    add_model,
-    add_strategy,
-    check_strategy,
-    classes_of,
-    strategy_settings,
-)
+from taxa.training.flags import add_classes, add_model, add_strategy, check_strategy, classes_of
+from taxa.training.settings import run_settings
+
+NOTES = """\
+Operations: matrix products only, a multiply-add is 2. A Linear of N weights: 2N forward,
+2N more for its input's gradient where something before it trains, 2N more where its weight trains."""
 
 
 def parse_args(argv=None):
@@ -31,8 +31,13 @@ def parse_args(argv=None):
     add_model(parser)
     add_strategy(parser)
     add_classes(parser)
-    add = parser.group("operations")
-    add("--tokens", type=positive_int, metavar="T", help="tokens of a sequence (default: as many as 1500 bases make)")
+    operations = parser.group("operations")
+    operations(
+        "--tokens",
+        type=positive_int,
+        metavar="T",
+        help="tokens of a sequence (default: as many as 1500 bases make)",
+    )
     args = parser.parse_args(argv)
     check_strategy(args)
     return args
@@ -40,49 +45,79 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    row = find_model(args.model, args.weights, args.revision)
-    settings, num_classes = strategy_settings(args, row), classes_of(args)
-    classifier = classifier_on_meta(row, num_classes, settings, backbone_config(row, args.weights))
-    T = args.tokens or FAMILIES[row.family].module.TOKENS_OF_1500_BP
-    print(tree(args.model, parts(classifier, row.family, trainable_names(classifier, settings), T), settings, T))
+    model_row = find_model(args.model, args.weights, args.revision)
+    settings, _ = run_settings(args, model_row)
+    config = backbone_config(model_row, args.weights)
+    classifier = classifier_on_meta(model_row, classes_of(args), settings, config)
+    names = trainable_names(classifier, settings)
+    T = args.tokens or FAMILIES[model_row.family].module.TOKENS_OF_1500_BP
+    print(tree(args.model, parts(classifier, model_row.family, names, T), settings, T))
 
 
 def tree(model, found, settings, T):
     """The table as text. found: taxa.measure.flops.parts() for sequences of T tokens."""
-    lora = f" r = {settings['r']}, lora_alpha = {settings['lora_alpha']:g}" if "r" in settings else ""
+    lora = ""
+    if "r" in settings:
+        lora = f" r = {settings['r']}, lora_alpha = {settings['lora_alpha']:g}"
     protocol = ", protocol published" if settings["protocol"] == "published" else ""
     heads = "train" if settings["heads"] == "train" else "frozen"
-    lines = [f"{model}, {settings['strategy']}{lora}{protocol}, heads {heads}; {T} tokens a sequence", "",
-             f"{'':<86}{'MFLOP per token':>18}",
-             f"{'part':<33}{'in x out':<12}{'carries':<18}{'parameters':>11}{'train':>12}{'forward':>9}{'step':>9}"]
+    lines = [
+        f"{model}, {settings['strategy']}{lora}{protocol}, heads {heads}; {T} tokens a sequence",
+        "",
+        f"{'':<86}{'MFLOP per token':>18}",
+        f"{'part':<33}{'in x out':<12}{'carries':<18}{'parameters':>11}{'train':>12}"
+        f"{'forward':>9}{'step':>9}",
+    ]
     for layers, members in blocks(found):
         indent = ""
+        prefix = ""
         if layers:
-            indent, name = "  ", f"encoder.layer.{layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else "")
-            folded = f"{len(layers)} layers, one:" if len(layers) > 1 else ""
-            lines.append(_line(name, "", folded, [sum(part[i] for part in members) * len(layers) for i in range(2, 6)], T))
+            indent = "  "
+            prefix = f"encoder.layer.{layers[0]}."
+            name = f"encoder.layer.{layers[0]}"
+            folded = ""
+            if len(layers) > 1:
+                name += f"-{layers[-1]}"
+                folded = f"{len(layers)} layers, one:"
+            sums = [sum(part[i] for part in members) * len(layers) for i in range(2, 6)]
+            lines.append(_line(name, "", folded, sums, T))
         for part in members:
-            name = part.name.removeprefix("backbone.").removeprefix(f"encoder.layer.{layers[0]}." if layers else "")
-            lines.append(_line(indent + name, shape(part.module, T), carries(part.module), part[2:], T))
+            name = part.name.removeprefix("backbone.").removeprefix(prefix)
+            of_part = shape(part.module, T), carries(part.module), part[2:]
+            lines.append(_line(indent + name, *of_part, T))
     totals = [sum(part[i] for part in found) for i in range(2, 6)]
-    lines.append(_line("total", "", "", totals, T))
     parameters, trainable, forward, step = totals
-    return "\n".join([*lines, "", f"{trainable:,} of {parameters:,} parameters train ({trainable / parameters:.2%}).",
-                      f"A training step takes {step / forward:.2f} times the operations of its forward.",
-                      "Operations: matrix products only, a multiply-add is 2. A Linear of N weights: 2N forward, 2N more for",
-                      "its input's gradient where something before it trains, 2N more where its weight trains."])
+    lines += [
+        _line("total", "", "", totals, T),
+        "",
+        f"{trainable:,} of {parameters:,} parameters train ({trainable / parameters:.2%}).",
+        f"A training step takes {step / forward:.2f} times the operations of its forward.",
+        NOTES,
+    ]
+    return "\n".join(lines)
 
 
 def blocks(found):
-    """Yield (layer numbers, the parts of one of them); (None, [part]) for what is in no layer. Neighbours that are alike go together."""
-    def layer(part):
-        return int(part.name.split(".")[3]) if part.name.startswith("backbone.encoder.layer.") else None
+    """Yield (layer numbers, the parts of one of them); (None, [part]) for what is in no layer.
 
-    def signature(members):
-        return [(part.name.split(".")[4:], shape(part.module, 1), carries(part.module), *part[2:]) for part in members]
+    Neighbours that are alike go together.
+    """
+
+    def layer(part):
+        in_layer = part.name.startswith("backbone.encoder.layer.")
+        return int(part.name.split(".")[3]) if in_layer else None
+
+    def signature(group):
+        number, members = group
+        if number is None:
+            return None
+        return str([
+            (part.name.split(".")[4:], shape(part.module, 1), carries(part.module), *part[2:])
+            for part in members
+        ])
 
     groups = [(number, list(members)) for number, members in itertools.groupby(found, key=layer)]
-    for _, alike in itertools.groupby(groups, key=lambda group: None if group[0] is None else str(signature(group[1]))):
+    for _, alike in itertools.groupby(groups, key=signature):
         alike = list(alike)
         if alike[0][0] is None:
             yield from ((None, members) for _, members in alike)
@@ -92,10 +127,13 @@ def blocks(found):
 
 def shape(module, T):
     if isinstance(module, nn.Linear):
-        return f"{module.in_features}x{module.out_features}" + (" +b" if module.bias is not None else "")
+        bias = " +b" if module.bias is not None else ""
+        return f"{module.in_features}x{module.out_features}{bias}"
     if isinstance(module, nn.Embedding):
         return f"{module.num_embeddings}x{module.embedding_dim}"
-    return f"{module.normalized_shape[0]}" if isinstance(module, nn.LayerNorm) else f"{T}x{T}"
+    if isinstance(module, nn.LayerNorm):
+        return f"{module.normalized_shape[0]}"
+    return f"{T}x{T}"
 
 
 def carries(module):
@@ -114,7 +152,8 @@ def _line(name, shape, carries, numbers, T):
     parameters, trainable, forward, step = numbers
     train = "" if not parameters else "frozen" if not trainable else f"{trainable:,}"
     flops = "".join(f"{n / T / 1e6:>9.3f}" if n else " " * 9 for n in (forward, step))
-    return f"{name:<33}{shape:<12}{carries:<18}{f'{parameters:,}' if parameters else '':>11}{train:>12}{flops}".rstrip()
+    held = f"{parameters:,}" if parameters else ""
+    return f"{name:<33}{shape:<12}{carries:<18}{held:>11}{train:>12}{flops}".rstrip()
 
 
 if __name__ == "__main__":
