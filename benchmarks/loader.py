@@ -1,11 +1,12 @@
 """Sequences per second from the memory map to the step: shuffled batches as train.py asks for them.
 
-  python benchmarks/loader.py                        # a simulated split of 500,000 sequences, 251 tokens each
-  python benchmarks/loader.py --data data/bertax     # the train split of a prepared dataset
-  python benchmarks/loader.py --workers 2            # batches made by two processes beside the loop, as train.py --workers 2
+  python benchmarks/loader.py                      # a simulated split: 500,000 of 251 tokens
+  python benchmarks/loader.py --data data/bertax   # the train split of a prepared dataset
+  python benchmarks/loader.py --workers 2          # batches made by two processes beside the loop
 
-One epoch in train.py's own order (taxa.data.batches.micro_batches) through the same DataLoader; a step takes the batch and does nothing.
-Prints the median over the rounds and their range as one JSON line.
+One round is an epoch in train.py's own order (taxa.data.batches.micro_batches) through the same
+DataLoader. A step takes the batch and does nothing. The script prints the median over the rounds
+and their range as one JSON line.
 """
 
 import json
@@ -36,15 +37,21 @@ def simulate(folder, sequences, tokens):
         for start in range(0, sequences, 10_000):
             n = min(10_000, sequences - start)
             writer.append(random.randint(5, 4107, n * tokens).astype("<u2"), np.full(n, tokens))
-    np.save(folder / "train" / "labels.npy", random.randint(0, 1000, (sequences, len(RANKS))).astype("<u2"))
+    labels = random.randint(0, 1000, (sequences, len(RANKS))).astype("<u2")
+    np.save(folder / "train" / "labels.npy", labels)
     return TokenSplit(folder, "train", "nt", 1, CLASSES)
 
 
 def epoch(split, batch_size, workers, seed):
-    """Sequences per second of one shuffled pass; the order is made before the clock starts, as it is once per epoch in train.py."""
+    """Sequences per second of one shuffled pass.
+
+    The order is made before the clock starts, as it is once per epoch in train.py.
+    """
     plan = micro_batches(len(split), seed, 0, batch_size, 1, rank=0, size=1)
-    loader = iter(DataLoader(split, batch_size=None, sampler=[rows for micros, _ in plan for rows, _ in micros], num_workers=workers))
-    start, seen = time.perf_counter(), 0
+    batches = [rows for micros, _ in plan for rows, _ in micros]
+    loader = iter(DataLoader(split, batch_size=None, sampler=batches, num_workers=workers))
+    start = time.perf_counter()
+    seen = 0
     for batch in loader:
         seen += len(batch["input_ids"])
     return seen / (time.perf_counter() - start)
@@ -55,17 +62,28 @@ def main(argv=None):
     add = parser.add_argument
     add("--data", metavar="DIR", help="prepared dataset (default: a simulated split)")
     add("--tokenizer", default="nt", metavar="NAME", help="tokens of --data to read (default nt)")
-    add("--sequences", type=positive_int, default=500_000, metavar="N", help="of the simulated split (default 500000: 250 MB)")
-    add("--batch-size", type=positive_int, default=128, metavar="B", help="sequences per batch (default 128)")
-    add("--workers", type=non_negative_int, default=0, help="processes that load (default 0: in the loop)")
+    add("--sequences", type=positive_int, default=500_000, metavar="N",
+        help="of the simulated split (default 500000: 250 MB)")
+    add("--batch-size", type=positive_int, default=128, metavar="B",
+        help="sequences per batch (default 128)")
+    add("--workers", type=non_negative_int, default=0,
+        help="processes that load (default 0: in the loop)")
     add("--rounds", type=positive_int, default=5, help="epochs (default 5)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
-        split = (PreparedDataset(args.data).split("train", args.tokenizer) if args.data
-                 else simulate(Path(scratch), args.sequences, tokens=251))
+        if args.data:
+            split = PreparedDataset(args.data).split("train", args.tokenizer)
+        else:
+            split = simulate(Path(scratch), args.sequences, tokens=251)
         rates = [epoch(split, args.batch_size, args.workers, seed) for seed in range(args.rounds)]
-    print(json.dumps({"sequences": len(split), "batch_size": args.batch_size, "workers": args.workers,
-                      "sequences_per_s": round(statistics.median(rates)), "lowest": round(min(rates)), "highest": round(max(rates))}))
+    print(json.dumps({
+        "sequences": len(split),
+        "batch_size": args.batch_size,
+        "workers": args.workers,
+        "sequences_per_s": round(statistics.median(rates)),
+        "lowest": round(min(rates)),
+        "highest": round(max(rates)),
+    }))
     return rates
 
 

@@ -1,8 +1,11 @@
-"""The peer that the benchmarks compare with: what the published code runs for the Nucleotide Transformer, built from public parts.
+"""The peer that the benchmarks compare with: what the published code runs for the Nucleotide
+Transformer, built from public parts.
 
-transformers' EsmForMaskedLM with the SwiGLU feed-forward put in, eager attention, and its masked-LM head, whose output the loss never
-reads; LoRA and (IA)3 by the PEFT library; freezing by requires_grad. It takes the settings of taxa/strategies.py, so it trains the
-same parameters, and its weights can be those of one of our classifiers: then it computes the same logits (tests/test_peer.py).
+It is transformers' EsmForMaskedLM with the SwiGLU feed-forward put in, eager attention, and its
+masked-LM head, whose output the loss never reads. LoRA and (IA)3 are those of the PEFT library;
+freezing is by requires_grad. The peer takes the settings of taxa/strategies.py, so it trains the
+same parameters, and its weights can be those of one of our classifiers: then it computes the same
+logits (tests/test_peer.py).
 """
 
 import torch.nn.functional as F
@@ -15,7 +18,10 @@ from taxa.strategies import trainable_names
 
 
 class SwiGLU(nn.Module):
-    """The feed-forward's first half as the hub's modeling_esm.py has it; takes the place of transformers' EsmIntermediate."""
+    """The feed-forward's first half as the hub's modeling_esm.py has it.
+
+    It takes the place of transformers' EsmIntermediate.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -35,7 +41,9 @@ class PeerClassifier(nn.Module):
         for layer in self.esm.esm.encoder.layer:
             layer.intermediate = SwiGLU(config)
             layer.output.dense = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.heads = nn.ModuleDict({rank: nn.Linear(config.hidden_size, C) for rank, C in num_classes.items()})
+        self.heads = nn.ModuleDict({
+            rank: nn.Linear(config.hidden_size, C) for rank, C in num_classes.items()
+        })
 
     def forward(self, input_ids, attention_mask):
         """input_ids (B, T), attention_mask (B, T) -> {rank: logits (B, C)}."""
@@ -47,22 +55,41 @@ class PeerClassifier(nn.Module):
 def peer_config(ours, attention="eager"):
     """transformers' EsmConfig with the sizes of one of our NucleotideTransformerConfig."""
     return EsmConfig(
-        vocab_size=ours.vocab_size, hidden_size=ours.hidden_size, num_hidden_layers=ours.num_hidden_layers,
-        num_attention_heads=ours.num_attention_heads, intermediate_size=ours.intermediate_size,
-        max_position_embeddings=ours.max_position_embeddings, layer_norm_eps=ours.layer_norm_eps, pad_token_id=ours.pad_token_id,
-        mask_token_id=2, position_embedding_type="rotary", token_dropout=False, emb_layer_norm_before=False, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, tie_word_embeddings=False, attn_implementation=attention)
+        vocab_size=ours.vocab_size,
+        pad_token_id=ours.pad_token_id,
+        mask_token_id=2,
+        hidden_size=ours.hidden_size,
+        num_hidden_layers=ours.num_hidden_layers,
+        num_attention_heads=ours.num_attention_heads,
+        intermediate_size=ours.intermediate_size,
+        max_position_embeddings=ours.max_position_embeddings,
+        position_embedding_type="rotary",
+        layer_norm_eps=ours.layer_norm_eps,
+        emb_layer_norm_before=False,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        token_dropout=False,
+        tie_word_embeddings=False,
+        attn_implementation=attention,
+    )
 
 
 def make_peer(classifier, settings, attention="eager"):
-    """The peer of one of our classifiers that has no adapters yet, in train mode, with its weights, adapted and frozen by `settings`.
+    """The peer of one of our classifiers that has no adapters yet.
 
-    Returns the peer. Raises ValueError when a weight of the classifier has no counterpart.
+    It is in train mode, has the classifier's weights, and is adapted and frozen by `settings`.
+    Raises ValueError when a weight of the classifier has no counterpart.
     """
+
+    def its_name(name):
+        """The peer's name of one of our parameters."""
+        if name.startswith("backbone."):
+            return "esm.esm." + name.removeprefix("backbone.")
+        return name
+
     num_classes = {rank: head.out_features for rank, head in classifier.heads.items()}
     peer = PeerClassifier(peer_config(classifier.backbone.config, attention), num_classes)
-    state = {("esm.esm." + key.removeprefix("backbone.") if key.startswith("backbone.") else key): p
-             for key, p in classifier.state_dict().items()}
+    state = {its_name(name): p for name, p in classifier.state_dict().items()}
     unknown = peer.load_state_dict(state, strict=False).unexpected_keys
     if unknown:
         raise ValueError(f"no counterpart of {', '.join(unknown)}")
@@ -71,9 +98,10 @@ def make_peer(classifier, settings, attention="eager"):
         peer.esm = inject_adapter_in_model(peft_config(settings), peer.esm)
         peer.heads.requires_grad_(settings["heads"] == "train")
     else:
-        names = {name.replace("backbone.", "esm.esm.", 1) for name in trainable_names(classifier, settings)}
-        for key, p in peer.named_parameters():
-            p.requires_grad_(key in names or settings["strategy"] == "full" and key.startswith("esm.lm_head."))
+        names = {its_name(name) for name in trainable_names(classifier, settings)}
+        full = settings["strategy"] == "full"
+        for name, p in peer.named_parameters():
+            p.requires_grad_(name in names or full and name.startswith("esm.lm_head."))
     return peer.train()
 
 
@@ -81,10 +109,19 @@ def peft_config(settings):
     """Our targets as the PEFT library writes them: a regular expression over the whole name."""
 
     def pattern(targets):
-        return ".*(" + "|".join(target.replace(".", r"\.").replace("*", r"\d+") for target in targets) + ")"
+        escaped = (target.replace(".", r"\.").replace("*", r"\d+") for target in targets)
+        return f".*({'|'.join(escaped)})"
 
+    targets = settings["targets"]
     if settings["strategy"] == "lora":
-        return LoraConfig(r=settings["r"], lora_alpha=settings["lora_alpha"], lora_dropout=settings["lora_dropout"],
-                          target_modules=pattern(settings["targets"]))
-    return IA3Config(target_modules=pattern(settings["targets"] + settings["feedforward_targets"]),
-                     feedforward_modules=pattern(settings["feedforward_targets"]))
+        return LoraConfig(
+            r=settings["r"],
+            lora_alpha=settings["lora_alpha"],
+            lora_dropout=settings["lora_dropout"],
+            target_modules=pattern(targets),
+        )
+    feedforward = settings["feedforward_targets"]
+    return IA3Config(
+        target_modules=pattern(targets + feedforward),
+        feedforward_modules=pattern(feedforward),
+    )
