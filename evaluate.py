@@ -18,7 +18,6 @@ from taxa.data.augment import other_strands
 from taxa.data.dataset import PreparedDataset
 from taxa.data.splits import SPLITS, UNSEEN
 from taxa.data.taxonomy import class_id
-from taxa.data.tokens import digests
 from taxa.errors import InputError
 from taxa.evaluation.evaluation import (
     details,
@@ -223,14 +222,7 @@ def evaluate_unseen(w, model, data, views, *, how, fitted, out):
         threshold = metrics["confidence"]["softmax"]["threshold"]
         write_json(out / "metrics_unseen.json", metrics)
         per_class = out / "per_class_unseen.csv"
-        if held is None:
-            print(
-                f"note: {data.folder} was prepared before per_class_unseen.csv came; "
-                "for that table prepare it again (its digest stays)"
-            )
-            per_class.unlink(missing_ok=True)
-        else:
-            write_held_out(per_class, held, data.classes, test, unseen, threshold)
+        write_held_out(per_class, held, data.classes, test, unseen, threshold)
         write_json(out / "temperature.json", fitted | {"min_probability": threshold})
     return metrics
 
@@ -253,7 +245,7 @@ def tokens_of(trained, data):
     data's tokens of that name are of another vocabulary.
     """
     for name, record in data.manifest["tokenizers"].items():
-        if digests(record) & digests(trained):
+        if record["digest"] == trained["digest"]:
             return name
     if data.has_tokens(trained["name"]):
         raise InputError(

@@ -12,7 +12,7 @@ import torch
 
 from taxa import RANKS
 from taxa.data.batches import load_batches, micro_batches
-from taxa.data.dataset import PreparedDataset, TokenWriter, write_manifest
+from taxa.data.dataset import PreparedDataset, TokenWriter, manifest_digest, write_manifest
 from taxa.data.splits import SPLITS, stratified_subset
 from taxa.data.tokens import NTTokenizer, get_tokenizer
 from taxa.errors import InputError
@@ -38,7 +38,9 @@ def write_dataset(folder, sizes=(23, 6, 4), **settings):
         contents[split] = (sequences, labels)
     classes = {rank: [{"taxid": 10 * i + 1, "name": f"{rank} {i}"} for i in range(count)]
                for rank, count in zip(RANKS, CLASSES)}
-    write_manifest(folder, {"sequences": sum(sizes), "settings": settings, "classes": classes}, NTTokenizer())
+    manifest = {"sequences": sum(sizes), "splits": dict(zip(SPLITS, sizes)),
+                "settings": {"length": None, **settings}, "classes": classes}
+    write_manifest(folder, manifest, NTTokenizer())
     return contents
 
 
@@ -61,7 +63,7 @@ def tree(folder):
 class Constant:
     """A tokenizer that gives `count` ids for every sequence and fails at call number `fails`."""
 
-    name, digest, old_digests, vocab_size, pad_token_id = "constant", "0" * 64, (), 100, 9
+    name, digest, vocab_size, pad_token_id = "constant", "0" * 64, 100, 9
 
     def __init__(self, count, fails=None):
         self.count, self.calls, self.fails = count, 0, fails
@@ -156,7 +158,7 @@ def test_added_tokens_equal_encoding_the_letters(dataset):
     assert data.digest == digest
     assert data.has_tokens("nt") and data.has_tokens("tiny-dnabert") and not data.has_tokens("dnabert")
     assert data.manifest["tokenizers"]["tiny-dnabert"] == {
-        "digest": tiny.digest, "vocab_size": 1024, "pad_token_id": 3, "old_digests": list(tiny.old_digests)}
+        "digest": tiny.digest, "vocab_size": 1024, "pad_token_id": 3}
     for name, (sequences, _) in contents.items():
         split = data.split(name, "tiny-dnabert")
         expected = [encode_one(sequence, tiny) for sequence in sequences]
@@ -234,26 +236,34 @@ def test_digest_covers_sequences_labels_splits_and_classes_only(tmp_path):
     first = PreparedDataset(tmp_path / "a").digest
     write_dataset(tmp_path / "b", seed=5, length=1500)
     assert PreparedDataset(tmp_path / "b").digest == first
-    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    written = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    manifest = {key: written[key] for key in ("splits", "classes")}
     for name in ("train/labels.npy", "test/records.npy", "validation/nt.bin"):
         write_dataset(tmp_path / name)
         path = tmp_path / name / name
         path.write_bytes(path.read_bytes()[:-1] + b"\x07")
-        assert write_manifest(tmp_path / name, {"classes": manifest["classes"]}, NTTokenizer())["digest"] != first
+        assert write_manifest(tmp_path / name, manifest, NTTokenizer())["digest"] != first
     manifest["classes"]["genus"][0]["name"] += "?"
-    assert write_manifest(tmp_path / "b", {"classes": manifest["classes"]}, NTTokenizer())["digest"] != first
-    for name, entry in json.loads((tmp_path / "a" / "manifest.json").read_text())["files"].items():
+    assert write_manifest(tmp_path / "b", manifest, NTTokenizer())["digest"] != first
+    for name, entry in written["files"].items():
         path = tmp_path / "a" / name
         assert entry == {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 # folders that are not one
 
-def edit_manifest(folder, change):
+def rewrite_manifest(folder, change):
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
-    manifest.pop("sha256")  # of the manifest itself, which would give any change away
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def edit_manifest(folder, change):
+    rewrite_manifest(folder, lambda m: (change(m), reseal(m)))
+
+
+def reseal(manifest):
+    manifest["sha256"] = manifest_digest(manifest)  # else it would give any change away
 
 
 def cut(path, count=1):
@@ -268,8 +278,14 @@ BROKEN = {
     "another JSON": (lambda f: (f / "manifest.json").write_text('{"name": "x"}'), "not the manifest"),
     "a folder of that name": (lambda f: ((f / "manifest.json").unlink(), (f / "manifest.json").mkdir()),
                               "not the manifest"),
-    "another format": (lambda f: edit_manifest(f, lambda m: m.update(format="x")), "format x 1, not taxa dataset 1"),
-    "another version": (lambda f: edit_manifest(f, lambda m: m.update(version=2)), "dataset 2, not taxa dataset 1"),
+    "another format": (lambda f: edit_manifest(f, lambda m: m.update(format="x")), "format x 2, not taxa dataset 2"),
+    "a version before": (lambda f: edit_manifest(f, lambda m: m.update(version=1)),
+                         "data: written by a version of taxa before 1.0.0: prepare the folder again"),
+    "a later version": (lambda f: edit_manifest(f, lambda m: m.update(version=3)), "dataset 3, not taxa dataset 2"),
+    "no digest of its own": (lambda f: rewrite_manifest(f, lambda m: m.pop("sha256")), "KeyError: 'sha256'"),
+    "another digest of its own": (lambda f: rewrite_manifest(f, lambda m: m.update(sha256="0")), "damaged"),
+    "no splits": (lambda f: edit_manifest(f, lambda m: m.pop("splits")), "KeyError: 'splits'"),
+    "two splits": (lambda f: edit_manifest(f, lambda m: m["splits"].pop("test")), "its splits are train, validation"),
     "no classes": (lambda f: edit_manifest(f, lambda m: m.pop("classes")), "KeyError: 'classes'"),
     "no digest": (lambda f: edit_manifest(f, lambda m: m.pop("digest")), "KeyError: 'digest'"),
     "files of no kind": (lambda f: edit_manifest(f, lambda m: m.update(files=[1])), "not the manifest"),

@@ -1,12 +1,17 @@
-"""A prepared dataset: a folder with one manifest and, per split, arrays that are memory-mapped, never read whole.
+"""A prepared dataset: a folder with one manifest and, for each split, arrays.
+
+The arrays are memory-mapped, never read whole.
 
     manifest.json                what is in it, from what, what was dropped, digests
-    {split}/labels.npy           (N, R) uint16, class numbers in the order of the manifest's class tables
-    {split}/records.npy          (N,) source file, record number in it, taxid: where each sequence came from
+    {split}/labels.npy           (N, R) uint16, class numbers in the order of the manifest's class
+                                 tables
+    {split}/records.npy          (N,) source file, record number in it, taxid: where each sequence
+                                 came from
     {split}/{tokenizer}.bin      uint16 ids of all sequences, joined
     {split}/{tokenizer}.npy      (N + 1,) int64, where each sequence starts in it
 
-The nt tokens are always there and spell the bases exactly, so tokens for another tokenizer are made from them, without the FASTA.
+The nt tokens are always there and spell the bases exactly, so tokens for another tokenizer are
+made from them, without the FASTA.
 
 Shapes: N sequences of a split, B of a batch, T tokens of the longest sequence in it, R ranks.
 """
@@ -22,21 +27,28 @@ import numpy as np
 
 from taxa.data.batches import gathered, labelled
 from taxa.data.splits import HELD_OUT, SPLITS, UNSEEN, stratified_subset
-from taxa.data.tokens import digests, nt_tokenizer
+from taxa.data.tokens import nt_tokenizer
 from taxa.errors import InputError
 from taxa.runtime.files import read_text, replacing, save_array, sha256, write_json
 
-FORMAT, VERSION = "taxa dataset", 1
+FORMAT, VERSION = "taxa dataset", 2
 JOB = 4096  # sequences: the tokenizer goes to a worker with every job, so that small ones cost
 RECORD = np.dtype([("source", "<u2"), ("record", "<u4"), ("taxid", "<u4")])
 
 
+# ---------------------------------------------------------------- the files of a folder
+
+
 class TokenWriter:
-    """Appends the sequences of one split for one tokenizer. A context manager: both files are whole after it, or absent."""
+    """Appends the sequences of one split for one tokenizer.
+
+    It is a context manager: both files are whole after it, or absent.
+    """
 
     def __init__(self, folder, split, tokenizer):
         self.base = Path(folder) / split / tokenizer
-        self._lengths, self._finished = [], False
+        self._lengths = []
+        self._finished = False
         self._stack = contextlib.ExitStack()
 
     def __enter__(self):
@@ -53,8 +65,9 @@ class TokenWriter:
         self._lengths.append(counts)
 
     def finish(self):
-        """All of it on the disk, under the temporary names: after it only renames are left."""
-        offsets = np.concatenate(([0], np.cumsum(np.concatenate(self._lengths or [np.empty(0, np.int64)]))))
+        """Put all of it on the disk, under the temporary names: after it only renames are left."""
+        lengths = np.concatenate(self._lengths or [np.empty(0, np.int64)])
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
         save_array(self._offsets_path, offsets.astype("<i8"))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -69,7 +82,9 @@ class TokenWriter:
 
 def file_digests(folder, names):
     """{name: {"bytes", "sha256"}} of files in a folder."""
-    return {name: {"bytes": (Path(folder) / name).stat().st_size, "sha256": sha256(Path(folder) / name)} for name in names}
+    paths = {name: Path(folder) / name for name in names}
+    return {name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for name, path in paths.items()}
 
 
 def token_files(tokenizer, splits=SPLITS):
@@ -77,84 +92,135 @@ def token_files(tokenizer, splits=SPLITS):
 
 
 def write_manifest(folder, manifest, tokenizer):
-    """Complete a manifest with the digests of the files just written, and write it. `tokenizer` must be the nt one.
+    """Complete a manifest with the digests of the files just written, and write it.
 
-    "digest" covers what a sequence is and how it is labelled and split; it stays the same when tokens are added. HELD_OUT is not in it: it
-    came later.
+    `tokenizer` must be the nt one. Returns the whole manifest. Its "digest" covers what a sequence
+    is and how it is labelled and split; it stays the same when tokens are added. HELD_OUT is not
+    in it: it only names classes that no label has.
     """
-    splits = manifest.get("splits", SPLITS)
-    names = [f"{split}/{name}.npy" for split in splits for name in ("labels", "records")] + token_files(tokenizer.name, splits)
-    files = file_digests(folder, names)
-    core = {"classes": manifest["classes"], "files": {name: file["sha256"] for name, file in files.items()}}
+    splits = manifest["splits"]
+    names = [f"{split}/{name}.npy" for split in splits for name in ("labels", "records")]
+    files = file_digests(folder, names + token_files(tokenizer.name, splits))
+    core = {"classes": manifest["classes"],
+            "files": {name: file["sha256"] for name, file in files.items()}}
     digest = hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()
-    files |= file_digests(folder, [f"{UNSEEN}/{HELD_OUT}"] if UNSEEN in splits else [])
-    manifest = {"format": FORMAT, "version": VERSION, "digest": digest, **manifest,
-                "tokenizers": {tokenizer.name: _describe(tokenizer)}, "files": files}
+    if UNSEEN in splits:
+        files |= file_digests(folder, [f"{UNSEEN}/{HELD_OUT}"])
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "digest": digest,
+        **manifest,
+        "tokenizers": {tokenizer.name: _describe(tokenizer)},
+        "files": files,
+    }
     _write(folder, manifest)
     return manifest
 
 
 def _write(folder, manifest):
-    """Write manifest.json, its own digest included, so that a byte that changes in it later is seen."""
-    manifest["sha256"] = _own_digest(manifest)
+    """Write manifest.json, its own digest included, so that a byte that changes later is seen."""
+    manifest["sha256"] = manifest_digest(manifest)
     write_json(Path(folder) / "manifest.json", manifest)
 
 
-def _own_digest(manifest):
+def manifest_digest(manifest):
+    """SHA-256 of a manifest, its own entry "sha256" left out."""
     others = {name: value for name, value in manifest.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _describe(tokenizer):
-    return {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_token_id,
-            **({"old_digests": list(tokenizer.old_digests)} if tokenizer.old_digests else {})}
+    return {
+        "digest": tokenizer.digest,
+        "vocab_size": tokenizer.vocab_size,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
 
 
 def _check_kinds(manifest):
-    """Raise ValueError unless what is read of a manifest is of the kind that is expected of it."""
-    files, tokenizers = manifest["files"].values(), manifest["tokenizers"].values()
+    """Raise ValueError unless what is read of a manifest is of the kind expected of it."""
+    files = manifest["files"].values()
+    tokenizers = manifest["tokenizers"].values()
     rows = [row for table in manifest["classes"].values() for row in table]
-    texts = [manifest["digest"], *(file["sha256"] for file in files), *(d for t in tokenizers for d in digests(t)),
-             *(row["name"] for row in rows)]
-    numbers = [*manifest.get("splits", {}).values(), *(file["bytes"] for file in files),
-               *(row["taxid"] for row in rows if row["taxid"] is not None),
-               *(t[key] for t in tokenizers for key in ("vocab_size", "pad_token_id"))]
-    if any(type(text) is not str for text in texts) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+    splits = manifest["splits"]
+    length = manifest["settings"]["length"]
+    texts = [
+        manifest["digest"],
+        *(file["sha256"] for file in files),
+        *(tokenizer["digest"] for tokenizer in tokenizers),
+        *(row["name"] for row in rows),
+    ]
+    numbers = [
+        *splits.values(),
+        *(file["bytes"] for file in files),
+        *(row["taxid"] for row in rows if row["taxid"] is not None),
+        *([] if length is None else [length]),
+        *(tokenizer["vocab_size"] for tokenizer in tokenizers),
+        *(tokenizer["pad_token_id"] for tokenizer in tokenizers),
+    ]
+    if (any(type(text) is not str for text in texts)
+            or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers)):
         raise ValueError("a text or a number is something else")
-    splits = (*SPLITS, UNSEEN) if UNSEEN in manifest.get("splits", {}) else SPLITS
+    if tuple(splits) not in (SPLITS, (*SPLITS, UNSEEN)):
+        raise ValueError(f"its splits are {', '.join(splits)}")
     needed = {f"{split}/{name}" for split in splits for name in ("labels.npy", "records.npy")}
-    needed |= {name for tokenizer in manifest["tokenizers"] for name in token_files(tokenizer, splits)}
-    if "nt" not in manifest["tokenizers"] or not needed <= manifest["files"].keys() or not manifest["classes"]:
+    for tokenizer in manifest["tokenizers"]:
+        needed |= set(token_files(tokenizer, splits))
+    if UNSEEN in splits:
+        needed.add(f"{UNSEEN}/{HELD_OUT}")
+    if ("nt" not in manifest["tokenizers"] or not needed <= manifest["files"].keys()
+            or not manifest["classes"]):
         raise ValueError("it lacks the nt tokens, the ranks, or a file")
 
 
+# ---------------------------------------------------------------- an opened folder
+
+
 class PreparedDataset:
-    """An opened folder: .manifest, .classes {rank: [{"taxid", "name"}, ...]}, .split(name, tokenizer) -> TokenSplit."""
+    """An opened folder: .manifest, .classes {rank: [{"taxid", "name"}, ...]} and
+    .split(name, tokenizer) -> TokenSplit.
+    """
 
     def __init__(self, folder):
-        """Raises InputError for a folder that is missing, empty, of another version, or whose files are not the manifest's size."""
-        self.folder, self._part = Path(folder), None
-        path = self.folder / "manifest.json"
+        """Raises InputError for a folder that is missing, empty or of another version, or whose
+        files are not of the size that the manifest says.
+        """
+        self.folder = Path(folder)
+        self._part = None
         if not self.folder.is_dir():
             raise InputError(f"{folder}: no such folder; make it with prepare.py --out {folder}")
+        self.manifest = self._read_manifest()
+        self.classes = self.manifest["classes"]
+        self.digest = self.manifest["digest"]
+        for name, file in self.manifest["files"].items():
+            path = self.folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != file["bytes"]:
+                raise InputError(
+                    f"{path}: {'missing' if found is None else f'{found} bytes'}, but the manifest "
+                    f"says {file['bytes']} bytes: prepare the folder again")
+
+    def _read_manifest(self):
+        path = self.folder / "manifest.json"
         try:
-            self.manifest = json.loads(read_text(path))
-            if self.manifest["format"] != FORMAT or self.manifest["version"] != VERSION:
-                raise ValueError(f"format {self.manifest['format']} {self.manifest['version']}, not {FORMAT} {VERSION}")
-            _check_kinds(self.manifest)
-            self.classes, self.digest = self.manifest["classes"], self.manifest["digest"]
-            if self.manifest.get("sha256", _own_digest(self.manifest)) != _own_digest(self.manifest):  # older ones lack it
+            manifest = json.loads(read_text(path))
+            found = manifest["format"], manifest["version"]
+            if found == (FORMAT, 1):
+                raise InputError(f"{self.folder}: written by a version of taxa before 1.0.0: "
+                                 "prepare the folder again")
+            if found != (FORMAT, VERSION):
+                raise ValueError(f"format {found[0]} {found[1]}, not {FORMAT} {VERSION}")
+            _check_kinds(manifest)
+            if manifest["sha256"] != manifest_digest(manifest):
                 raise ValueError("damaged: its bytes are not those that were written")
-            sizes = {name: file["bytes"] for name, file in self.manifest["files"].items()}
         except FileNotFoundError:
-            raise InputError(f"{folder}: no manifest.json: not a prepared dataset; make it with prepare.py") from None
+            raise InputError(f"{self.folder}: no manifest.json: not a prepared dataset; "
+                             "make it with prepare.py") from None
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise InputError(f"{path}: not the manifest of a prepared dataset ({type(error).__name__}: {error})") from None
-        for name, size in sizes.items():
-            found = (self.folder / name).stat().st_size if (self.folder / name).is_file() else None
-            if found != size:
-                raise InputError(f"{self.folder / name}: {'missing' if found is None else f'{found} bytes'}, but the manifest says "
-                                 f"{size} bytes: prepare the folder again")
+            raise InputError(f"{path}: not the manifest of a prepared dataset "
+                             f"({type(error).__name__}: {error})") from None
+        return manifest
 
     @property
     def num_classes(self):
@@ -164,58 +230,76 @@ class PreparedDataset:
     @property
     def splits(self):
         """The names of its splits: the three, and "unseen" where genera were held out."""
-        return (*SPLITS, UNSEEN) if UNSEEN in self.manifest.get("splits", {}) else SPLITS
+        return tuple(self.manifest["splits"])
 
     def held_out(self):
-        """(rows of the classes that were held out, (N,) which of them each sequence of the unseen split is).
+        """(rows of the classes that were held out, (N,) which of them each sequence of the unseen
+        split is), or None where nothing was held out.
 
-        None where nothing was held out, and in older folders, which do not say it. Raises InputError for a file that does not fit them.
+        Raises InputError for a file that does not fit them.
         """
-        if f"{UNSEEN}/{HELD_OUT}" not in self.manifest["files"]:
+        if UNSEEN not in self.splits:
             return None
-        rows, which = self.manifest["held_out"], _mapped(self.folder / UNSEEN / HELD_OUT, ndim=1)
+        path = self.folder / UNSEEN / HELD_OUT
+        rows = self.manifest["held_out"]
+        which = _mapped(path, ndim=1)
         if len(which) != self.manifest["splits"][UNSEEN] or which.max(initial=0) >= len(rows):
-            raise InputError(f"{self.folder / UNSEEN / HELD_OUT}: does not fit the manifest: prepare the folder again")
+            raise InputError(f"{path}: does not fit the manifest: prepare the folder again")
         return rows, which
 
     def verify(self, tokenizer, splits, progress):
-        """Read the files of these splits once, at the speed of SHA-256. progress: wraps an iterable.
+        """Read the files of these splits once, at the speed of SHA-256.
 
-        Raises InputError for a byte that is not the one written, and for ids or offsets that no tokenizer of this vocabulary writes.
+        progress: wraps an iterable. Raises InputError for a byte that is not the one written, and
+        for ids or offsets that no tokenizer of this vocabulary writes.
         """
-        described = self.manifest["tokenizers"][tokenizer]
+        files = self.manifest["files"]
+        entries = self.manifest["tokenizers"][tokenizer]["vocab_size"]
+        endings = ("labels.npy", "records.npy", f"{tokenizer}.npy", f"{tokenizer}.bin", HELD_OUT)
         for split in progress(splits, "checking the data", unit="split"):
-            of_split = {f"{split}/{ending}" for ending in ("labels.npy", "records.npy", f"{tokenizer}.npy", f"{tokenizer}.bin", HELD_OUT)}
-            for name in sorted(of_split & self.manifest["files"].keys()):
-                if sha256(self.folder / name) != self.manifest["files"][name]["sha256"]:
-                    raise InputError(f"{self.folder / name}: damaged: its bytes are not those that were written; prepare the folder again")
+            of_split = {f"{split}/{ending}" for ending in endings}
+            for name in sorted(of_split & files.keys()):
+                if sha256(self.folder / name) != files[name]["sha256"]:
+                    raise InputError(
+                        f"{self.folder / name}: damaged: its bytes are not those that were "
+                        "written; prepare the folder again")
             tokens = self.split(split, tokenizer)
             offsets, ids = tokens.arrays()
-            if len(offsets) != len(tokens) + 1 or offsets[0] != 0 or offsets[-1] != len(ids) or (np.diff(offsets) < 0).any():
-                raise InputError(f"{self.folder}/{split}/{tokenizer}.npy: does not fit {tokenizer}.bin: prepare the folder again")
-            if len(ids) and int(ids.max()) >= described["vocab_size"]:
-                raise InputError(f"{self.folder}/{split}/{tokenizer}.bin: id {int(ids.max())}, but the vocabulary has "
-                                 f"{described['vocab_size']} entries: prepare the folder again")
+            if (len(offsets) != len(tokens) + 1 or offsets[0] != 0 or offsets[-1] != len(ids)
+                    or (np.diff(offsets) < 0).any()):
+                raise InputError(f"{self.folder}/{split}/{tokenizer}.npy: does not fit "
+                                 f"{tokenizer}.bin: prepare the folder again")
+            highest = int(ids.max()) if len(ids) else 0
+            if highest >= entries:
+                raise InputError(f"{self.folder}/{split}/{tokenizer}.bin: id {highest}, but the "
+                                 f"vocabulary has {entries} entries: prepare the folder again")
 
     def keep_part(self, fraction, seed):
-        """From now on split("train", ...) is the same seeded part of the training split, stratified by its last rank."""
+        """From now on split("train", ...) is the same seeded part of the training split,
+        stratified by its last rank.
+        """
         labels = _mapped(self.folder / "train" / "labels.npy", ndim=2)[:, -1]
         self._part = stratified_subset(labels, fraction, seed)
 
     def window(self, split):
-        """{"length": bases of the longest sequence of a split, "varied": whether others have another length}.
+        """{"length": bases of the longest sequence of a split, "varied": whether others have
+        another length}.
 
-        The manifest says one length for all; where it keeps any, the nt tokens are read, which spell the bases.
+        The manifest says one length for all; where it keeps any, the nt tokens are read, which
+        spell the bases.
         """
-        length = self.manifest.get("settings", {}).get("length")
+        length = self.manifest["settings"]["length"]
         if length is not None:
             return {"length": length, "varied": False}
-        nt, longest, shortest = nt_tokenizer(), 0, 2**63
-        offsets, ids = TokenSplit(self.folder, split, "nt", nt.pad_token_id, self.num_classes).arrays()
+        nt = nt_tokenizer()
+        longest, shortest = 0, 2**63
+        tokens = TokenSplit(self.folder, split, "nt", nt.pad_token_id, self.num_classes)
+        offsets, ids = tokens.arrays()
         for start in range(0, len(offsets) - 1, JOB):
             part = offsets[start:start + JOB + 1]
             lengths = np.add.reduceat(nt.bases(ids[part[0]:part[-1]]), part[:-1] - part[0])
-            longest, shortest = max(longest, int(lengths.max())), min(shortest, int(lengths.min()))
+            longest = max(longest, int(lengths.max()))
+            shortest = min(shortest, int(lengths.min()))
         return {"length": longest, "varied": shortest < longest}
 
     def has_tokens(self, tokenizer):
@@ -224,67 +308,94 @@ class PreparedDataset:
     def split(self, name, tokenizer):
         """The TokenSplit of a split; InputError when its tokens are not there."""
         if not self.has_tokens(tokenizer):
-            flags = "bpe --tokenizer-file TOKENIZER_JSON_OF_THE_MODEL" if tokenizer.startswith("bpe-") else tokenizer
-            raise InputError(f"{self.folder} has no tokens of '{tokenizer}': python prepare.py --add-tokens {flags} --out {self.folder}")
-        split = TokenSplit(self.folder, name, tokenizer, self.manifest["tokenizers"][tokenizer]["pad_token_id"], self.num_classes)
-        expected = self.manifest.get("splits", {}).get(name, len(split))
+            flags = tokenizer
+            if tokenizer.startswith("bpe-"):
+                flags = "bpe --tokenizer-file TOKENIZER_JSON_OF_THE_MODEL"
+            raise InputError(f"{self.folder} has no tokens of '{tokenizer}': "
+                             f"python prepare.py --add-tokens {flags} --out {self.folder}")
+        pad_token_id = self.manifest["tokenizers"][tokenizer]["pad_token_id"]
+        split = TokenSplit(self.folder, name, tokenizer, pad_token_id, self.num_classes)
+        expected = self.manifest["splits"][name]
         if len(split) != expected:
-            raise InputError(f"{self.folder / name / 'labels.npy'}: {len(split)} sequences, but the manifest says {expected}: prepare the "
-                             "folder again")
+            raise InputError(
+                f"{self.folder / name / 'labels.npy'}: {len(split)} sequences, but the manifest "
+                f"says {expected}: prepare the folder again")
         return split if name != "train" or self._part is None else SubsetSplit(split, self._part)
 
     def add_tokens(self, tokenizer, progress, in_order=map):
         """Write the tokens of another tokenizer, made from the bases that the nt tokens spell.
 
-        progress: wraps an iterable. in_order: what maps a function over parts (taxa.runtime.workers). Killed at any moment, the folder
-        has its old tokens of that name, or none, or the new ones: never a mixture.
+        progress: wraps an iterable. in_order: what maps a function over parts
+        (taxa.runtime.workers). Killed at any moment, the folder has its old tokens of that name,
+        or none, or the new ones: never a mixture.
         """
+        names = token_files(tokenizer.name, self.splits)
+        encode = functools.partial(_encode_spelled, tokenizer)
         writers = []
         with contextlib.ExitStack() as stack:
             for split in self.splits:
-                offsets = np.load(self.folder / split / "nt.npy", mmap_mode="r")
+                path = self.folder / split / "nt.bin"
+                offsets = np.load(path.with_suffix(".npy"), mmap_mode="r")
                 writer = stack.enter_context(TokenWriter(self.folder, split, tokenizer.name))
-                starts = progress(range(0, len(offsets) - 1, JOB), f"{tokenizer.name} tokens, {split}")
-                jobs = ((self.folder / split / "nt.bin", offsets[start:start + JOB + 1]) for start in starts)
-                for ids, counts in in_order(functools.partial(_encode_spelled, tokenizer), jobs):
+                starts = progress(range(0, len(offsets) - 1, JOB),
+                                  f"{tokenizer.name} tokens, {split}")
+                jobs = ((path, offsets[start:start + JOB + 1]) for start in starts)
+                for ids, counts in in_order(encode, jobs):
                     writer.append(ids, counts)
                 writers.append(writer)
             for writer in writers:
                 writer.finish()
-            if self.manifest["tokenizers"].pop(tokenizer.name, None):  # the old files go one by one now
-                for name in token_files(tokenizer.name, self.splits):
+            # The old files go one by one now, so the manifest names none of them.
+            if self.manifest["tokenizers"].pop(tokenizer.name, None):
+                for name in names:
                     del self.manifest["files"][name]
                 _write(self.folder, self.manifest)
         self.manifest["tokenizers"][tokenizer.name] = _describe(tokenizer)
-        self.manifest["files"].update(file_digests(self.folder, token_files(tokenizer.name, self.splits)))
+        self.manifest["files"].update(file_digests(self.folder, names))
         _write(self.folder, self.manifest)
 
 
 def _encode_spelled(tokenizer, job):
-    """Encode the sequences that nt tokens spell; a job: their file, and where they start in it and the last one ends, (n + 1,)."""
+    """Encode the sequences that nt tokens spell.
+
+    A job is their file, and where they start in it and the last one ends, (n + 1,).
+    """
     path, offsets = job
-    ids = np.fromfile(path, dtype="<u2", count=int(offsets[-1] - offsets[0]), offset=2 * int(offsets[0]))
+    first, last = int(offsets[0]), int(offsets[-1])
+    ids = np.fromfile(path, dtype="<u2", count=last - first, offset=2 * first)
     nt = nt_tokenizer()
-    return tokenizer.encode(nt.decode(ids), np.add.reduceat(nt.bases(ids), offsets[:-1] - offsets[0]))
+    lengths = np.add.reduceat(nt.bases(ids), offsets[:-1] - offsets[0])
+    return tokenizer.encode(nt.decode(ids), lengths)
+
+
+# ---------------------------------------------------------------- one split
 
 
 class TokenSplit:
     """One split for one tokenizer. Indexed by a list of sequence numbers, it gives their batch.
 
-    The arrays are opened on first use, so each worker process maps the files itself; the pages are shared.
+    The arrays are opened on first use, so each worker process maps the files itself; the pages
+    are shared.
     """
 
     def __init__(self, folder, split, tokenizer, pad_token_id, num_classes):
-        self.folder, self.name, self.tokenizer, self.pad_token_id = Path(folder) / split, split, tokenizer, pad_token_id
-        self.labels = _mapped(self.folder / "labels.npy", ndim=2)
+        self.folder = Path(folder) / split
+        self.name = split
+        self.tokenizer = tokenizer
+        self.pad_token_id = pad_token_id
+        path = self.folder / "labels.npy"
+        self.labels = _mapped(path, ndim=2)
         self._offsets = self._ids = None
         if self.labels.shape[1] != len(num_classes):
-            raise InputError(f"{self.folder / 'labels.npy'}: {self.labels.shape[1]} labels per sequence, but the manifest has "
-                             f"{len(num_classes)} ranks: prepare the folder again")
-        highest = (self.labels[:, :-1] if split == UNSEEN else self.labels).max(axis=0, initial=0).tolist()
+            raise InputError(
+                f"{path}: {self.labels.shape[1]} labels per sequence, but the manifest has "
+                f"{len(num_classes)} ranks: prepare the folder again")
+        known = self.labels[:, :-1] if split == UNSEEN else self.labels
+        highest = known.max(axis=0, initial=0).tolist()
         if any(label >= count for label, count in zip(highest, num_classes.values())):
-            raise InputError(f"{self.folder / 'labels.npy'}: labels up to {highest}, but the manifest has "
-                             f"{list(num_classes.values())} classes: prepare the folder again")
+            raise InputError(
+                f"{path}: labels up to {highest}, but the manifest has "
+                f"{list(num_classes.values())} classes: prepare the folder again")
 
     def __len__(self):
         return len(self.labels)
@@ -294,10 +405,12 @@ class TokenSplit:
 
     def _open(self):
         self._offsets = np.asarray(_mapped(self.folder / f"{self.tokenizer}.npy", ndim=1))
-        size = (self.folder / f"{self.tokenizer}.bin").stat().st_size
-        empty = np.empty(0, dtype="<u2")
-        # a plain array over the map: slicing a np.memmap costs more than reading a sequence
-        self._ids = np.asarray(np.memmap(self.folder / f"{self.tokenizer}.bin", dtype="<u2", mode="r")) if size else empty
+        path = self.folder / f"{self.tokenizer}.bin"
+        if path.stat().st_size:
+            # a plain array over the map: slicing a np.memmap costs more than reading a sequence
+            self._ids = np.asarray(np.memmap(path, dtype="<u2", mode="r"))
+        else:
+            self._ids = np.empty(0, dtype="<u2")
 
     def arrays(self):
         """Where each sequence starts (N + 1,), and the ids of all of them joined, both mapped."""
@@ -316,7 +429,10 @@ class TokenSplit:
         return np.load(self.folder / "records.npy", mmap_mode="r")[indices]
 
     def __getitem__(self, indices):
-        """A list of B numbers -> {"input_ids" (B, T) int64, "attention_mask" (B, T) int64, "labels" (B, R) int64}, padded right."""
+        """A list of B numbers -> their batch, padded right.
+
+        {"input_ids" (B, T) int64, "attention_mask" (B, T) int64, "labels" (B, R) int64}
+        """
         if self._offsets is None:
             self._open()
         indices = np.asarray(indices)
@@ -327,10 +443,16 @@ class TokenSplit:
 
 
 class SubsetSplit:
-    """Some sequences of a TokenSplit, which are asked for by their place among these. rows: (M,) their numbers in the split."""
+    """Some sequences of a TokenSplit, which are asked for by their place among these.
+
+    rows: (M,) their numbers in the split.
+    """
 
     def __init__(self, split, rows):
-        self.split, self.rows, self.name, self.labels = split, rows, split.name, split.labels[rows]
+        self.split = split
+        self.rows = rows
+        self.name = split.name
+        self.labels = split.labels[rows]
 
     def __len__(self):
         return len(self.rows)
@@ -346,11 +468,16 @@ class SubsetSplit:
 
 
 def _mapped(path, ndim):
-    """An .npy file of integers, memory-mapped: its header is checked against the file, so it cannot ask for more memory than that."""
+    """An .npy file of integers, memory-mapped.
+
+    Its header is checked against the file, so it cannot ask for more memory than that.
+    """
     try:
         array = np.load(path, mmap_mode="r")
         if array.ndim != ndim or array.dtype.kind not in "iu":
             raise ValueError(f"{array.ndim} dimensions of {array.dtype}")
     except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not an array that prepare.py wrote ({' '.join(str(error).split())}): prepare the folder again") from None
+        raise InputError(
+            f"{path}: not an array that prepare.py wrote ({' '.join(str(error).split())}): "
+            "prepare the folder again") from None
     return array

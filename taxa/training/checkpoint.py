@@ -227,7 +227,7 @@ def tokenizer_of(content, path, file=None):
     """
     name = content["tokenizer"]["name"]
     tokenizer = get_tokenizer(name if name in TOKENIZERS else "bpe", file)
-    if content["tokenizer"]["digest"] not in (tokenizer.digest, *tokenizer.old_digests):
+    if content["tokenizer"]["digest"] != tokenizer.digest:
         raise InputError(f"the vocabulary of the tokenizer {name} is not the one that {path} was trained with; "
                          "--tokenizer-file PATH gives another")
     return tokenizer
