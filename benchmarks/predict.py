@@ -91,7 +91,7 @@ def speed(model_name, threads, reads, batch_size, rounds, scratch):
 
     def whole():
         with world("cpu") as w:
-            forward = predict.Forward(w, model, JointDecoder(content["lineages"]), "fp32", None, 1, False)
+            forward = predict.Forward(w, model, JointDecoder(content["lineages"]), "fp32")
             done = predict.predict(w, args, forward, LineWriter(args, content["classes"], content["lineages"]), read_ahead(pieces()))
         return done["seconds"], done["cpu_seconds"]
 
