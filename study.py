@@ -261,8 +261,15 @@ def write_script(args, plan):
     commands = [shlex.join(command(each, 1, here=False)) for each in remaining]
     Path(args.out).mkdir(parents=True, exist_ok=True)
     on_gpus = any(each.flags.get("device") != "cpu" for each in remaining)
-    text = array_script(f"{len(remaining)} runs of {args.out}, written by study.py", args.slurm, commands, Path(args.out).resolve(),
-                        shlex.quote(str(Path.cwd())), args.gpus_per_run, on_gpus)
+    text = array_script(
+        f"{len(remaining)} runs of {args.out}, written by study.py",
+        args.slurm,
+        commands,
+        folder=Path(args.out).resolve(),
+        here=shlex.quote(str(Path.cwd())),
+        processes=args.gpus_per_run,
+        gpus=on_gpus,
+    )
     with replacing(args.slurm) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"{args.slurm}: an array of {len(remaining)} tasks; fill in its marked places, then: sbatch {args.slurm}")

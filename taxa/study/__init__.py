@@ -1,1 +1,1 @@
-"""The runs of a study: which to start, where they run, and the tables and pictures of their results."""
+"""The runs of a study: which to start, where they run, and tables and pictures of their results."""

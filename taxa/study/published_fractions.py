@@ -11,8 +11,8 @@ from taxa.study.published_runs import published_rows
 def published_fraction(model, strategy, num_classes, r=None):
     """The trainable fraction that the published code reports for a row of the supplement's table.
 
-    LoRA and (IA)3: adapters over everything, since the heads do not train there. "Everything" counts the tensors that the loss never uses.
-    None for a strategy that the study did not run.
+    LoRA and (IA)3: adapters over everything, since the heads do not train there. "Everything"
+    counts the tensors that the loss never uses. None for a strategy that the study did not run.
     """
     if strategy not in {row.strategy for row in published_rows()}:
         return None
@@ -20,7 +20,8 @@ def published_fraction(model, strategy, num_classes, r=None):
         return 1.0
     settings = settings_from_flags(model, strategy, protocol="published", r=r)
     classifier = classifier_on_meta(get_model(model), num_classes, settings)
-    sizes, parameters = published_sizes(classifier), dict(classifier.named_parameters())
+    sizes = published_sizes(classifier)
+    parameters = dict(classifier.named_parameters())
     adapters = sum(parameters[name].numel() for name in adapter_names(classifier))
     total = sum(sizes.values()) + adapters
     if strategy == "freeze75":

@@ -1,4 +1,7 @@
-"""The 33 runs of the supplement of Berman et al. 2025, read from taxa/assets/published_results.csv."""
+"""The 33 runs of the supplement of Berman et al. 2025.
+
+They are read from taxa/assets/published_results.csv.
+"""
 
 import csv
 from typing import NamedTuple
@@ -31,15 +34,32 @@ class PublishedRow(NamedTuple):
 def published_rows():
     """The PublishedRows, in the order of the supplement."""
     with open(ASSETS / "published_results.csv", newline="", encoding="utf-8") as file:
-        return [PublishedRow(int(row["row"]), row["model"], row["strategy"], int(row["r"]) if row["r"] else None,
-                             float(row["data_fraction"]), float(row["learning_rate"]), int(row["epochs"]),
-                             *(float(row[name]) for name in PublishedRow._fields[7:])) for row in csv.DictReader(file)]
+        return [_row_of(cells) for cells in csv.DictReader(file)]
+
+
+def _row_of(cells):
+    """The PublishedRow of a line of the table, {column: text}."""
+    return PublishedRow(
+        row=int(cells["row"]),
+        model=cells["model"],
+        strategy=cells["strategy"],
+        r=int(cells["r"]) if cells["r"] else None,
+        data_fraction=float(cells["data_fraction"]),
+        learning_rate=float(cells["learning_rate"]),
+        epochs=int(cells["epochs"]),
+        superkingdom=float(cells["superkingdom"]),
+        phylum=float(cells["phylum"]),
+        genus=float(cells["genus"]),
+        trainable_fraction=float(cells["trainable_fraction"]),
+        epoch_seconds=float(cells["epoch_seconds"]),
+    )
 
 
 def published_seconds(model):
-    """{label: (mean seconds per epoch, ...)} of a model's published runs on all data; {} where there are none.
+    """{label: (mean seconds per epoch, ...)} of a model's published runs on all data.
 
-    Two values: nt50m with r = 4 was run at two learning rates.
+    It is {} where there are none. nt50m with r = 4 has two values, since it was run at two learning
+    rates.
     """
     seconds = {}
     for row in published_rows():
