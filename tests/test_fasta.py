@@ -1,7 +1,10 @@
-"""FASTA in: whatever its layout, index and read give what a naive parser gives, or say what is wrong with the file."""
+"""FASTA in: whatever the layout of a file, index and read give what a naive parser gives, or say
+what is wrong with the file.
+"""
 
 import bz2
 import gzip
+import itertools
 import multiprocessing
 
 import numpy as np
@@ -23,14 +26,17 @@ def fasta(lengths, width=None, end=b"\n", header=b">%d %d", alphabet=b"ACGT", la
     for i, length in enumerate(lengths):
         letters = random_letters(length, i, alphabet)
         lines.append(header % ((9606 + i // 2, i) if header.count(b"%") == 2 else 9606 + i // 2))
-        lines += [letters[start:start + (width or length)] for start in range(0, length, width or length)]
+        width_here = width or length
+        starts = range(0, length, width_here)
+        lines += [letters[start:start + width_here] for start in starts]
     return end.join(lines) + (end if last_end else b"")
 
 
 def cut(index, records, letters):
     """[(taxid, letters)] of one batch."""
     ends = np.cumsum(index.length[records]).tolist()
-    return [(int(index.taxid[i]), letters[end - index.length[i]:end]) for i, end in zip(records, ends)]
+    return [(int(index.taxid[i]), letters[end - index.length[i]:end])
+            for i, end in zip(records, ends)]
 
 
 def read_batches(index, records=None, batch=4096):
@@ -41,7 +47,8 @@ def read_batches(index, records=None, batch=4096):
 
 
 def read_records(index, records=None, batch=4096):
-    return [pair for some, letters in read_batches(index, records, batch) for pair in cut(index, some, letters)]
+    read = read_batches(index, records, batch)
+    return [pair for some, letters in read for pair in cut(index, some, letters)]
 
 
 LAYOUTS = {
@@ -60,11 +67,13 @@ LAYOUTS = {
     "other letters": fasta([200, 100, 100], width=60, alphabet=b"ACGTRYKMSWBDHVx"),
     "lengths differ": fasta([1, 2, 3, 1500, 5, 6]),
     "widths differ between records": fasta([100, 100], width=60) + fasta([100, 70], width=50),
-    "line ends differ between records": fasta([100, 100], width=60) + fasta([100, 70], width=50, end=b"\r\n"),
+    "line ends differ between records":
+        fasta([100, 100], width=60) + fasta([100, 70], width=50, end=b"\r\n"),
     "records without letters": b">1 0\n>2 1\nACGT\n>3 2\n>4 3\n",
     "records without letters at the end of a wrapped file": fasta([100, 70], width=60) + b">3 2\n",
     "a blank line between records": b">1 0\nACGT\n\n>2 1\nGGTT\nCC\n\n>3 2\nTT\n\n",
-    "lines of the same number of bytes that hold more and fewer letters": b">1 0\nAC\r\nACG\nAC\r\nT\n>2 1\nGG\n",
+    "lines of the same number of bytes that hold more and fewer letters":
+        b">1 0\nAC\r\nACG\nAC\r\nT\n>2 1\nGG\n",
     "a last line that is longer": b">1 0\nACGT\nACGTACGTAC\n>2 1\nGGCC\n",
 }
 
@@ -77,8 +86,10 @@ def test_index_and_read_equal_a_naive_parser(tmp_path, layout, batch):
     assert index.taxid.tolist() == [taxid for taxid, _ in expected]
     assert index.length.tolist() == [len(letters) for _, letters in expected]
     assert read_records(index, batch=batch) == expected
-    blocks = [LAYOUTS[layout][start:start + size] for start, size in zip(index.offset, index.size)]
-    assert [b"".join(block.splitlines()) for block in blocks] == [letters for _, letters in expected]
+    blocks = [LAYOUTS[layout][start:start + size]
+              for start, size in zip(index.offset, index.size)]
+    joined = [b"".join(block.splitlines()) for block in blocks]
+    assert joined == [letters for _, letters in expected]
     assert all(block.strip(b"\r\n") == block for block in blocks)  # not a byte more
 
 
@@ -93,7 +104,8 @@ def test_the_folder_of_the_source_is_left_alone(tmp_path):
 def test_gzip_of_any_name_and_number_of_members(tmp_path, name, members):
     data = fasta([1500, 700, 80], width=60)
     steps = np.linspace(0, len(data), members + 1).astype(int)
-    packed = b"".join(gzip.compress(data[a:b]) for a, b in zip(steps, steps[1:])) + gzip.compress(b"")  # as bgzip ends
+    packed = [gzip.compress(data[a:b]) for a, b in itertools.pairwise(steps)]
+    packed = b"".join(packed) + gzip.compress(b"")  # as bgzip ends
     index = index_bytes(tmp_path, packed, name)
     assert read_records(index) == naive_records(data)
     assert (tmp_path / name).read_bytes() == packed
@@ -101,8 +113,10 @@ def test_gzip_of_any_name_and_number_of_members(tmp_path, name, members):
 
 
 def test_two_gzip_files_whose_plain_names_are_the_same(tmp_path):
-    one, other = fasta([100, 100]), fasta([100, 100], alphabet=b"AC")
-    indexes = [index_bytes(tmp_path, gzip.compress(data), name) for data, name in ((one, "x.fa"), (other, "x.fa.gz"))]
+    one = fasta([100, 100])
+    other = fasta([100, 100], alphabet=b"AC")
+    indexes = [index_bytes(tmp_path, gzip.compress(data), name)
+               for data, name in ((one, "x.fa"), (other, "x.fa.gz"))]
     assert [read_records(index) for index in indexes] == [naive_records(one), naive_records(other)]
 
 
@@ -137,7 +151,8 @@ def test_forked_processes_read_what_one_does(tmp_path):
     data = fasta([300 + i % 50 for i in range(800)], width=60)
     expected = naive_records(data)
     index = index_bytes(tmp_path, data)
-    assert read_records(index) == expected  # opens the file here first: what the children inherit must not matter
+    # This opens the file here first: what the children inherit must not matter.
+    assert read_records(index) == expected
     with multiprocessing.get_context("fork").Pool(4) as pool:
         shares = pool.map(_read_share, [(index, start) for start in range(4)], chunksize=1)
     for start, repeats in enumerate(shares):
@@ -170,25 +185,31 @@ def test_protein_is_refused_wherever_it_stands():
         parts = [b"ACGT" * 9, b"ACGTN", b"TTT"]
         parts.insert(place, protein)
         parts.insert(1, b"")
-        with pytest.raises(InputError, match=f"^record {place + (place > 0)}: letters EFILQ .*protein"):
+        number = place + (place > 0)
+        with pytest.raises(InputError, match=f"^record {number}: letters EFILQ .*protein"):
             normal(b"".join(parts), [len(part) for part in parts])
 
 
 MALFORMED = {
     "empty": (b"", "x.fa: the file is empty"),
     "empty gzip": (gzip.compress(b""), "x.fa: the file is empty"),
-    "FASTQ of accessions": (b"@1 0\nACGT\n+\nIIII\n@SRR1.2\nACGT\n+\nIIII\n", "x.fa: record 2 '@SRR1.2': the first word .*taxid"),
-    "UTF-16 without its mark": (">1 0\nACGT\n".encode("utf-16-be"), "x.fa: neither FASTA nor FASTQ"),
+    "FASTQ of accessions": (b"@1 0\nACGT\n+\nIIII\n@SRR1.2\nACGT\n+\nIIII\n",
+                            "x.fa: record 2 '@SRR1.2': the first word .*taxid"),
+    "UTF-16 without its mark": (">1 0\nACGT\n".encode("utf-16-be"),
+                                "x.fa: neither FASTA nor FASTQ"),
     "a name of many digits": (b">" + b"9" * 5000 + b"\nACGT\n", "x.fa: record 1 '>9+': .*taxid"),
-    "an accession": (b">1 0\nACGT\n>NC_000913.3 E. coli\nACGT\n", r"x.fa: record 2 '>NC_000913.3'.*taxid"),
+    "an accession": (b">1 0\nACGT\n>NC_000913.3 E. coli\nACGT\n",
+                     r"x.fa: record 2 '>NC_000913.3'.*taxid"),
     "a fraction": (b">9606.0 0\nACGT\n", r"x.fa: record 1 '>9606.0'"),
     "a negative taxid": (b">-9606 0\nACGT\n", "x.fa: record 1 '>-9606'"),
     "digits of another script": (">1 0\nA\n>2 1\nA\n>٣ 2\nA\n".encode(), "x.fa: record 3 '>٣'"),
     "a zero taxid": (b">1 0\nACGT\n>0 1\nACGT\n", "x.fa: record 2 '>0'"),
     "eleven digits": (b">12345678901 0\nACGT\n", "x.fa: record 1 '>12345678901'"),
     "truncated gzip": (gzip.compress(fasta([1000]))[:-20], "x.fa: the gzip file is damaged"),
-    "gzip without its checksum": (gzip.compress(fasta([1000]))[:-3], "x.fa: the gzip file is damaged"),
-    "gzip and then junk": (gzip.compress(fasta([1000])) + b"junk", "x.fa: the gzip file is damaged"),
+    "gzip without its checksum": (gzip.compress(fasta([1000]))[:-3],
+                                  "x.fa: the gzip file is damaged"),
+    "gzip and then junk": (gzip.compress(fasta([1000])) + b"junk",
+                           "x.fa: the gzip file is damaged"),
     "two bytes of gzip": (b"\x1f\x8b", "x.fa: the gzip file is damaged"),
 }
 
@@ -221,7 +242,8 @@ def test_a_flipped_bit_in_gzip_is_seen(tmp_path):
 def reads_right(folder, data, name="x.fa", expected=None):
     """Assert that a file is read as the naive parser reads it."""
     index = index_bytes(folder, data, name)
-    letters = [normalize(letters, index.length[some], lambda i: folder / name)[0] for some, letters in read_batches(index)]
+    letters = [normalize(letters, index.length[some], lambda i: folder / name)[0]
+               for some, letters in read_batches(index)]
     expected = naive_records(data if expected is None else expected)
     assert index.taxid.tolist() == [taxid for taxid, _ in expected], data
     assert b"".join(letters) == naive_normal(b"".join(letters for _, letters in expected)), data
@@ -237,8 +259,11 @@ def test_a_name_that_promises_another_format(tmp_path, name):
 
 
 def test_only_what_is_irregular_is_written_anew(tmp_path):
-    for data, path in ((b">1 0\nACGT\nAC\n\n>2\r\nGGRyk\r\n", "x.fa"), (b">1 0\nACGT\nACG\nA\n", "scratch/x.fa.regular"),
-                       (gzip.compress(b">1 0\nAC GT\n"), "scratch/x.fa.regular"), (b">1 0\nAC\n>2\n-\n", "scratch/x.fa.regular")):
+    for data, path in (
+            (b">1 0\nACGT\nAC\n\n>2\r\nGGRyk\r\n", "x.fa"),
+            (b">1 0\nACGT\nACG\nA\n", "scratch/x.fa.regular"),
+            (gzip.compress(b">1 0\nAC GT\n"), "scratch/x.fa.regular"),
+            (b">1 0\nAC\n>2\n-\n", "scratch/x.fa.regular")):
         assert index_bytes(tmp_path, data).path == tmp_path / path
         assert not (tmp_path / "scratch" / "x.fa.unpacked").exists()
 
@@ -250,7 +275,8 @@ def test_random_lines_are_read_right(tmp_path, seed):
     anew = 0
     for trial in range(150):
         ends = [b"\n"] if trial % 3 else [b"\n", b"\r\n"] if trial % 2 else [b"\r\n"]
-        pieces = [b">9 9" if i == 0 else lines[rng.randint(len(lines))] for i in range(rng.randint(1, 8))]
+        count = rng.randint(1, 8)
+        pieces = [b">9 9" if i == 0 else lines[rng.randint(len(lines))] for i in range(count)]
         data = b"".join(piece + ends[rng.randint(len(ends))] for piece in pieces)
         (tmp_path / str(trial)).mkdir()
         reads_right(tmp_path / str(trial), data)

@@ -1,4 +1,6 @@
-"""The split: against loops that follow its docstring, and pinned, since every later number depends on it."""
+"""The split: it is tested against loops that follow its docstring, and it is pinned, since every
+later number depends on it.
+"""
 
 import hashlib
 import itertools
@@ -23,13 +25,21 @@ from taxa.errors import InputError
 TRAIN, VALIDATION, TEST = range(3)
 PINNED_SMALL = [2, 2, 0, 0, 0, 2, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0]
 PINNED_LARGE = "af0676d4779391c0c5819f09dffbb31a8059f04e95330cc1034928ad9c127bf7"
-FRACTIONS = [(0.02, 0.10), (0.1, 0.1), (0.25, 0.25), (0.0, 0.0), (0.0, 0.5), (0.4, 0.1), (0.5, 0.3), (0.9, 0.05)]
+FRACTIONS = [
+    (0.02, 0.10), (0.1, 0.1), (0.25, 0.25), (0.0, 0.0),
+    (0.0, 0.5), (0.4, 0.1), (0.5, 0.3), (0.9, 0.05),
+]
 
 
 def random_genera(seed, most=200):
-    """Class numbers of sequences in random order; a few large genera and many of one, two and three."""
+    """Class numbers of sequences in random order.
+
+    There are a few large genera, and many of one, two and three sequences.
+    """
     rng = np.random.RandomState(seed)
-    sizes = np.concatenate((rng.randint(1, 5, rng.randint(1, 30)), rng.randint(1, most, rng.randint(1, 10))))
+    few = rng.randint(1, 5, rng.randint(1, 30))
+    many = rng.randint(1, most, rng.randint(1, 10))
+    sizes = np.concatenate((few, many))
     return rng.permutation(np.repeat(rng.permutation(1000)[:len(sizes)], sizes))
 
 
@@ -51,7 +61,10 @@ def naive_split(genus, seed, test, validation):
     """The docstring of split_by_genus, genus by genus, with its shares."""
     key = np.random.RandomState(seed).permutation(len(genus)).tolist()
     groups = sorted(set(genus.tolist()))
-    members = [sorted((i for i, g in enumerate(genus.tolist()) if g == group), key=key.__getitem__) for group in groups]
+    members = []
+    for group in groups:
+        mine = [i for i, g in enumerate(genus.tolist()) if g == group]
+        members.append(sorted(mine, key=key.__getitem__))
     counts = [len(group) for group in members]
     n_test = naive_shares(counts, test, [int(count >= 2) for count in counts])
     n_validation = naive_shares(counts, validation, [int(count >= 3) for count in counts])
@@ -68,14 +81,17 @@ def naive_split(genus, seed, test, validation):
 def counts_of(genus, split):
     """{genus: (train, validation, test)}."""
     groups = np.unique(genus).tolist()
-    return {group: tuple(np.bincount(split[genus == group], minlength=3).tolist()) for group in groups}
+    return {
+        group: tuple(np.bincount(split[genus == group], minlength=3).tolist()) for group in groups
+    }
 
 
 def test_order_of_the_names():
     assert SPLITS == ("train", "validation", "test")
 
 
-@pytest.mark.parametrize("fraction", [Fraction(1, 8), Fraction(1, 4), Fraction(1, 2), Fraction(0), Fraction(3, 4)])
+@pytest.mark.parametrize("fraction", [
+    Fraction(1, 8), Fraction(1, 4), Fraction(1, 2), Fraction(0), Fraction(3, 4)])
 @pytest.mark.parametrize("least", [0, 1])
 def test_shares_equal_naive_largest_remainders(fraction, least):
     rng = np.random.RandomState(0)
@@ -106,7 +122,8 @@ def test_sums_are_exact_where_the_minima_allow(fraction):
     for _ in range(200):
         counts = rng.randint(3, 400, rng.randint(1, 60))
         least = np.ones(len(counts), dtype=int)
-        got, target = shares(counts, fraction, least), int(np.floor(fraction * counts.sum() + 0.5))
+        got = shares(counts, fraction, least)
+        target = int(np.floor(fraction * counts.sum() + 0.5))
         floors = np.maximum(np.floor(fraction * counts), 1).sum()
         assert got.sum() == max(target, floors)
         assert ((got >= 1) & (got <= np.maximum(np.ceil(fraction * counts), 1))).all()
@@ -127,7 +144,8 @@ def test_split_equals_the_naive_one(test, validation):
 def test_rules_for_small_genera_hold_at_every_fraction(test, validation):
     for seed in range(30):
         genus = random_genera(seed, most=20)
-        for train, val, tested in counts_of(genus, split_by_genus(genus, seed, test, validation)).values():
+        split = split_by_genus(genus, seed, test, validation)
+        for train, val, tested in counts_of(genus, split).values():
             n = train + val + tested
             if n == 1:
                 assert (train, val, tested) == (1, 0, 0)
@@ -143,7 +161,8 @@ def test_shares_of_a_corpus_like_the_study():
     genus = rng.permutation(np.repeat(np.arange(400), counts))
     split = split_by_genus(genus, 42)
     n = np.bincount(split)
-    assert n[TEST] == np.floor(0.02 * len(genus) + 0.5) and n[VALIDATION] == np.floor(0.10 * len(genus) + 0.5)
+    assert n[TEST] == np.floor(0.02 * len(genus) + 0.5)
+    assert n[VALIDATION] == np.floor(0.10 * len(genus) + 0.5)
     for group, (train, validation, test) in counts_of(genus, split).items():
         assert abs(test - 0.02 * counts[group]) < 1 and abs(validation - 0.10 * counts[group]) < 1
 
@@ -152,7 +171,8 @@ def test_shares_of_a_corpus_like_the_study():
 def test_tiny_genera_at_the_default_fractions(sizes):
     genus = np.repeat([5, 0, 9], sizes)
     of_size = {1: (1, 0, 0), 2: (1, 0, 1), 3: (1, 1, 1)}
-    assert counts_of(genus, split_by_genus(genus, 0)) == {g: of_size[n] for g, n in zip((5, 0, 9), sizes)}
+    expected = {g: of_size[n] for g, n in zip((5, 0, 9), sizes)}
+    assert counts_of(genus, split_by_genus(genus, 0)) == expected
 
 
 def test_fractions_of_zero_leave_the_one_that_the_rule_asks_for():
@@ -230,13 +250,18 @@ def test_groups_are_whole_and_near_their_shares(seed):
         else:
             assert set(split[mine].tolist()) == {TRAIN}
         if len(sides) > 40:
-            assert np.bincount(split[mine]) / mine.sum() == pytest.approx([0.88, 0.10, 0.02], abs=0.02)
+            found = np.bincount(split[mine]) / mine.sum()
+            assert found == pytest.approx([0.88, 0.10, 0.02], abs=0.02)
     again = split_by_genus(genus, seed, group=rng.permutation(2000)[group])
     assert np.bincount(again).tolist() == np.bincount(split).tolist()
 
 
-@pytest.mark.parametrize("sizes, expected", [([5], [TRAIN]), ([5, 9], [TEST, TRAIN]), ([5, 9, 7], {TRAIN, VALIDATION, TEST}),
-                                             ([90, 5, 5, 2, 2], [TRAIN, VALIDATION, VALIDATION, TEST, TRAIN])])
+@pytest.mark.parametrize("sizes, expected", [
+    ([5], [TRAIN]),
+    ([5, 9], [TEST, TRAIN]),
+    ([5, 9, 7], {TRAIN, VALIDATION, TEST}),
+    ([90, 5, 5, 2, 2], [TRAIN, VALIDATION, VALIDATION, TEST, TRAIN]),
+])
 def test_groups_of_a_small_genus(sizes, expected):
     group = np.repeat(np.arange(len(sizes)), sizes)
     split = split_by_genus(np.zeros(len(group), dtype=int), 0, group=group)
@@ -251,8 +276,10 @@ def test_groups_of_a_small_genus(sizes, expected):
 
 def test_ids_round_trip_and_tell_copies_apart(tmp_path):
     rng = np.random.RandomState(0)
-    taxid, digest = rng.randint(1, 6, 500), rng.randint(0, 7, 500).astype(np.uint64) + np.uint64(2 ** 64 - 10)
-    copy, seen = copies(taxid, digest), {}
+    taxid = rng.randint(1, 6, 500)
+    digest = rng.randint(0, 7, 500).astype(np.uint64) + np.uint64(2 ** 64 - 10)
+    copy = copies(taxid, digest)
+    seen = {}
     for i, key in enumerate(zip(taxid.tolist(), digest.tolist())):
         assert copy[i] == seen.get(key, 0)
         seen[key] = copy[i] + 1
@@ -261,7 +288,12 @@ def test_ids_round_trip_and_tell_copies_apart(tmp_path):
     assert (find_ids(read_ids(tmp_path / "ids"), taxid, digest, copy) == some).all()
 
 
-@pytest.mark.parametrize("text, words", [("", "no ids"), ("1 2 3\n", "line 1"), (f"1 {'0' * 16} 0\n\n", "line 2"), ("\xe9\n", "not ASCII")])
+@pytest.mark.parametrize("text, words", [
+    ("", "no ids"),
+    ("1 2 3\n", "line 1"),
+    (f"1 {'0' * 16} 0\n\n", "line 2"),
+    ("\xe9\n", "not ASCII"),
+])
 def test_files_that_are_not_of_ids_are_refused(tmp_path, text, words):
     (tmp_path / "ids").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=f"ids: .*{words}"):
@@ -270,18 +302,24 @@ def test_files_that_are_not_of_ids_are_refused(tmp_path, text, words):
 
 @pytest.mark.parametrize("fraction", [0.03, 0.5, 1.0])
 def test_a_stratified_subset_holds_its_share_of_every_class(fraction):
-    """Against a loop: of each class floor or ceiling of its share, at least one, the first of one shuffle."""
+    """Against a loop: of each class the floor or the ceiling of its share, at least one sequence.
+
+    They are the first of one shuffle.
+    """
     for seed in range(5):
         labels = random_genera(seed)
         rows = stratified_subset(labels, fraction, seed)
-        assert np.array_equal(rows, stratified_subset(labels, fraction, seed)) and (np.diff(rows) > 0).all()
+        assert np.array_equal(rows, stratified_subset(labels, fraction, seed))
+        assert (np.diff(rows) > 0).all()
         shuffled = np.random.RandomState(seed).permutation(len(labels))
         for label in np.unique(labels):
             members = np.flatnonzero(labels == label)
             taken = rows[labels[rows] == label]
-            assert max(1, math.floor(fraction * len(members))) <= len(taken) <= max(1, math.ceil(fraction * len(members)))
+            share = fraction * len(members)
+            assert max(1, math.floor(share)) <= len(taken) <= max(1, math.ceil(share))
             assert set(taken) == set(sorted(members, key=lambda row: shuffled[row])[:len(taken)])
         least = np.unique(labels, return_counts=True)[1]
         assert len(rows) >= math.floor(fraction * len(labels) + 0.5) or (least <= 2).any()
     assert len(stratified_subset(np.repeat([4, 7], [1000, 500]), 0.03, 1)) == 45
-    assert not np.array_equal(stratified_subset(labels, 0.5, 1), stratified_subset(labels, 0.5, 2))
+    one, other = (stratified_subset(labels, 0.5, seed) for seed in (1, 2))
+    assert not np.array_equal(one, other)
