@@ -9,25 +9,58 @@ import sys
 
 from taxa.errors import InputError, Stop, nearest
 
-# What a full disk, a missing permission or a file in a folder's place says; any other OSError is a bug and keeps its traceback.
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
-               errno.EISDIR, errno.EEXIST)
+# What a full disk, a missing permission or a file in a folder's place says. Any other OSError is a
+# bug and keeps its traceback.
+OF_THE_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+)
 
-# Flags of train.py and pretrain.py that change no number of a run: where and how it computes, saves and logs.
-NO_EFFECT = ("resume", "overwrite", "workers", "device", "activation_checkpointing", "save_every", "log_every", "max_bad_steps")
+# Flags of train.py and pretrain.py that change no number of a run: where and how it computes, saves
+# and logs.
+NO_EFFECT = (
+    "resume",
+    "overwrite",
+    "workers",
+    "device",
+    "activation_checkpointing",
+    "save_every",
+    "log_every",
+    "max_bad_steps",
+)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line without the usage, and the description keeps its layout. Flags are never abbreviated."""
+    """argparse, but an error is one line without the usage, and the description keeps its layout.
+
+    Flags are never abbreviated.
+    """
 
     def __init__(self, description, epilog=None):
-        super().__init__(description=description, epilog=epilog, allow_abbrev=False,
-                         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
+        super().__init__(
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                prog, max_help_position=30
+            ),
+        )
 
     def format_usage(self):
         """What must be given, and no more: the rest of the page says what can be."""
         needed = [action for action in self._actions if action.required]
-        words = [" ".join([*action.option_strings[:1], action.metavar or action.dest]) for action in needed]
+        words = [
+            " ".join([*action.option_strings[:1], action.metavar or action.dest])
+            for action in needed
+        ]
         return f"usage: {' '.join([self.prog, *words, '[flags]'])}\n"
 
     def format_help(self):
@@ -50,7 +83,8 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
             choices = " ".join(map(str, action.choices))
-            raise argparse.ArgumentError(action, f"'{value}' is not one of {choices}{nearest(value, action.choices)}")
+            meant = nearest(value, action.choices)
+            raise argparse.ArgumentError(action, f"'{value}' is not one of {choices}{meant}")
 
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")
@@ -81,7 +115,10 @@ def seed(text):
 
 
 def interval(text):
-    """argparse type: '500' is every 500 steps, '10m' every 10 minutes. Returns the text; see interval_of()."""
+    """argparse type: '500' is every 500 steps, '10m' every 10 minutes.
+
+    Returns the text; see interval_of().
+    """
     steps, seconds = interval_of(text)
     if not 0 < (steps or seconds) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is neither steps, as 500, nor minutes, as 10m")
@@ -126,10 +163,16 @@ def share(text):
 
 
 def byte_size(text):
-    """argparse type: "80GiB", "500 MB", "1e9" -> bytes; KB, MB, GB, TB are powers of 1000, KiB, MiB, GiB, TiB of 1024."""
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(?:([KMGT])(i?))?B?", text.strip(), re.IGNORECASE)
+    """argparse type: "80GiB", "500 MB", "1e9" -> bytes.
+
+    KB, MB, GB, TB are powers of 1000, KiB, MiB, GiB, TiB of 1024.
+    """
+    form = r"([0-9.]+(?:e[0-9]+)?)\s*(?:([KMGT])(i?))?B?"
+    found = re.fullmatch(form, text.strip(), re.IGNORECASE)
     try:
-        value = int(float(found[1]) * (1024 if found[3] else 1000) ** (" KMGT".index((found[2] or " ").upper())))
+        base = 1024 if found[3] else 1000
+        power = " KMGT".index((found[2] or " ").upper())
+        value = int(float(found[1]) * base**power)
     except (TypeError, ValueError):
         value = 0
     if value < 1:
@@ -138,26 +181,32 @@ def byte_size(text):
 
 
 def run(main):
-    """Call main() as a script: a Stop becomes one line on stderr and its exit status; a full disk and a folder without permission
-    become one line and exit status 2, Ctrl-C one line and 130.
+    """Call main() as a script.
+
+    A Stop becomes one line on stderr and its exit status. A full disk and a folder without
+    permission become one line and exit status 2, and Ctrl-C one line and 130.
     """
     rank = int(os.environ.get("RANK", "0"))
     who = os.path.basename(sys.argv[0]) + (f" (rank {rank})" if rank else "")
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # whatever the locale: names of files and taxa hold any character
+        # whatever the locale: names of files and taxa hold any character
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main()
     except Stop as stop:
         if str(stop):
-            print(f"{who}: {stop.kind}{' '.join(str(stop).split())}", file=sys.stderr, flush=True)
+            line = " ".join(str(stop).split())
+            print(f"{who}: {stop.kind}{line}", file=sys.stderr, flush=True)
         sys.exit(stop.status)
     except BrokenPipeError:  # whoever read our standard output has enough, as head has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would complain
+        # or flushing at exit would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
         if error.errno not in OF_THE_DISK:
             raise
-        print(f"{who}: error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr, flush=True)
+        what = error.filename or "writing"
+        print(f"{who}: error: {what}: {error.strerror}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{who}: interrupted", file=sys.stderr, flush=True)
