@@ -48,8 +48,9 @@ from taxa.measure.step import build, random_batch, synchronize, training_step
 from taxa.runtime.cli import Parser, byte_size, positive_float, run
 from taxa.runtime.files import write_json
 from taxa.runtime.precision import autocast, compile_in_place, set_precision
-from taxa.strategies import settings_from_flags, trainable_names
+from taxa.strategies import trainable_names
 from taxa.training.optim import adamw
+from taxa.training.settings import settings_from_flags
 
 STRATEGIES = ("full", "lora", "ia3", "freeze75")  # lora with its default r = 4
 # sequences/s per GPU of full fine-tuning (the supplement)

@@ -48,9 +48,10 @@ from taxa.model import TaxonClassifier
 from taxa.random_init import reinitialize
 from taxa.runtime.cli import Parser, positive_int, run
 from taxa.runtime.files import write_json
-from taxa.strategies import inject_adapters, settings_from_flags, train_only, trainable_names
+from taxa.strategies import inject_adapters, train_only, trainable_names
 from taxa.training.activation_checkpointing import MODES, checkpoint_layers
 from taxa.training.optim import adamw
+from taxa.training.settings import settings_from_flags
 
 # (strategy, r)
 STRATEGIES = (
