@@ -314,7 +314,7 @@ def main(argv=None):
         stream = itertools.chain.from_iterable(map(records, args.reads))
         if args.mates:
             stream = pairs(stream, itertools.chain.from_iterable(map(records, args.mates)))
-        trained = checkpoint.window_of(content, w.is_main and args.checkpoint)
+        trained = checkpoint.window_of(content, args.checkpoint)
         pieces = slices(
             stream,
             tokenizer,

@@ -1,11 +1,14 @@
-"""taxa as a package: `pip install .`, or `pip install -r requirements.lock` for the exact versions that CI runs."""
+"""taxa as a package: `pip install .`
+
+`pip install -r requirements.lock` installs the exact versions that CI runs.
+"""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# Lower bounds: the oldest releases that the suite has run on (docs/VERSIONS.md), or for a newer Python the oldest that have a wheel for it
-# (torch on 3.14: the oldest that compiles there).
+# Lower bounds: the oldest releases that the suite has run on (docs/VERSIONS.md), or for a newer
+# Python the oldest that have a wheel for it.
 TEST = [
     "pytest>=8",
     "hypothesis>=6.100",
@@ -24,8 +27,11 @@ REPORT = [
 
 setup(
     name="taxa",
-    version="0.1.0",
-    description="Fine-tune genomic language models to classify DNA fragments by superkingdom, phylum and genus",
+    version="1.0.0",
+    description=(
+        "Fine-tune genomic language models to classify DNA fragments by superkingdom, phylum and "
+        "genus"
+    ),
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -33,8 +39,7 @@ setup(
     packages=find_packages(include=["taxa", "taxa.*"]),
     package_data={"taxa": ["assets/*.json", "assets/*.csv", "assets/tiny_nt/*"]},
     install_requires=[
-        "torch>=2.8; python_version < '3.14'",
-        "torch>=2.10; python_version >= '3.14'",
+        "torch>=2.10",
         "transformers>=4.50,<6",
         "tokenizers>=0.21",
         "safetensors>=0.5",
@@ -44,8 +49,9 @@ setup(
         "numpy>=2.3.2; python_version >= '3.14'",
         "pyfaidx>=0.8",
         "ete3>=3.1.3,<4",
-        "six>=1.16",  # ete3 needs it and does not say so
-        "legacy-cgi>=2.6; python_version >= '3.13'",  # ete3 imports cgi, which Python 3.13 dropped
+        # ete3 needs six and does not say so, and it imports cgi, which Python 3.13 dropped
+        "six>=1.16",
+        "legacy-cgi>=2.6; python_version >= '3.13'",
         "tqdm>=4.60",
     ],
     extras_require={"test": TEST, "bench": TEST, "report": REPORT},

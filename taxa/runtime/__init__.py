@@ -1,1 +1,1 @@
-"""What any script needs of the machine: command line, files, progress, processes, precision, signals."""
+"""What any script needs of the machine: command line, files, processes, precision, signals."""
