@@ -25,7 +25,7 @@ from taxa.data.taxonomy import Label, label_taxids
 from taxa.data.tokens import get_tokenizer
 from taxa.errors import InputError
 from taxa.prediction.reads import records
-from taxa.training import checkpoint
+from taxa.training import checkpoint, sealed_file
 
 MORE = int(os.environ.get("MORE", "1"))
 
@@ -206,10 +206,10 @@ def test_checkpoint_bytes(edits, written):
 @examples(150)
 @given(edits=EDITS)
 def test_checkpoint_bytes_by_someone_who_seals_them(edits, written):
-    body = written[:-checkpoint.SEAL_BYTES - 2] + b"\0\0"
+    body = written[:-sealed_file.SEAL_BYTES - 2] + b"\0\0"
     with folder() as path:
         (path / "ckpt.pt").write_bytes(mutated(body, edits) + bytes(2))
-        checkpoint.seal(path / "ckpt.pt")
+        sealed_file.seal(path / "ckpt.pt")
         with refused_or_fine():
             assert checkpoint.read(path / "ckpt.pt")["format"] == checkpoint.CHECKPOINT
 
