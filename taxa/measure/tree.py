@@ -23,7 +23,8 @@ from taxa.training.settings import run_settings
 
 NOTES = """\
 Operations: matrix products only, a multiply-add is 2. A Linear of N weights: 2N forward,
-2N more for its input's gradient where something before it trains, 2N more where its weight trains."""
+2N more for its input's gradient where something before it trains,
+2N more where its weight trains."""
 
 
 def parse_args(argv=None):
@@ -65,8 +66,7 @@ def tree(model, found, settings, T):
         f"{model}, {settings['strategy']}{lora}{protocol}, heads {heads}; {T} tokens a sequence",
         "",
         f"{'':<86}{'MFLOP per token':>18}",
-        f"{'part':<33}{'in x out':<12}{'carries':<18}{'parameters':>11}{'train':>12}"
-        f"{'forward':>9}{'step':>9}",
+        _row("part", "in x out", "carries", "parameters", "train", "forward", "step"),
     ]
     for layers, members in blocks(found):
         indent = ""
@@ -150,10 +150,17 @@ def carries(module):
 
 def _line(name, shape, carries, numbers, T):
     parameters, trainable, forward, step = numbers
-    train = "" if not parameters else "frozen" if not trainable else f"{trainable:,}"
-    flops = "".join(f"{n / T / 1e6:>9.3f}" if n else " " * 9 for n in (forward, step))
     held = f"{parameters:,}" if parameters else ""
-    return f"{name:<33}{shape:<12}{carries:<18}{held:>11}{train:>12}{flops}".rstrip()
+    train = "" if not parameters else "frozen" if not trainable else f"{trainable:,}"
+    per_token = [f"{n / T / 1e6:.3f}" if n else "" for n in (forward, step)]
+    return _row(name, shape, carries, held, train, *per_token)
+
+
+def _row(*columns):
+    name, shape, carries, *numbers = columns
+    parameters, train, forward, step = numbers
+    line = f"{name:<33}{shape:<12}{carries:<18}{parameters:>11}{train:>12}{forward:>9}{step:>9}"
+    return line.rstrip()
 
 
 if __name__ == "__main__":

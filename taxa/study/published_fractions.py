@@ -4,8 +4,9 @@ from taxa.backbones import get_model
 from taxa.backbones.unused_tensors import published_sizes
 from taxa.freeze import frozen_names
 from taxa.inject import adapter_names
-from taxa.strategies import classifier_on_meta, settings_from_flags
+from taxa.strategies import classifier_on_meta
 from taxa.study.published_runs import published_rows
+from taxa.training.settings import settings_from_flags
 
 
 def published_fraction(model, strategy, num_classes, r=None):
