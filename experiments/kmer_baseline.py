@@ -3,10 +3,11 @@
   python experiments/kmer_baseline.py --data data/bertax --epochs 5
   python experiments/kmer_baseline.py --data data/bertax --epochs 5 --overlapping
 
-One linear layer per rank on the 6-mer counts of a sequence (square root, unit length), trained by AdamW with a cosine rate for the given
-epochs on the train split; the learning rate with the best validation loss is tested. The 6-mers are the tokens that the network reads, one
-every six bases; with --overlapping, one at every base: six times as many, and in all six phases, which the network never sees.
-Prints the same table as evaluate.py and one JSON line.
+One linear layer per rank reads the 6-mer counts of a sequence (square root, unit length). It is
+trained by AdamW with a cosine rate for the given epochs on the train split; the learning rate with
+the best validation loss is tested. The 6-mers are the tokens that the network reads, one every six
+bases. With --overlapping there is one at every base: six times as many, and in all six phases,
+which the network never sees. The script prints the same table as evaluate.py and one JSON line.
 """
 
 import json
@@ -27,7 +28,10 @@ from taxa.training.optim import adamw, cosine_lr
 
 
 def kmer_counts(split, overlapping):
-    """(N, 4096) float32: 6-mer counts of every sequence, square root, scaled to length 1. A 6-mer with an N is left out."""
+    """(N, 4096) float32: 6-mer counts of every sequence, square root, scaled to length 1.
+
+    A 6-mer with an N is left out.
+    """
     nt = NTTokenizer()
     features = np.zeros((len(split), 4**6), dtype=np.float32)
     code = np.full(256, -1, dtype=np.int64)
@@ -48,13 +52,17 @@ def kmer_counts(split, overlapping):
 def fit(data, features, labels, epochs, lr, batch_size=32, seed=42):
     """Train one linear layer per rank; returns it as a ModuleDict."""
     torch.manual_seed(seed)
-    heads = torch.nn.ModuleDict({rank: torch.nn.Linear(4**6, C) for rank, C in data.num_classes.items()})
-    optimizer, step = adamw(heads, lr), 0
+    heads = torch.nn.ModuleDict({
+        rank: torch.nn.Linear(4**6, C) for rank, C in data.num_classes.items()
+    })
+    optimizer = adamw(heads, lr)
+    step = 0
     total = epochs * -(-len(features) // batch_size)
     for _ in range(epochs):
         for rows in torch.randperm(len(features)).split(batch_size):
             optimizer.param_groups[0]["lr"] = cosine_lr(step, total, lr)
-            loss = sequence_losses({rank: head(features[rows]) for rank, head in heads.items()}, labels[rows]).mean()
+            logits = {rank: head(features[rows]) for rank, head in heads.items()}
+            loss = sequence_losses(logits, labels[rows]).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -72,23 +80,35 @@ def score(heads, features, labels):
 
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--data", required=True, metavar="DIR", help="prepared dataset")
-    parser.add_argument("--epochs", type=positive_int, default=5, help="passes over the train split (default 5)")
-    parser.add_argument("--lr", type=positive_float, nargs="+", default=[0.01, 0.03, 0.1], help="tried, best validation loss wins")
-    parser.add_argument("--overlapping", action="store_true", help="count a 6-mer at every base, not every six")
+    add = parser.add_argument
+    add("--data", required=True, metavar="DIR", help="prepared dataset")
+    add("--epochs", type=positive_int, default=5, help="passes over the train split (default 5)")
+    add("--lr", type=positive_float, nargs="+", default=[0.01, 0.03, 0.1],
+        help="tried, best validation loss wins")
+    add("--overlapping", action="store_true", help="count a 6-mer at every base, not every six")
     args = parser.parse_args(argv)
     data = PreparedDataset(args.data)
-    splits = {name: data.split(name, "nt") for name in ("train", "validation", "test")}
-    features = {name: kmer_counts(split, args.overlapping) for name, split in splits.items()}
-    labels = {name: torch.from_numpy(split.labels.astype(np.int64)) for name, split in splits.items()}
-    tried = {}
+    features, labels = {}, {}
+    for name in ("train", "validation", "test"):
+        split = data.split(name, "nt")
+        features[name] = kmer_counts(split, args.overlapping)
+        labels[name] = torch.from_numpy(split.labels.astype(np.int64))
+    tried = {}  # {learning rate: (validation loss, heads)}
     for lr in args.lr:
         heads = fit(data, features["train"], labels["train"], args.epochs, lr)
         tried[lr] = (score(heads, features["validation"], labels["validation"]).loss, heads)
     lr = min(tried, key=lambda lr: tried[lr][0])
-    metrics = summarize("test", score(tried[lr][1], features["test"], labels["test"]), data.num_classes)
+    _, heads = tried[lr]
+    outcome = score(heads, features["test"], labels["test"])
+    metrics = summarize("test", outcome, data.num_classes)
     print(table(metrics))
-    print(json.dumps({"baseline": "bag of 6-mers", "overlapping": args.overlapping, "epochs": args.epochs, "lr": lr, **metrics}))
+    print(json.dumps({
+        "baseline": "bag of 6-mers",
+        "overlapping": args.overlapping,
+        "epochs": args.epochs,
+        "lr": lr,
+        **metrics,
+    }))
     return metrics
 
 
