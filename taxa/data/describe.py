@@ -1,4 +1,7 @@
-"""What is in a prepared folder, for a reader: tables in text, and a picture of class sizes and token lengths."""
+"""What is in a prepared folder, for a reader.
+
+It is told by tables in text, and by a picture of class sizes and token lengths.
+"""
 
 from pathlib import Path
 
@@ -25,32 +28,52 @@ def class_sizes(data):
 
 def token_lengths(data, tokenizer):
     """(N,) tokens of each sequence, special ones included, of all splits."""
-    return np.concatenate([np.diff(np.load(data.folder / split / f"{tokenizer}.npy", mmap_mode="r")) for split in data.splits])
+    offsets = [np.load(data.folder / split / f"{tokenizer}.npy", mmap_mode="r")
+               for split in data.splits]
+    return np.concatenate([np.diff(of_split) for of_split in offsets])
 
 
 def describe(data):
     """The lines of `prepare.py --describe`."""
-    manifest, sizes = data.manifest, class_sizes(data)
-    lines = [f"{data.folder}: {manifest['sequences']:,} sequences, digest {data.digest[:16]}", ""]
-    first = next(iter(sizes))
-    lines.append(f"{first:<24} {'all':>12}" + "".join(f"{split:>12}" for split in data.splits))
-    total, of_split = sizes[first]
-    order = np.argsort(-total, kind="stable")[:10].tolist()
-    rows = [(data.classes[first][i]["name"], total[i], [of_split[split][i] for split in data.splits]) for i in order]
-    if len(total) > 10:
-        rest = np.setdiff1d(np.arange(len(total)), order)
-        rows.append((f"{len(rest):,} others", total[rest].sum(), [of_split[split][rest].sum() for split in data.splits]))
-    rows.append(("all", total.sum(), [of_split[split].sum() for split in data.splits]))
-    lines += [f"{name:<24} {n:>12,}" + "".join(f"{count:>12,}" for count in counts) for name, n, counts in rows]
-    lines += ["", f"{'sequences per class of':<24} {'classes':>8}" + "".join(f"{name:>10}" for name in quantile_names())
-              + f"{'not in test':>13}"]
+    sizes = class_sizes(data)
+    quantiles = "".join(f"{name:>10}" for name in quantile_names())
+
+    lines = [
+        f"{data.folder}: {data.manifest['sequences']:,} sequences, digest {data.digest[:16]}",
+        "",
+        *describe_largest(data, sizes),
+        "",
+        f"{'sequences per class of':<24} {'classes':>8}{quantiles}{'not in test':>13}",
+    ]
     for rank, (total, of_split) in sizes.items():
-        lines.append(f"{rank:<24} {len(total):>8,}" + quantile_cells(total) + f"{int((of_split['test'] == 0).sum()):>13,}")
-    lines += ["", f"{'tokens per sequence':<24} {'mean':>8}" + "".join(f"{name:>10}" for name in quantile_names())]
-    for tokenizer in manifest["tokenizers"]:
+        absent = int((of_split["test"] == 0).sum())
+        lines.append(f"{rank:<24} {len(total):>8,}{quantile_cells(total)}{absent:>13,}")
+
+    lines += ["", f"{'tokens per sequence':<24} {'mean':>8}{quantiles}"]
+    for tokenizer in data.manifest["tokenizers"]:
         lengths = token_lengths(data, tokenizer)
-        lines.append(f"{tokenizer:<24} {lengths.mean():>8.1f}" + quantile_cells(lengths))
+        lines.append(f"{tokenizer:<24} {lengths.mean():>8.1f}{quantile_cells(lengths)}")
     return lines
+
+
+def describe_largest(data, sizes):
+    """Lines: the ten largest classes of the first rank, the others, and all of them, by split."""
+    rank = next(iter(sizes))
+    total, of_split = sizes[rank]
+
+    def row(name, classes):
+        counts = [total[classes].sum()]
+        counts += [of_split[split][classes].sum() for split in data.splits]
+        return f"{name:<24} " + "".join(f"{count:>12,}" for count in counts)
+
+    lines = [f"{rank:<24} {'all':>12}" + "".join(f"{split:>12}" for split in data.splits)]
+    every = np.arange(len(total))
+    largest = np.argsort(-total, kind="stable")[:10].tolist()
+    lines += [row(data.classes[rank][i]["name"], [i]) for i in largest]
+    if len(total) > 10:
+        rest = np.setdiff1d(every, largest)
+        lines.append(row(f"{len(rest):,} others", rest))
+    return [*lines, row("all", every)]
 
 
 def quantile_names():
@@ -58,11 +81,15 @@ def quantile_names():
 
 
 def quantile_cells(values):
-    return "".join(f"{int(value):>10,}" for value in np.percentile(values, QUANTILES, method="lower"))
+    quantiles = np.percentile(values, QUANTILES, method="lower")
+    return "".join(f"{int(value):>10,}" for value in quantiles)
 
 
 def picture(data, path):
-    """Draw sequences per class of every rank but the first, and tokens per sequence, to an image file. Needs matplotlib ([report])."""
+    """Draw sequences per class of every rank but the first, and tokens per sequence.
+
+    path: the image file. Needs matplotlib ([report]).
+    """
     try:
         import matplotlib
     except ImportError:
@@ -72,20 +99,35 @@ def picture(data, path):
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    ranks, tokenizers = list(data.classes)[1:] or list(data.classes), list(data.manifest["tokenizers"])
-    figure, axes = pyplot.subplots(1, len(ranks) + 1, figsize=(4 * len(ranks) + 4, 3.2), layout="constrained")
+    ranks = list(data.classes)[1:] or list(data.classes)
+    figure, axes = pyplot.subplots(
+        1, len(ranks) + 1, figsize=(4 * len(ranks) + 4, 3.2), layout="constrained")
+
     sizes = class_sizes(data)
     for axis, rank in zip(axes, ranks):
         total = sizes[rank][0]
         edges = np.unique(np.rint(np.geomspace(1, total.max() + 1, 25)))
         axis.hist(total, bins=edges, color="tab:blue")
-        axis.set(xscale="log", xlabel=f"sequences per {rank}", ylabel="classes", title=f"{len(total):,} of rank {rank}")
-    lengths = {tokenizer: token_lengths(data, tokenizer) for tokenizer in tokenizers}
-    edges = np.linspace(0, max(values.max() for values in lengths.values()) * 1.05 + 1, 80)
+        axis.set(
+            xscale="log",
+            xlabel=f"sequences per {rank}",
+            ylabel="classes",
+            title=f"{len(total):,} of rank {rank}",
+        )
+
+    lengths = {name: token_lengths(data, name) for name in data.manifest["tokenizers"]}
+    longest = max(values.max() for values in lengths.values())
+    edges = np.linspace(0, longest * 1.05 + 1, 80)
     for tokenizer, values in lengths.items():
         axes[-1].hist(values, bins=edges, histtype="step", label=tokenizer)
-    axes[-1].set(yscale="log", xlabel="tokens per sequence", ylabel="sequences", title=f"{data.manifest['sequences']:,} sequences")
+    axes[-1].set(
+        yscale="log",
+        xlabel="tokens per sequence",
+        ylabel="sequences",
+        title=f"{data.manifest['sequences']:,} sequences",
+    )
     axes[-1].legend(loc="upper left")
+
     try:
         with replacing(path) as temporary:
             figure.savefig(temporary, dpi=130, format=Path(path).suffix[1:])
