@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from taxa import RANKS, STUDY_SEED, STUDY_TRAINING_SEQUENCES
+from taxa import PROTOCOLS, RANKS, STUDY_SEED, STUDY_TRAINING_SEQUENCES
 from taxa.errors import InputError, Saved, Stop, choose, nearest
 from taxa.runtime.cli import Parser, positive_int, run
 from taxa.runtime.files import replacing
@@ -42,7 +42,7 @@ def parse_args(argv=None):
     add("--rows", nargs="+", metavar="N", help="only these rows of the published table, or runs of --grid by order")
     add("--models", nargs="+", metavar="NAME", help="only these models")
     add("--strategies", nargs="+", metavar="NAME", help="only these strategies")
-    add("--protocol", choices=(*grid.PROTOCOLS, "both"), help="of the published runs (default both: each row once in each)")
+    add("--protocol", choices=(*PROTOCOLS, "both"), help="of the published runs (default both: each row once in each)")
     add("--seeds", type=positive_int, default=1, metavar="N", 
         help=f"runs of each, of seeds {STUDY_SEED}, {STUDY_SEED + 1}, ... (default 1)")
     add("--set", metavar="'FLAGS'", default="", help="flags of train.py that all runs get, in the place of a row's (default: none)")
@@ -78,7 +78,7 @@ def make_plan(args):
     if args.grid:
         runs = grid.read_grid(args.grid, args.seeds)
     else:
-        protocols = grid.PROTOCOLS if args.protocol in (None, "both") else (args.protocol,)
+        protocols = PROTOCOLS if args.protocol in (None, "both") else (args.protocol,)
         runs = grid.published_grid(protocols, args.seeds, args.gpus_per_run)
         if common.keys() & {"batch-size", "accumulate"}:
             runs = [each._replace(flags={f: t for f, t in each.flags.items() if f not in ("batch-size", "accumulate")}) for each in runs]

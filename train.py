@@ -176,13 +176,7 @@ def train(w, run, args, model_row, settings, adapter_state=None):
     schedule = run.plan(splits["train"], data.manifest["sources"])
 
     # model: load -> re-initialise if asked -> inject -> decide what trains
-    base = checkpoint.base_source(model_row, args.strategy, args.weights, args.revision)
-    with main_first(w):
-        backbone = checkpoint.load_base(model_row, base)
-    tokenizer = data.manifest["tokenizers"][model_row.tokenizer]
-    check_vocabulary(model_row.tokenizer, tokenizer["vocab_size"], backbone.config.vocab_size)
-    if base["source"] != "none":
-        base["digest"] = checkpoint.weights_digest(backbone)
+    backbone, base = load_pretrained(w, args, model_row, data)
     torch.manual_seed(args.seed)
     model = TaxonClassifier(backbone, data.num_classes)
     if args.strategy == "random":
@@ -209,7 +203,7 @@ def train(w, run, args, model_row, settings, adapter_state=None):
         {
             "dataset": data.digest,
             "base weights": base.get("digest"),
-            "tokenizer": tokenizer["digest"],
+            "tokenizer": data.manifest["tokenizers"][model_row.tokenizer]["digest"],
         }
     )
     if run.last:
@@ -218,8 +212,16 @@ def train(w, run, args, model_row, settings, adapter_state=None):
     ddp = model
     if w.size > 1:
         ddp = DistributedDataParallel(model, w.device_ids, gradient_as_bucket_view=True)
-    lineages = np.unique(splits["train"].labels, axis=0).tolist()
-    trained = Trained(args, model_row, settings, base, data, lineages, model, names)
+    trained = Trained(
+        args=args,
+        model_row=model_row,
+        settings=settings,
+        base=base,
+        data=data,
+        lineages=np.unique(splits["train"].labels, axis=0).tolist(),
+        model=model,
+        names=names,
+    )
     announce(run, trained, len(splits["train"]), adapters_note)
 
     def resume_state():
@@ -236,8 +238,9 @@ def train(w, run, args, model_row, settings, adapter_state=None):
         model.train()
         plan = run.steps_left(epoch)
         batches = load(epoch_split(data, args, model_row, epoch), plan, args.workers, w.device)
-        title = f"epoch {epoch + 1}/{args.epochs}"
-        for micros, count in progress(plan, title, unit="seq", unit_scale=schedule.per_step):
+        for micros, count in progress(
+            plan, f"epoch {epoch + 1}/{args.epochs}", unit="seq", unit_scale=schedule.per_step
+        ):
             # ------------------------------------------------------ a single training step
             torch.manual_seed(dropout_seed(args.seed, run.step, w.rank))
             lr = cosine_lr(run.step, schedule.total_steps, args.lr, schedule.warmup_steps)
@@ -272,13 +275,24 @@ def train(w, run, args, model_row, settings, adapter_state=None):
         _, metrics = evaluate_split(w, trained, splits["validation"])
         run.log_validation(validation_entry(epoch, run.step, metrics))
         if run.is_best(metrics["loss"]) and w.is_main:
-            content = checkpoint_of(trained, epoch, metrics)
-            checkpoint.save(run.out / "ckpt.pt", content)
+            checkpoint.save(run.out / "ckpt.pt", checkpoint_of(trained, epoch, metrics))
         run.end_epoch(epoch, resume_state)
     run.signals.release()
 
     # test: of the best checkpoint
     return test_best_epoch(w, run, trained, splits["test"])
+
+
+def load_pretrained(w, args, model_row, data):
+    """(backbone, where its weights came from). Raises InputError unless it knows every token."""
+    base = checkpoint.base_source(model_row, args.strategy, args.weights, args.revision)
+    with main_first(w):
+        backbone = checkpoint.load_base(model_row, base)
+    ids = data.manifest["tokenizers"][model_row.tokenizer]["vocab_size"]
+    check_vocabulary(model_row.tokenizer, ids, backbone.config.vocab_size)
+    if base["source"] != "none":
+        base["digest"] = checkpoint.weights_digest(backbone)
+    return backbone, base
 
 
 def evaluate_split(w, trained, split):

@@ -24,19 +24,6 @@ OF_THE_DISK = (
     errno.EEXIST,
 )
 
-# Flags of train.py and pretrain.py that change no number of a run: where and how it computes, saves
-# and logs.
-NO_EFFECT = (
-    "resume",
-    "overwrite",
-    "workers",
-    "device",
-    "activation_checkpointing",
-    "save_every",
-    "log_every",
-    "max_bad_steps",
-)
-
 
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line without the usage, and the description keeps its layout.

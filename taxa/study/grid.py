@@ -13,35 +13,19 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from taxa import STUDY_SEED
+from taxa import STUDY_BATCH, STUDY_SEED
 from taxa.errors import InputError, Saved
-from taxa.runtime.cli import NO_EFFECT
 from taxa.runtime.files import read_json
 from taxa.study.published_runs import PublishedRow, published_rows
+from taxa.training.flag_effects import NOTHING, PATH, PRODUCT, flags_that_change
 
-PROTOCOLS = ("corrected", "published")
-# (sequences per device and step, devices) of the published runs (docs/PROTOCOL.md). A step holds
-# the product of the two on any number of GPUs.
-PUBLISHED_BATCH = {
-    "nt50m": (128, 1),
-    "nt100m": (64, 1),
-    "nt250m": (64, 1),
-    "dnabert2": (16, 4),
-    "dnaberts": (16, 4),
-}
 # The flags that study.py gives to every run itself.
 OF_THE_STUDY = ("data", "resume", "overwrite", "dry-run", "num-classes", "out")
 PATHS = ("data", "weights", "adapters", "out")  # their values may hold spaces
-# Flags that may differ between a run that is there and the plan: paths (the data are compared by
-# checksum), what changes no number, and batch-size and accumulate, whose product with the number of
-# processes is compared.
-MAY_DIFFER = (
-    *OF_THE_STUDY,
-    "weights",
-    "batch-size",
-    "accumulate",
-    *(name.replace("_", "-") for name in NO_EFFECT),
-)
+# Flags that may differ between a run that is there and the plan. The data are compared by checksum,
+# and the product of batch-size, accumulate and the number of processes is compared.
+FREE = flags_that_change(PATH, NOTHING, PRODUCT)
+MAY_DIFFER = tuple(name.replace("_", "-") for name in FREE)
 STOPPED = Saved.status
 FRESH = 600  # seconds: a run that wrote a line within this time is running
 
@@ -136,7 +120,7 @@ def _batch(model, processes):
 
     They are --batch-size and, where it is more than 1, --accumulate.
     """
-    per_device, devices = PUBLISHED_BATCH[model]
+    per_device, devices = STUDY_BATCH[model]
     sequences = per_device * devices
     each, rest = divmod(sequences, processes)
     if rest:

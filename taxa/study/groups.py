@@ -10,30 +10,21 @@ from typing import NamedTuple
 
 from taxa.backbones import MODELS
 from taxa.errors import InputError
-from taxa.runtime.cli import NO_EFFECT
 from taxa.runtime.files import read_json
 from taxa.strategies import STRATEGIES
 from taxa.study.published_runs import published_rows
 from taxa.study.run_folders import data_names
+from taxa.training.flag_effects import NOTHING, PATH, PRODUCT, flags_that_change
 
 # Arguments that change nothing in the results, or that a group's other fields hold: data, model,
-# strategy, r, heads, base weights.
+# strategy, r, heads, base weights, the product of the batch.
 SAME = {
-    *NO_EFFECT,
-    "recompute",
-    "seed",
-    "out",
-    "dry_run",
-    "num_classes",
-    "ranks",
-    "data",
+    *flags_that_change(PATH, NOTHING, PRODUCT),
     "model",
-    "weights",
+    "seed",
     "revision",
     "settings",
     "base",
-    "batch_size",
-    "accumulate",
 }
 # How an argument is written in a label; the others are "name value".
 FORMATS = {
