@@ -1,4 +1,8 @@
-"""The learning rate against transformers' scheduler, AdamW against its formula, weight decay's groups against the HF Trainer's."""
+"""The optimizer and its schedule, against transformers and by hand.
+
+The learning rate is compared with transformers' scheduler, AdamW with its formula, and the groups
+of weight decay with the HF Trainer's.
+"""
 
 import math
 
@@ -12,14 +16,16 @@ from taxa.backbones import MODELS, load_backbone
 from taxa.backbones.masked_lm import MASKING, MaskedLM
 from taxa.model import TaxonClassifier
 from taxa.runtime.precision import precision_note
-from taxa.strategies import (
-    STRATEGIES,
-    inject_adapters,
-    settings_from_flags,
-    train_only,
-    trainable_names,
+from taxa.strategies import STRATEGIES, inject_adapters, train_only, trainable_names
+from taxa.training.optim import (
+    adamw,
+    cosine_lr,
+    decayed_names,
+    load_adamw,
+    set_lr,
+    warmup_steps_of,
 )
-from taxa.training.optim import adamw, cosine_lr, decayed_names, load_adamw, warmup_steps_of
+from taxa.training.settings import settings_from_flags
 
 TINY = ("tiny-nt", "tiny-dnabert")
 
@@ -41,29 +47,47 @@ def rates_of_transformers(lr, warmup, total):
         scheduler.step()
 
 
-@pytest.mark.parametrize("total, warmup", [(1, 0), (2, 0), (7, 0), (100, 0), (100, 10), (50, 50), (13, 1), (20, 19)])
+@pytest.mark.parametrize(
+    "total, warmup",
+    [(1, 0), (2, 0), (7, 0), (100, 0), (100, 10), (50, 50), (13, 1), (20, 19)],
+)
 @pytest.mark.parametrize("lr", [2e-4, 1.0])
 def test_cosine_equals_transformers(total, warmup, lr):
     for step, expected in enumerate(rates_of_transformers(lr, warmup, total)):
-        assert cosine_lr(step, total, lr, warmup) == pytest.approx(expected, rel=1e-9, abs=1e-18), step
+        found = cosine_lr(step, total, lr, warmup)
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-18), step
 
 
-@pytest.mark.parametrize("total, ratio, steps", [(100, 0.05, 5), (101, 0.05, 6), (7, 0.1, 1), (30, 0.1, 3), (1000, 0.0, 0)])
+@pytest.mark.parametrize(
+    "total, ratio, steps",
+    [(100, 0.05, 5), (101, 0.05, 6), (7, 0.1, 1), (30, 0.1, 3), (1000, 0.0, 0)],
+)
 def test_warmup_by_ratio_equals_transformers(total, ratio, steps, tmp_path):
-    """The number of steps is the one that the Trainer of this transformers takes, and the rate is its scheduler's at every one of them."""
-    if "warmup_ratio" in TrainingArguments.__dataclass_fields__:
-        by_trainer = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, warmup_ratio=ratio).get_warmup_steps(total)
-    else:  # transformers 5: a warmup_steps below 1 is a ratio
-        by_trainer = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, warmup_steps=ratio).get_warmup_steps(total)
+    """The number of steps is the one that the Trainer of this transformers takes.
+
+    The rate is its scheduler's at every one of them.
+    """
+    of_old = "warmup_ratio" in TrainingArguments.__dataclass_fields__
+    # transformers 5: a warmup_steps below 1 is a ratio
+    flag = "warmup_ratio" if of_old else "warmup_steps"
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{flag: ratio})
+    by_trainer = arguments.get_warmup_steps(total)
     assert warmup_steps_of(ratio, total) == by_trainer == steps
     for step, expected in enumerate(rates_of_transformers(5e-4, by_trainer, total)):
-        assert cosine_lr(step, total, 5e-4, warmup_steps_of(ratio, total)) == pytest.approx(expected, rel=1e-9, abs=1e-18), step
+        found = cosine_lr(step, total, 5e-4, steps)
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-18), step
 
 
 def test_cosine_by_hand():
-    assert [cosine_lr(step, 4, 8.0) for step in range(5)] == pytest.approx(
-        [8.0, 4 * (1 + math.sqrt(0.5)), 4.0, 4 * (1 - math.sqrt(0.5)), 0.0], abs=1e-12)
+    expected = [8.0, 4 * (1 + math.sqrt(0.5)), 4.0, 4 * (1 - math.sqrt(0.5)), 0.0]
+    assert [cosine_lr(step, 4, 8.0) for step in range(5)] == pytest.approx(expected, abs=1e-12)
     assert [cosine_lr(step, 10, 8.0, 4) for step in range(5)] == [0.0, 2.0, 4.0, 6.0, 8.0]
+
+
+def test_every_group_gets_the_rate_of_the_step():
+    optimizer = adamw(One([0.0]), 1.0, weight_decay=0.1)
+    set_lr(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
 def test_adamw_defaults_are_the_published_ones():
@@ -71,10 +95,12 @@ def test_adamw_defaults_are_the_published_ones():
     optimizer = adamw(model, 2e-4)
     assert type(optimizer) is torch.optim.AdamW
     (group,) = optimizer.param_groups
-    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (2e-4, (0.9, 0.999), 1e-8, 0.0)
+    assert group["lr"] == 2e-4 and group["weight_decay"] == 0.0
+    assert group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8
     assert not group["amsgrad"] and not group["maximize"]
     assert group["params"] == [model.weight]
-    assert [group["weight_decay"] for group in adamw(model, 1e-3, weight_decay=0.1).param_groups] == [0.1, 0.0]
+    groups = adamw(model, 1e-3, weight_decay=0.1).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -108,31 +134,44 @@ def classifier_of(name, strategy, protocol="corrected"):
 
 def names_of_groups(model, optimizer):
     name_of = {id(p): name for name, p in model.named_parameters()}
-    return [[name_of[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    groups = [group["params"] for group in optimizer.param_groups]
+    return [[name_of[id(p)] for p in group] for group in groups]
 
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("protocol", ["corrected", "published"])
 def test_decay_groups_are_the_trainers(name, strategy, protocol, tmp_path):
-    """Those of this transformers' Trainer, and those of version 4.46.1, which the study ran on (trainer.py:1131-1140), names and order."""
+    """Those of this transformers' Trainer, and those of version 4.46.1, names and order.
+
+    The study ran on 4.46.1 (trainer.py:1131-1140).
+    """
     model = classifier_of(name, strategy, protocol)
-    trainer = Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, weight_decay=0.1, report_to=[]))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, weight_decay=0.1, report_to=[]
+    )
+    trainer = Trainer(model=model, args=arguments)
     then = [each for each in get_parameter_names(model, [nn.LayerNorm]) if "bias" not in each]
     assert decayed_names(model) == set(trainer.get_decay_parameter_names(model)) == set(then)
     groups = adamw(model, 1e-3, 0.1).param_groups
     theirs = trainer.create_optimizer().param_groups
-    assert [group["weight_decay"] for group in groups] == [group["weight_decay"] for group in theirs] == [0.1, 0.0]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert [group["weight_decay"] for group in theirs] == [0.1, 0.0]
     for ours, expected in zip(groups, theirs):
         assert {id(p) for p in ours["params"]} == {id(p) for p in expected["params"]}
 
 
 def test_decay_by_hand():
-    decayed, rest = names_of_groups(model := classifier_of("tiny-nt", "full"), adamw(model, 1e-3, 0.1))
-    assert "heads.genus.weight" in decayed and "backbone.embeddings.word_embeddings.weight" in decayed
-    assert "heads.genus.bias" in rest and "backbone.encoder.layer.0.attention.LayerNorm.weight" in rest
+    model = classifier_of("tiny-nt", "full")
+    decayed, rest = names_of_groups(model, adamw(model, 1e-3, 0.1))
+    assert "heads.genus.weight" in decayed
+    assert "backbone.embeddings.word_embeddings.weight" in decayed
+    assert "heads.genus.bias" in rest
+    assert "backbone.encoder.layer.0.attention.LayerNorm.weight" in rest
     assert len(decayed) + len(rest) == len(list(model.parameters()))
-    decayed, rest = names_of_groups(model := classifier_of("tiny-nt", "lora"), adamw(model, 1e-3, 0.1))
+
+    model = classifier_of("tiny-nt", "lora")
+    decayed, rest = names_of_groups(model, adamw(model, 1e-3, 0.1))
     assert {each.rpartition(".")[2] for each in decayed} == {"lora_A", "lora_B", "weight"}
     assert set(rest) == {f"heads.{rank}.bias" for rank in ("superkingdom", "phylum", "genus")}
 
@@ -142,13 +181,15 @@ def test_decay_groups_of_masked_lm(name, tmp_path):
     """Tied weights, as pretrain.py has them, are in one group and there once."""
     family = MODELS[name].family
     model = MaskedLM(family, load_backbone(name, pretrained=False), MASKING[family].tied)
-    trainer = Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]))
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    trainer = Trainer(model=model, args=arguments)
     unique = dict(model.named_parameters())
     assert decayed_names(model) == set(trainer.get_decay_parameter_names(model)) & set(unique)
-    assert sorted(sum(names_of_groups(model, adamw(model, 1e-3, 0.1)), [])) == sorted(unique)
+    decayed, rest = names_of_groups(model, adamw(model, 1e-3, 0.1))
+    assert sorted(decayed + rest) == sorted(unique)
 
 
-# ------------------------------------------------------------------ states of version 0.1.0, which had one group
+# ------------------------------------------------------------------ saved and loaded
 
 
 def steps(model, optimizer, first, last):
@@ -163,32 +204,15 @@ def steps(model, optimizer, first, last):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("strategy", ["full", "lora"])
-def test_a_state_with_one_group_goes_on_as_it_began(strategy, weight_decay):
-    """Two steps, the state saved, two more: equal to four steps of the optimizer that version 0.1.0 made."""
-    def old_adamw(model):
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True)
-
-    whole, half, resumed = (classifier_of("tiny-nt", strategy) for _ in range(3))
-    steps(whole, old_adamw(whole), 0, 4)
-    old = old_adamw(half)
-    steps(half, old, 0, 2)
-    resumed.load_state_dict(half.state_dict())
-    optimizer = adamw(resumed, 1e-2, weight_decay)
-    load_adamw(optimizer, old.state_dict(), resumed)
-    steps(resumed, optimizer, 2, 4)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_a_state_of_today_comes_back(weight_decay):
-    whole, half, resumed = (classifier_of("tiny-dnabert", "full") for _ in range(3))
+def test_a_saved_state_comes_back(strategy, weight_decay):
+    """Two steps, the state saved, two more: equal to four steps."""
+    whole, half, resumed = (classifier_of("tiny-dnabert", strategy) for _ in range(3))
     steps(whole, adamw(whole, 1e-2, weight_decay), 0, 4)
-    steps(half, saved := adamw(half, 1e-2, weight_decay), 0, 2)
+    saved = adamw(half, 1e-2, weight_decay)
+    steps(half, saved, 0, 2)
     resumed.load_state_dict(half.state_dict())
     optimizer = adamw(resumed, 1e-2, weight_decay)
-    load_adamw(optimizer, saved.state_dict(), resumed)
+    load_adamw(optimizer, saved.state_dict())
     steps(resumed, optimizer, 2, 4)
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
@@ -201,5 +225,6 @@ def test_the_published_protocol_says_what_its_times_were():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     line = precision_note("published", "fp32", cuda)
     assert "not plain float32" in line and "--precision tf32" in line and "\n" not in line
-    for protocol, precision, device in (("corrected", "fp32", cuda), ("published", "tf32", cuda), ("published", "fp32", cpu)):
+    others = [("corrected", "fp32", cuda), ("published", "tf32", cuda), ("published", "fp32", cpu)]
+    for protocol, precision, device in others:
         assert precision_note(protocol, precision, device) is None

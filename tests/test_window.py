@@ -1,7 +1,11 @@
-"""A checkpoint carries the length of the sequences that it was trained on, and predict.py, evaluate.py and the exported folders obey it."""
+"""A checkpoint carries the length of the sequences that it was trained on.
+
+predict.py, evaluate.py and the exported folders obey it.
+"""
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,31 +21,38 @@ from taxa.errors import InputError
 from taxa.training import checkpoint
 
 
+def prepare_table(out, sequences, *flags):
+    """Prepare a table of sequences of any length, of two genera in turn."""
+    table = out.with_suffix(".csv")
+    rows = [f"{i % 2},{text}" for i, text in enumerate(sequences)]
+    table.write_text("genus,sequence\n" + "\n".join(rows) + "\n")
+    words = ["--table", str(table), "--ranks", "genus", "--any-length", "--workers", "1"]
+    prepare.main([*words, *flags, "--out", str(out)])
+
+
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     """(prepared folder of sequences of 40 to 171 bases, {split: their lengths})."""
-    root, rng = tmp_path_factory.mktemp("mixed"), np.random.default_rng(0)
-    sequences = ["".join(rng.choice(list("ACGT"), n)) for n in rng.integers(40, 171, 119)] + ["ACGTN" * 34 + "A"]
-    rows = [f"{i % 2},{text}" for i, text in enumerate(sequences)]
-    (root / "mine.csv").write_text("genus,sequence\n" + "\n".join(rows) + "\n")
-    prepare.main(["--table", str(root / "mine.csv"), "--ranks", "genus", "--any-length", "--workers", "1", "--test", "0.2", "--out",
-                  str(root / "data")])
-    lengths = {split: [len(sequences[record["record"]]) for record in np.load(root / "data" / split / "records.npy")]
-               for split in ("train", "validation", "test")}
+    root = tmp_path_factory.mktemp("mixed")
+    rng = np.random.default_rng(0)
+    sequences = ["".join(rng.choice(list("ACGT"), n)) for n in rng.integers(40, 171, 119)]
+    sequences.append("ACGTN" * 34 + "A")
+    prepare_table(root / "data", sequences, "--test", "0.2")
+    lengths = {}
+    for split in ("train", "validation", "test"):
+        records = np.load(root / "data" / split / "records.npy")
+        lengths[split] = [len(sequences[record["record"]]) for record in records]
     return root / "data", lengths
 
 
 @pytest.fixture(scope="module")
 def runs(short, mixed, weights, tmp_path_factory):
-    """{"short": a run on sequences of 90 bases, "mixed": of any length, "old": the first, as it was before it said so}: ckpt.pt."""
+    """{"short": a run on sequences of 90 bases, "mixed": of any length}: ckpt.pt."""
     root = tmp_path_factory.mktemp("runs")
+    flags = ("--max-steps", "1", "--batch-size", "32")
     for name, data in (("short", short), ("mixed", mixed[0])):
-        train.main(command("tiny-nt", "lora", data, weights, root / name, "--max-steps", "1", "--batch-size", "32"))
-    (root / "old").mkdir()
-    content = checkpoint.read(root / "short" / "ckpt.pt")
-    del content["window"]
-    checkpoint.save(root / "old" / "ckpt.pt", content)
-    return {name: root / name / "ckpt.pt" for name in ("short", "mixed", "old")}
+        train.main(command("tiny-nt", "lora", data, weights, root / name, *flags))
+    return {name: root / name / "ckpt.pt" for name in ("short", "mixed")}
 
 
 def test_the_window_of_data(short, mixed, monkeypatch):
@@ -52,30 +63,38 @@ def test_the_window_of_data(short, mixed, monkeypatch):
         assert PreparedDataset(data).window(split) == {"length": max(of_split), "varied": True}
 
 
-def test_data_that_keep_any_length_and_have_one(mixed, tmp_path):
-    (tmp_path / "mine.csv").write_text("genus,sequence\n" + "\n".join(f"{i % 2},{'ACGTA' * 5}" for i in range(60)) + "\n")
-    prepare.main(["--table", str(tmp_path / "mine.csv"), "--ranks", "genus", "--any-length", "--workers", "1", "--out",
-                  str(tmp_path / "d")])
+def test_data_that_keep_any_length_and_have_one(tmp_path):
+    prepare_table(tmp_path / "d", ["ACGTA" * 5] * 60)
     assert PreparedDataset(tmp_path / "d").window("train") == {"length": 25, "varied": False}
 
 
 def test_a_checkpoint_says_it(runs, mixed):
     assert checkpoint.read(runs["short"])["window"] == {"length": 90, "varied": False}
-    assert checkpoint.read(runs["mixed"])["window"] == {"length": max(mixed[1]["train"]), "varied": True}
+    longest = max(mixed[1]["train"])
+    assert checkpoint.read(runs["mixed"])["window"] == {"length": longest, "varied": True}
 
 
-@pytest.mark.parametrize("name, flags, expected", [
-    ("short", [], 90), ("mixed", [], None), ("old", [], 1500), ("short", ["--window", "50"], 50), ("old", ["--window", "50"], 50)])
-def test_predict_cuts_reads_as_long_as_those_trained_on(name, flags, expected, runs, mixed, tmp_path, capsys):
+def windows_of(checkpoint_path, reads, out, *flags):
+    """How many windows predict.py cuts each read into."""
+    words = [str(checkpoint_path), str(reads), "--format", "jsonl", "--out", str(out)]
+    predict.main([*words, *flags])
+    return [json.loads(line)["windows"] for line in out.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "name, flags, expected",
+    [("short", [], 90), ("mixed", [], None), ("short", ["--window", "50"], 50)],
+)
+def test_predict_cuts_reads_as_long_as_those_trained_on(
+    name, flags, expected, runs, mixed, tmp_path, capsys
+):
     expected = expected or max(mixed[1]["train"])
     read = "".join(np.random.default_rng(1).choice(list("ACGT"), 2000))
-    (tmp_path / "reads.fa").write_text(f">a\n{read}\n>b\n{read[:expected]}\n>c\n{read[:expected + 1]}\n")
-    predict.main([str(runs[name]), str(tmp_path / "reads.fa"), "--format", "jsonl", "--out", str(tmp_path / "out"), *flags])
-    windows = [json.loads(line)["windows"] for line in (tmp_path / "out").read_text().splitlines()]
+    reads = tmp_path / "reads.fa"
+    reads.write_text(f">a\n{read}\n>b\n{read[:expected]}\n>c\n{read[:expected + 1]}\n")
+    windows = windows_of(runs[name], reads, tmp_path / "out", *flags)
     assert windows == [-(-2000 // expected), 1, 2]
-    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
-    told = f"note: {runs['old']} is older and does not say how long its training sequences were: taken to be 1,500 bases"
-    assert notes == ([told] if name == "old" and not flags else [])
+    assert "note:" not in capsys.readouterr().err
 
 
 def evaluated(path, data, out, capsys):
@@ -86,16 +105,21 @@ def evaluated(path, data, out, capsys):
 
 
 def test_evaluate_says_when_the_data_have_another_length(runs, short, tmp_path, capsys):
-    fasta = [str(path) for path in sorted((short / "source").glob("*.fa"))]
-    of_120 = tmp_path / "of 120"
-    prepare.main(["--demo", "--demo-sequences", "400", "--length", "120", "--seed", "3", "--out", str(tmp_path / "demo 120")])
-    fasta = [str(path) for path in sorted((tmp_path / "demo 120" / "source").glob("*.fa"))]
-    dump = str(tmp_path / "demo 120" / "source" / "taxdmp_simulated.zip")
-    prepare.main(["--fasta", *fasta, "--taxdump", dump, "--length", "120", "--classes-of", str(runs["short"]), "--out", str(of_120)])
+    demo, of_120 = tmp_path / "demo 120", tmp_path / "of 120"
+    length = ["--length", "120"]
+    words = ["--demo", "--demo-sequences", "400", *length, "--seed", "3"]
+    prepare.main([*words, "--out", str(demo)])
+    fasta = [str(path) for path in sorted((demo / "source").glob("*.fa"))]
+    dump = str(demo / "source" / "taxdmp_simulated.zip")
+    words = ["--fasta", *fasta, "--taxdump", dump, *length, "--classes-of", str(runs["short"])]
+    prepare.main([*words, "--out", str(of_120)])
     capsys.readouterr()
     assert evaluated(runs["short"], None, None, capsys) == []
     _, note = evaluated(runs["short"], of_120, tmp_path / "out", capsys)
-    assert note == f"note: {runs['short']} was trained on sequences of 90 bases; those of the test split of {of_120} have 120 bases"
+    assert note == (
+        f"note: {runs['short']} was trained on sequences of 90 bases; "
+        f"those of the test split of {of_120} have 120 bases"
+    )
     same = shutil.copytree(short, tmp_path / "same length")
     manifest = json.loads((same / "manifest.json").read_text()) | {"digest": "0" * 64}
     manifest["sha256"] = manifest_digest(manifest)
@@ -104,31 +128,42 @@ def test_evaluate_says_when_the_data_have_another_length(runs, short, tmp_path, 
     assert note.startswith("note: ") and "is not the dataset of the run" in note
 
 
-@pytest.mark.parametrize("trained, here, said", [
-    ((90, False), (90, False), False), ((90, False), (60, False), True), ((90, False), (90, True), True), ((90, True), (60, True), False),
-    ((90, True), (60, False), False), ((90, True), (91, False), True)])
+@pytest.mark.parametrize(
+    "trained, here, said",
+    [
+        ((90, False), (90, False), False),
+        ((90, False), (60, False), True),
+        ((90, False), (90, True), True),
+        ((90, True), (60, True), False),
+        ((90, True), (60, False), False),
+        ((90, True), (91, False), True),
+    ],
+)
 def test_which_lengths_are_others(trained, here, said, capsys):
-    content, data = {"window": dict(zip(("length", "varied"), trained))}, lambda: None
-    data.folder, data.window = "D", lambda split: dict(zip(("length", "varied"), here))
+    trained, here = ({"length": length, "varied": varied} for length, varied in (trained, here))
+    content = {"window": trained}
+    data = SimpleNamespace(folder="D", window=lambda split: here)
     evaluate.note_length("ckpt.pt", content, data, "test")
     assert bool(capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("flags", [[], ["--adapters"]])
-@pytest.mark.parametrize("name, words", [("short", "sequences of 90 bases"), ("mixed", "sequences of up to 1"), ("old", "of 1,500 bases")])
+@pytest.mark.parametrize(
+    "name, words", [("short", "sequences of 90 bases"), ("mixed", "sequences of up to 1")]
+)
 def test_exported_folders_carry_it(name, words, flags, runs, tmp_path):
     export.main([str(runs[name]), "--out", str(tmp_path / "out"), *flags])
     assert words in (tmp_path / "out" / "README.md").read_text()
-    content = checkpoint.read(runs[name])
-    found = json.loads((tmp_path / "out" / "taxa.json").read_text())
-    assert found.get("window", checkpoint.OLD_WINDOW) == checkpoint.window_of(content)
+    window = checkpoint.window_of(checkpoint.read(runs[name]))
+    assert json.loads((tmp_path / "out" / "taxa.json").read_text())["window"] == window
     if flags:  # and predict.py takes it from there
-        (tmp_path / "reads.fa").write_text(f">a\n{'ACGTTGCA' * 50}\n")
-        predict.main([str(tmp_path / "out"), str(tmp_path / "reads.fa"), "--format", "jsonl", "--out", str(tmp_path / "lines")])
-        assert json.loads((tmp_path / "lines").read_text())["windows"] == -(-400 // checkpoint.window_of(content)["length"])
+        reads = tmp_path / "reads.fa"
+        reads.write_text(f">a\n{'ACGTTGCA' * 50}\n")
+        windows = windows_of(tmp_path / "out", reads, tmp_path / "lines")
+        assert windows == [-(-400 // window["length"])]
 
 
-@pytest.mark.parametrize("window", [3, {"length": 0}, {"length": "90"}, {}])
+@pytest.mark.parametrize("window", [None, 3, {"length": 0}, {"length": "90"}, {}])
 def test_a_window_that_is_none_is_refused(window):
     with pytest.raises(InputError, match="ckpt.pt: its window is .*, which is no length"):
         checkpoint.window_of({"window": window}, "ckpt.pt")
