@@ -1,31 +1,43 @@
-"""What ends a script by one clear line: wrong input (exit status 2), or a stop with everything saved (75)."""
+"""What ends a script by one clear line: wrong input (exit status 2), or a saved stop (75)."""
 
 import difflib
 
 
 class Stop(Exception):
-    """Ends a script with an exit status and one line on stderr, or, when the message is empty, none: one process of many speaks."""
+    """Ends a script with an exit status and one line on stderr.
 
-    status, kind = 1, "error: "
+    There is no line when the message is empty: one process of many speaks.
+    """
+
+    status = 1
+    kind = "error: "
 
 
 class InputError(Stop):
-    """The user's input is wrong. The message is one line that names the file, record or flag, and says what to do."""
+    """The user's input is wrong.
+
+    The message is one line that names the file, record or flag, and says what to do.
+    """
 
     status = 2
 
 
 class Saved(Stop):
-    """Stopped by a signal with everything saved: the same command with --resume goes on. 75 is sysexits' EX_TEMPFAIL, try again."""
+    """Stopped by a signal with everything saved: the same command with --resume goes on.
 
-    status, kind = 75, ""
+    75 is sysexits' EX_TEMPFAIL, "try again".
+    """
+
+    status = 75
+    kind = ""
 
 
 def choose(kind, name, choices):
     """Return `name` if it is one of `choices`, else raise InputError with the nearest valid name."""
     if name in choices:
         return name
-    raise InputError(f"unknown {kind} '{name}': choose from {' '.join(choices)}{nearest(name, choices)}")
+    hint = nearest(name, choices)
+    raise InputError(f"unknown {kind} '{name}': choose from {' '.join(choices)}{hint}")
 
 
 def nearest(name, choices):

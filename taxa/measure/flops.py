@@ -1,15 +1,18 @@
-"""Floating-point operations of a classifier, part by part, from shapes and from what trains. Nothing runs.
+"""Floating-point operations of a classifier, part by part, from shapes and from what trains.
 
-One multiply-add is 2 operations, and only matrix products count (embeddings, norms, activations, softmax, biases and (IA)3's scaling are
-left out: under 1% at these sizes). A Linear of N weights takes, for one token,
+Nothing runs. One multiply-add is 2 operations, and only matrix products count. Embeddings, norms,
+activations, softmax, biases and (IA)3's scaling are left out: they are under 1% at these sizes.
+A Linear of N weights takes, for one token,
 
     2N   forward
     2N   gradient of its input     where something before it trains, or (IA)3 scales its input
     2N   gradient of its weight    where the weight trains
 
-so 6N in full fine-tuning, 4N where the weight is frozen and something before it trains, 2N where nothing before it does. LoRA adds the
-same for A (r * in) and B (out * r), a chain: B's input needs its gradient where A trains. Attention over T tokens multiplies queries by
-keys and probabilities by values, 2TH each; backward, 2TH for each of queries, keys, values and probabilities that needs a gradient.
+so 6N in full fine-tuning, 4N where the weight is frozen and something before it trains, 2N where
+nothing before it does. LoRA adds the same for A (r * in) and B (out * r), a chain: B's input needs
+its gradient where A trains. Attention over T tokens multiplies queries by keys and probabilities by
+values, 2TH each. Its backward takes 2TH for each of queries, keys, values and probabilities that
+needs a gradient.
 
 Shapes: T tokens of a sequence, H hidden_size, C classes of a rank.
 """
@@ -33,25 +36,43 @@ class Part(NamedTuple):
 
 
 def parts(classifier, family, names, T):
-    """[Part] of a TaxonClassifier in the order in which they run. family: nt or dnabert; names: what trains; T: tokens."""
-    modules, trains = dict(classifier.named_modules()), set(names)
-    layers = sorted((name for name in modules if name.startswith("backbone.encoder.layer.") and name.count(".") == 3),
-                    key=lambda name: int(name.rpartition(".")[2]))
-    inside = [f"{layer}.{name}" for layer in layers for name in FAMILIES[family].module.LAYER_ORDER]
-    holders = [name for name, module in modules.items() if next(module.parameters(recurse=False), None) is not None]
+    """[Part] of a TaxonClassifier in the order in which they run.
+
+    family: nt or dnabert; names: what trains; T: tokens. Raises ValueError for a module of a layer
+    that the family's LAYER_ORDER lacks.
+    """
+    modules = dict(classifier.named_modules())
+    trains = set(names)
+    layers = [
+        name
+        for name in modules
+        if name.startswith("backbone.encoder.layer.") and name.count(".") == 3
+    ]
+    layers.sort(key=lambda name: int(name.rpartition(".")[2]))
+    order = FAMILIES[family].module.LAYER_ORDER
+    inside = [f"{layer}.{name}" for layer in layers for name in order]
+    holders = [
+        name
+        for name, module in modules.items()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
     before = [name for name in holders if name.startswith("backbone.embeddings.")]
     after = [name for name in holders if name not in inside and name not in before]
     if missing := [name for name in after if name.startswith(tuple(layers))]:
         raise ValueError(f"not in LAYER_ORDER: {missing}")
 
-    found, upstream, projections = [], False, {}  # upstream: does something that has run train?
+    found = []
+    upstream = False  # does something that has run train?
+    projections = {}
     for name in (*before, *inside, *after):
         module = modules[name]
-        sizes = {f"{name}.{key}": p.numel() for key, p in module.named_parameters(recurse=False)}
+        own = module.named_parameters(recurse=False)
+        sizes = {f"{name}.{key}": p.numel() for key, p in own}
         mine = sum(size for key, size in sizes.items() if key in trains)
         if name.endswith("attention.self"):
             upstream = upstream or any(projections.values())
-            forward, backward = _attention(classifier.backbone.config.hidden_size, T, projections)
+            H = classifier.backbone.config.hidden_size
+            forward, backward = _attention(H, T, projections)
             projections = {}
         elif isinstance(module, nn.Linear):
             forward, backward = _linear(name, module, trains, upstream)
@@ -71,11 +92,15 @@ def _linear(name, module, trains, upstream):
     """(forward, backward) for one token."""
     N = module.in_features * module.out_features
     adapters = getattr(module, "adapter_parameters", ())
-    scales_input = getattr(module, "feedforward", False) and any(f"{name}.{key}" in trains for key in adapters)  # (IA)3's l
-    forward, backward = 2 * N, 2 * N * (upstream or scales_input) + 2 * N * (f"{name}.weight" in trains)
+    # (IA)3's l
+    scales_input = getattr(module, "feedforward", False)
+    scales_input = scales_input and any(f"{name}.{key}" in trains for key in adapters)
+    forward = 2 * N
+    backward = 2 * N * (upstream or scales_input) + 2 * N * (f"{name}.weight" in trains)
     needs_gradient = upstream  # of what goes into an adapter's matrix; a vector only scales
     for key in (key for key in adapters if getattr(module, key).dim() == 2):
-        size, train = getattr(module, key).numel(), f"{name}.{key}" in trains
+        size = getattr(module, key).numel()
+        train = f"{name}.{key}" in trains
         forward += 2 * size
         backward += 2 * size * (needs_gradient + train)
         needs_gradient = needs_gradient or train
@@ -83,7 +108,10 @@ def _linear(name, module, trains, upstream):
 
 
 def _attention(H, T, projections):
-    """(forward, backward) for a sequence of T tokens. projections: {name of a Linear: does its output need a gradient?}."""
-    of = lambda name: projections.get(name, projections.get("Wqkv"))
-    q, k, v = of("query"), of("key"), of("value")
+    """(forward, backward) for a sequence of T tokens.
+
+    projections: {name of a Linear: does its output need a gradient?}.
+    """
+    fused = projections.get("Wqkv")
+    q, k, v = (projections.get(name, fused) for name in ("query", "key", "value"))
     return 4 * T * T * H, 2 * T * T * H * (q + k + v + (q or k))
