@@ -33,7 +33,7 @@ class Saved(Stop):
 
 
 def choose(kind, name, choices):
-    """Return `name` if it is one of `choices`, else raise InputError with the nearest valid name."""
+    """Return `name` if it is one of `choices`, else raise InputError with the nearest of them."""
     if name in choices:
         return name
     hint = nearest(name, choices)

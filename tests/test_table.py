@@ -141,7 +141,7 @@ def test_names_of_given_classes_are_kept_to(tmp_path):
     first = labelled_rows(tmp_path, MORUS, ("phylum", "genus"))
     table = [("ACGT", *label[:2]) for label in MORUS[1:]]
     path = write(tmp_path / "u.csv", table, header=("dna", "phylum", "genus"))
-    found = read_table(path, "dna", ("phylum", "genus"), tmp_path, first.classes)
+    found = read_table(path, "dna", ("phylum", "genus"), tmp_path, classes=first.classes)
     assert list(found.names["genus"].values()) == ["Homo", "Morus (Streptophyta)", "Pan"]
     assert found.notes == []
     kept = keep_classes(found.labels, first.classes, found.names)

@@ -243,7 +243,7 @@ def test_torchrun_leaves_our_flags_alone():
     parser = get_args_parser()
     sources = (ROOT / "train.py").read_text()
     sources += (ROOT / "taxa" / "training" / "flags.py").read_text()
-    flags = set(re.findall(r'add\("(--[a-z-]+)"', sources)) - {"--r"} | {"--lora-r"}
+    flags = set(re.findall(r'\w+\(\s*"(--[a-z-]+)"', sources)) - {"--r"} | {"--lora-r"}
     assert len(flags) > 20
     for flag in flags:
         read = parser.parse_args(["--nproc_per_node", "2", "train.py", flag, "1"])

@@ -101,8 +101,8 @@ class TableSource:
             self.settings["sequence_column"],
             self.ranks,
             scratch,
-            self.classes,
-            self.settings.get("split_column"),
+            classes=self.classes,
+            split_column=self.settings.get("split_column"),
         )
         return [index_fasta(self._table.fasta, scratch, mapped, group)]
 

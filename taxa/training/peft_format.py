@@ -119,7 +119,7 @@ def write_adapters(folder, backbone, settings, base):
             "lora_alpha": settings["lora_alpha"],
             "lora_dropout": settings["lora_dropout"],
             "bias": "none",
-            "use_rslora": settings.get("rslora", False),
+            "use_rslora": settings["rslora"],
         }
     else:
         config["feedforward_modules"] = inputs
