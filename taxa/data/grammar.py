@@ -1,7 +1,9 @@
-"""What the bytes of a sequence file mean, for every reader: prepare.py, predict.py and pretrain.py take records and bases from here alone.
+"""What the bytes of a sequence file mean, for every reader.
 
-The table of docs/DATA.md, "What a file of sequences says", is this file in words; tests/test_grammar.py is its proof. A FASTA file whose
-records pyfaidx indexes as they stand (taxa.data.fasta) is one in which every rule below changes nothing.
+prepare.py, predict.py and pretrain.py take records and bases from here alone. The table of
+docs/DATA.md, "What a file of sequences says", is this file in words; tests/test_grammar.py is its
+proof. A FASTA file whose records pyfaidx indexes as they stand (taxa.data.fasta) is one in which
+every rule below changes nothing.
 """
 
 import bz2
@@ -40,16 +42,23 @@ CHUNK = 1 << 16
 
 LETTERS = bytes(range(ord("A"), ord("Z") + 1)) + bytes(range(ord("a"), ord("z") + 1))
 WHITE, GAPS = b" \t\n\v\f\r", b"-."
-_POSITION = re.compile(rb"^[ \t]*[0-9]+[ \t]+(?=[^\s0-9])|(?<=[^\s0-9])[ \t]+[0-9]+[ \t]*$", re.MULTILINE)  # of GenBank, of EMBL
+# A position at the start of a line, as in GenBank, or at its end, as in EMBL.
+_POSITION = re.compile(
+    rb"^[ \t]*[0-9]+[ \t]+(?=[^\s0-9])|(?<=[^\s0-9])[ \t]+[0-9]+[ \t]*$", re.MULTILINE
+)
 _WRONG = re.compile(rb"[0-9>;@+]|[^ -~\t\n\v\f\r]")
+_DIGIT = (
+    "a digit among the bases: positions stand at an end of a line of bases, and quality values "
+    "and colour space are no bases: take the numbers out"
+)
 _CAUSES = {
-    b">": "a > within a line: is the line end before it missing, as where cat joins files? give each header a line of its own",
+    b">": "a > within a line: is the line end before it missing, as where cat joins files? "
+    "give each header a line of its own",
     b";": "a ; within a line: give a comment a line of its own that begins with it",
     b"@": "an @ among the bases: is this FASTQ within FASTA? give the formats in files of their own",
     b"+": "a + among the bases: is this FASTQ within FASTA? give the formats in files of their own",
     b"\0": "a NUL byte: the file is damaged, or UTF-16 text (iconv -f UTF-16 -t UTF-8 mends that)",
-    **{b"%d" % digit: "a digit among the bases: positions stand at an end of a line of bases, and quality values and colour space are no "
-                      "bases: take the numbers out" for digit in range(10)},
+    **{b"%d" % digit: _DIGIT for digit in range(10)},
 }
 
 
@@ -62,7 +71,10 @@ class Record(NamedTuple):
 
 
 def is_packed(path):
-    """Whether a file is compressed in a way that is read here, by its first bytes. Raises InputError for one that is not read."""
+    """Whether a file is compressed in a way that is read here, by its first bytes.
+
+    Raises InputError for one that is not read.
+    """
     with open(path, "rb") as file:
         head = file.read(HEAD)
     _refuse_foreign(head, path)
@@ -70,22 +82,26 @@ def is_packed(path):
 
 
 def _refuse_foreign(head, name):
-    what, command = next((FOREIGN[magic] for magic in FOREIGN if head.startswith(magic)), (None, None))
-    if what:
-        file = "FILE" if name == STANDARD_INPUT else name
-        raise InputError(f"{name}: {what}, which is not read here: {command} {file} | python predict.py ckpt.pt - reads it, and "
-                         f"{command} {file} > plain.fa unpacks it")
+    for magic, (what, command) in FOREIGN.items():
+        if head.startswith(magic):
+            file = "FILE" if name == STANDARD_INPUT else name
+            raise InputError(
+                f"{name}: {what}, which is not read here: {command} {file} | python predict.py "
+                f"ckpt.pt - reads it, and {command} {file} > plain.fa unpacks it"
+            )
 
 
 def unpacked(raw, name):
-    """Yield the bytes of an open binary file in pieces, unpacked where they are gzip, bgzip, bzip2 or xz. name: of the file, for errors.
+    """Yield the bytes of an open binary file in pieces, unpacked where they are gzip, bgzip, bzip2
+    or xz. name: of the file, for errors.
 
     Raises InputError for a file that is damaged or cut short, and for a format that is not read.
     """
     head = raw.read(HEAD)
     _refuse_foreign(head, name)
     chunks = itertools.chain([head], iter(lambda: raw.read1(CHUNK), b""))
-    kind, new = next((PACKED[magic] for magic in PACKED if head.startswith(magic)), (None, None))
+    found = (PACKED[magic] for magic in PACKED if head.startswith(magic))
+    kind, new = next(found, (None, None))
     if new is None:
         yield from chunks
         return
@@ -99,19 +115,25 @@ def unpacked(raw, name):
                 member = new()
             try:
                 plain = member.decompress(chunk)
-            except (zlib.error, lzma.LZMAError, OSError) as error:  # OSError, without a number, is bzip2's
-                raise InputError(f"{name}: the {kind} file is damaged or cut short ({error})") from None
+            except (zlib.error, lzma.LZMAError, OSError) as error:
+                # OSError, without a number, is bzip2's
+                raise InputError(
+                    f"{name}: the {kind} file is damaged or cut short ({error})"
+                ) from None
             chunk = member.unused_data if member.eof else b""
             yield plain
     if not member.eof:
-        raise InputError(f"{name}: the {kind} file is damaged or cut short (it ends within its data)")
+        raise InputError(
+            f"{name}: the {kind} file is damaged or cut short (it ends within its data)"
+        )
 
 
 class _Pieces(io.RawIOBase):
     """A file to read, of pieces of bytes."""
 
     def __init__(self, pieces):
-        self.pieces, self.rest = pieces, memoryview(b"")
+        self.pieces = pieces
+        self.rest = memoryview(b"")
 
     def readable(self):
         return True
@@ -120,7 +142,8 @@ class _Pieces(io.RawIOBase):
         if not self.rest:
             self.rest = memoryview(next(filter(None, self.pieces), b""))
         n = min(len(buffer), len(self.rest))
-        buffer[:n], self.rest = self.rest[:n], self.rest[n:]
+        buffer[:n] = self.rest[:n]
+        self.rest = self.rest[n:]
         return n
 
 
@@ -128,30 +151,40 @@ STANDARD_INPUT = "standard input"
 
 
 def records(path, name=None):
-    """Yield the Records of a FASTA or FASTQ file, packed or not, or of standard input for "-". Only the record being read is in memory.
+    """Yield the Records of a FASTA or FASTQ file, packed or not, or of standard input for "-".
 
-    name: of the file in errors, if not `path`. Raises InputError, naming file and record, cause and mend, for all that is refused.
+    Only the record being read is in memory. name: of the file in errors, if not `path`. Raises
+    InputError, naming file and record, cause and mend, for all that is refused.
     """
-    name = name or (STANDARD_INPUT if path == "-" else path)
+    from_stdin = path == "-"
+    name = name or (STANDARD_INPUT if from_stdin else path)
+    source = sys.stdin.fileno() if from_stdin else path
     with contextlib.ExitStack() as stack:
-        raw = stack.enter_context(open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-"))
+        raw = stack.enter_context(open(source, "rb", closefd=not from_stdin))
         binary = io.BufferedReader(_Pieces(unpacked(raw, name)), CHUNK)
-        lines = stack.enter_context(io.TextIOWrapper(binary, encoding="latin-1"))  # which knows LF, CRLF and CR; a byte is a character
+        # text knows LF, CRLF and CR; in latin-1 a byte is a character
+        lines = stack.enter_context(io.TextIOWrapper(binary, encoding="latin-1"))
         for number, line in enumerate(lines, start=1):
-            line = line.removeprefix("\xef\xbb\xbf") if number == 1 else line  # the byte-order mark of UTF-8
+            if number == 1:
+                line = line.removeprefix("\xef\xbb\xbf")  # the byte-order mark of UTF-8
             if line.strip(WHITE.decode()) and not line.startswith(";"):
                 break
         else:
             raise InputError(f"{name}: the file is empty")
         _refuse_foreign(line.encode("latin-1")[:HEAD], name)
         if line[0] not in ">@":
-            raise InputError(f"{name}: neither FASTA nor FASTQ: line {number} begins with {line.rstrip()[:20]!r}, not with > or @; "
-                             "is the first header missing?")
+            raise InputError(
+                f"{name}: neither FASTA nor FASTQ: line {number} begins with "
+                f"{line.rstrip()[:20]!r}, not with > or @; is the first header missing?"
+            )
         yield from (_fasta if line[0] == ">" else _fastq)(name, line, lines)
 
 
 def _named(name, number, line):
-    """(what an error calls a record, text of its header). Raises InputError for a header without a name."""
+    """(what an error calls a record, text of its header).
+
+    Raises InputError for a header without a name.
+    """
     header = line[1:].rstrip("\n").encode("latin-1")
     try:
         header = header.decode()
@@ -167,12 +200,15 @@ def _named(name, number, line):
 
 
 def _fasta(name, header, lines):
-    number, parts = 1, []
+    number = 1
+    parts = []
     for line in itertools.chain(lines, [">"]):
         if line[0] == ">":
             where, text = _named(name, number, header)
             yield Record(where, text, bases("".join(parts).encode("latin-1"), where))
-            number, header, parts = number + 1, line, []
+            number += 1
+            header = line
+            parts = []
         elif line[0] != ";":
             parts.append(line)
 
@@ -181,27 +217,39 @@ FOUR = "a FASTQ record has four lines: @id, bases, +, quality"
 
 
 def _fastq(name, header, lines):
-    number, white = 0, WHITE.decode()
+    number = 0
+    white = WHITE.decode()
     while header:
         number += 1
         if header[0] != "@":
-            raise InputError(f"{name}: record {number} '{header[:80].strip()}': its first line does not begin with @; {FOUR}")
+            raise InputError(
+                f"{name}: record {number} '{header[:80].strip()}': its first line does not begin "
+                f"with @; {FOUR}"
+            )
         where, text = _named(name, number, header)
         sequence, plus, quality = (next(lines, "").strip(white) for _ in range(3))
         if plus[:1] != "+":
-            why = "its third line does not begin with + (seqtk seq -l0 joins wrapped lines)" if plus else "the file ends within it"
+            why = "the file ends within it"
+            if plus:
+                why = "its third line does not begin with + (seqtk seq -l0 joins wrapped lines)"
             raise InputError(f"{where}: {why}; {FOUR}")
         sequence = bases(sequence.encode("latin-1"), where, fastq=True)
         if len(quality) != len(sequence):
-            raise InputError(f"{where}: {len(quality)} quality values for {len(sequence)} bases: is the file cut short?")
+            raise InputError(
+                f"{where}: {len(quality)} quality values for {len(sequence)} bases: "
+                "is the file cut short?"
+            )
         yield Record(where, text, sequence)
         header = next((line for line in lines if line.strip(white)), None)
 
 
 def bases(text, where, fastq=False):
-    """The bases of a sequence as it is written: bytes of one or more lines without header and comments -> letters and other symbols that
-    each stand for one base. White space, gaps (- and .), * at the end and positions at the ends of lines are nothing; with fastq, where
-    every base has its quality, white space alone is. where: file and record, for errors.
+    """The bases of a sequence as it is written.
+
+    text: bytes of one or more lines, without header and comments. Returns letters and other symbols
+    that each stand for one base. White space, gaps (- and .), * at the end and positions at the ends
+    of lines are nothing. With fastq, where every base has its quality, white space alone is nothing.
+    where: file and record, for errors.
 
     Raises InputError for what cannot be bases: digits, > ; @ +, and bytes that are no ASCII text.
     """
@@ -213,22 +261,35 @@ def bases(text, where, fastq=False):
         text = _POSITION.sub(b"", text)
     wrong = _WRONG.search(text)
     if wrong:
-        raise InputError(f"{where}: " + _CAUSES.get(wrong[0], f"byte 0x{wrong[0][0]:02X} among the bases, which is no ASCII text: is the "
-                                                              "file damaged, or no plain text?"))
-    return text.translate(None, WHITE) if fastq else text.translate(None, WHITE + GAPS).rstrip(b"*")
+        unknown = (
+            f"byte 0x{wrong[0][0]:02X} among the bases, which is no ASCII text: is the file "
+            "damaged, or no plain text?"
+        )
+        raise InputError(f"{where}: {_CAUSES.get(wrong[0], unknown)}")
+    if fastq:
+        return text.translate(None, WHITE)
+    return text.translate(None, WHITE + GAPS).rstrip(b"*")
 
 
-_TO_ACGTN = bytes(ord({"U": "T"}.get(letter, letter if letter in "ACGTN" else "N")) for letter in (chr(i).upper()[:1] for i in range(256)))
-_PROTEIN = np.array([chr(i).upper() in "EFIJLOPQZ" for i in range(256)])  # in no nucleotide code, IUPAC's included
+def _acgtn(byte):
+    """The byte that stands for a byte of a sequence: of ACGT, or N; U is T."""
+    letter = chr(byte).upper()[:1].replace("U", "T")
+    return ord(letter if letter in "ACGTN" else "N")
+
+
+_TO_ACGTN = bytes(map(_acgtn, range(256)))
+# The letters in no nucleotide code, IUPAC's included.
+_PROTEIN = np.array([chr(i).upper() in "EFIJLOPQZ" for i in range(256)])
 PROTEIN_SHARE = 0.01
 _COMPLEMENT = bytes.maketrans(b"ACGTN", b"TGCAN")
 
 
 def normalize(sequences, lengths, where):
-    """Uppercase; U becomes T, anything else outside ACGTN becomes N. Returns (bases, how many became N).
+    """Uppercase; U becomes T, anything else outside ACGTN becomes N.
 
-    sequences: of `lengths`, joined, bytes. where(i) names sequence i in an error. Raises InputError for a sequence in which more than 1%
-    of the letters stand for no nucleotide in any code (E F I J L O P Q Z): that is protein, or not a sequence.
+    sequences: of `lengths`, joined, bytes. where(i) names sequence i in an error. Returns (bases,
+    how many became N). Raises InputError for a sequence in which more than 1% of the letters stand
+    for no nucleotide in any code (E F I J L O P Q Z): that is protein, or not a sequence.
     """
     raw = np.frombuffer(sequences, dtype=np.uint8)
     if len(raw) != sum(lengths):
@@ -240,7 +301,8 @@ def normalize(sequences, lengths, where):
         over = before[ends] - before[ends - lengths] > PROTEIN_SHARE * np.asarray(lengths)
         if over.any():
             i = int(np.argmax(over))
-            found = "".join(sorted({chr(x).upper() for x in raw[ends[i] - lengths[i]:ends[i]] if _PROTEIN[x]}))
+            own = raw[ends[i] - lengths[i]:ends[i]]
+            found = "".join(sorted({chr(x).upper() for x in own if _PROTEIN[x]}))
             raise InputError(f"{where(i)}: letters {found} are in no DNA alphabet: is this protein?")
     return sequences.translate(_TO_ACGTN), len(others)
 
