@@ -55,7 +55,8 @@ _CAUSES = {
     b">": "a > within a line: is the line end before it missing, as where cat joins files? "
     "give each header a line of its own",
     b";": "a ; within a line: give a comment a line of its own that begins with it",
-    b"@": "an @ among the bases: is this FASTQ within FASTA? give the formats in files of their own",
+    b"@": "an @ among the bases: is this FASTQ within FASTA? give the formats in files of their "
+    "own",
     b"+": "a + among the bases: is this FASTQ within FASTA? give the formats in files of their own",
     b"\0": "a NUL byte: the file is damaged, or UTF-16 text (iconv -f UTF-16 -t UTF-8 mends that)",
     **{b"%d" % digit: _DIGIT for digit in range(10)},
@@ -247,9 +248,9 @@ def bases(text, where, fastq=False):
     """The bases of a sequence as it is written.
 
     text: bytes of one or more lines, without header and comments. Returns letters and other symbols
-    that each stand for one base. White space, gaps (- and .), * at the end and positions at the ends
-    of lines are nothing. With fastq, where every base has its quality, white space alone is nothing.
-    where: file and record, for errors.
+    that each stand for one base. White space, gaps (- and .), * at the end and positions at the
+    ends of lines are nothing. With fastq, where every base has its quality, white space alone is
+    nothing. where: file and record, for errors.
 
     Raises InputError for what cannot be bases: digits, > ; @ +, and bytes that are no ASCII text.
     """
@@ -303,7 +304,9 @@ def normalize(sequences, lengths, where):
             i = int(np.argmax(over))
             own = raw[ends[i] - lengths[i]:ends[i]]
             found = "".join(sorted({chr(x).upper() for x in own if _PROTEIN[x]}))
-            raise InputError(f"{where(i)}: letters {found} are in no DNA alphabet: is this protein?")
+            raise InputError(
+                f"{where(i)}: letters {found} are in no DNA alphabet: is this protein?"
+            )
     return sequences.translate(_TO_ACGTN), len(others)
 
 

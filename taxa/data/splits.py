@@ -13,7 +13,8 @@ from taxa.errors import InputError
 
 SPLITS = ("train", "validation", "test")
 UNSEEN = "unseen"  # a fourth split: whole genera that are in none of the three (hold_out)
-HELD_OUT = "held_out.npy"  # of that split: (N,) which row of the manifest's "held_out" each sequence is
+# Of that split: (N,) which row of the manifest's "held_out" each sequence is.
+HELD_OUT = "held_out.npy"
 NO_CLASS = 2**16 - 1  # the label of a held-out genus, which no head has
 
 
@@ -119,8 +120,9 @@ def stratified_subset(labels, fraction, seed):
     """The places, in ascending order, of a seeded subset that holds `fraction` of every class, and
     of a class at least one.
 
-    labels: (N,) class ids; 0 < fraction <= 1. Parts of a sequence go to the classes with the largest
-    remainders (shares). The subset follows from labels, fraction and seed alone, on every machine.
+    labels: (N,) class ids; 0 < fraction <= 1. Parts of a sequence go to the classes with the
+    largest remainders (shares). The subset follows from labels, fraction and seed alone, on every
+    machine.
     """
     _, which, counts = np.unique(labels, return_inverse=True, return_counts=True)
     taken = np.minimum(shares(counts, fraction, minimum=np.ones_like(counts)), counts)
@@ -158,7 +160,7 @@ def write_ids(path, taxid, digest, copy):
 
 
 def read_ids(path):
-    """{(taxid, digest, copy)} of a file that write_ids wrote. Raises InputError for anything else."""
+    """{(taxid, digest, copy)} of a file of write_ids. Raises InputError for anything else."""
     try:
         lines = Path(path).read_text(encoding="ascii").splitlines()
     except (OSError, UnicodeDecodeError) as error:
