@@ -439,23 +439,6 @@ def test_a_bad_step_is_not_applied_and_names_its_records(
     assert all(entry["step"] == 2 for entry in last["optimizer"]["state"].values())
 
 
-def test_a_last_pt_of_before_the_rooms_is_resumed(whole, short, weights, tmp_path):
-    """As commit abe6c45 wrote it: the processes instead of the sequences per step, no epoch, no
-    counts, no digest of the weights.
-    """
-    folder = tmp_path / "run"
-    arguments = short_command(short, weights, folder)
-    dies(7, arguments, pretrain)
-    last = read_last(folder)
-    content = {name: last[name] for name in ("dataset", "state", "optimizer", "step", "logs")}
-    content["args"] = last["args"] | {"save_every": 4}
-    del content["args"]["activation_checkpointing"], content["args"]["max_bad_steps"]
-    content["processes"] = 1
-    checkpoint.save(folder / "last.pt", content, checkpoint.RESUME_STATE)
-    pretrain.main([*arguments, "--resume"])
-    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
 @pytest.fixture
 def fasta(tmp_path):
     """(genomes, paths): five genomes made of 45 repeats, in two files, one of them packed: 104

@@ -15,11 +15,9 @@ import torch
 from helpers import ROOT, STRATEGIES, command, forked
 from runs import Killed, assert_same_end, dies, in_step, log_of
 
-import pretrain
 import train
 from taxa.runtime import cli
 from taxa.training import checkpoint
-from taxa.training.flags import MAY_CHANGE, PATHS
 from taxa.training.run import lock, read_last, save_last
 
 # 292 sequences: 10 steps an epoch, 5 by two processes.
@@ -238,27 +236,6 @@ def test_resume_refuses_a_folder_that_holds_something_else(
     with pytest.raises(cli.InputError, match=message):
         train.main([*arguments, "--resume"])
     assert files_of(folder) == before
-
-
-def test_a_last_pt_of_before_the_rooms_is_resumed(short, weights, tmp_path):
-    """As commit abe6c45 wrote it: with a flag that is gone, without those that are new, without the
-    tokenizer.
-    """
-    arguments = command("tiny-nt", "lora", short, weights, tmp_path / "run", *MORE)
-    dies(7, arguments)
-    content = read_last(tmp_path / "run")
-    del content["args"]["activation_checkpointing"], content["tokenizer"]
-    content["args"]["recompute"] = False
-    checkpoint.save(tmp_path / "run" / "last.pt", content, checkpoint.RESUME_STATE)
-    train.main([*arguments, "--resume"])
-    train.main(command("tiny-nt", "lora", short, weights, tmp_path / "whole", *MORE))
-    assert_same_end(tmp_path / "run", tmp_path / "whole")
-
-
-def test_the_list_of_flags_that_may_change_names_flags_that_there_are():
-    flags = vars(train.parse_args(["--model", "tiny-nt", "--strategy", "full"]))
-    flags |= vars(pretrain.parse_args(["--model", "tiny-nt", "--out", "x"]))
-    assert set(MAY_CHANGE) - set(flags) == {"recompute"} and set(PATHS) <= set(MAY_CHANGE)
 
 
 def test_minutes_between_saves(short, weights, tmp_path):
