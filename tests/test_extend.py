@@ -21,14 +21,9 @@ from taxa import strategies
 from taxa.backbones import load_backbone, table
 from taxa.errors import InputError
 from taxa.model import TaxonClassifier
-from taxa.strategies import (
-    STRATEGIES,
-    inject_adapters,
-    settings_from_flags,
-    train_only,
-    trainable_names,
-)
+from taxa.strategies import STRATEGIES, inject_adapters, train_only, trainable_names
 from taxa.study.published_fractions import published_fraction
+from taxa.training.settings import settings_from_flags
 
 READING = (ROOT / "docs" / "READING.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", READING, flags=re.MULTILINE | re.DOTALL)
