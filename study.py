@@ -16,8 +16,8 @@ It also runs a grid of your own.
   python study.py --grid mine.csv --out runs/mine
 
 A run that fails does not stop the others, and the next call tries it again. Ctrl-C lets all runs
-save and leave. What a run prints is in OUT/NAME.txt, and its folder is OUT/NAME. At any time
-python report.py OUT --out report makes tables and pictures.
+save and leave. What a run prints is in OUT/NAME.txt, and its folder is OUT/NAME. Tables and
+pictures are made at any time by python report.py OUT --out report.
 """
 
 import os
