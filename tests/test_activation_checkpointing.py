@@ -1,6 +1,10 @@
-"""--activation-checkpointing: none, selective and full give the same numbers, and keep what is counted here by hand."""
+"""--activation-checkpointing: none, selective and full give the same numbers.
+
+What they keep is counted here by hand, and how many graphs they compile to.
+"""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -8,31 +12,38 @@ from helpers import batch, scrambled
 from torch import nn
 from torch.autograd import gradcheck
 
+from taxa.backbones import MODELS
 from taxa.ia3 import IA3Linear
 from taxa.lora import LoRALinear
 from taxa.measure.memory import bytes_kept
 from taxa.model import TaxonClassifier, sequence_losses
-from taxa.strategies import (
-    STRATEGIES,
-    inject_adapters,
-    settings_from_flags,
-    train_only,
-    trainable_names,
-)
+from taxa.runtime.precision import compile_in_place
+from taxa.strategies import STRATEGIES, inject_adapters, train_only, trainable_names
 from taxa.training.activation_checkpointing import MODES, checkpoint_layers
+from taxa.training.settings import settings_from_flags
 
 CHECKPOINTED = ("selective", "full")
 LABELS = torch.tensor([[0, 1, 2], [3, 4, 5], [1, 0, 3]])
-WIDE = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}  # wide enough for selective to keep the products
+# wide enough for selective to keep the products
+WIDE = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 both_families = pytest.mark.parametrize("name", ["tiny-nt", "tiny-dnabert"])
-every_strategy = pytest.mark.parametrize("strategy", [strategy for strategy in STRATEGIES if strategy != "random"])  # which trains as full
+every_strategy = pytest.mark.parametrize(
+    "strategy", [name for name in STRATEGIES if name != "random"]  # which trains as full
+)
 modes = pytest.mark.parametrize("mode", CHECKPOINTED)
 
 
 def make(name, strategy, mode="none", vocab_size=30, **sizes):
-    """A classifier in train mode: LoRA's dropout 0.1, DNABERT's hidden and attention dropout 0.1; adapters away from where they start."""
-    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1} if name == "tiny-dnabert" else {}
-    model = TaxonClassifier(scrambled(name, **{**WIDE, **dropout, "vocab_size": vocab_size, **sizes}), (4, 5, 6))
+    """A classifier in train mode.
+
+    LoRA's dropout is 0.1, and so is DNABERT's hidden and attention dropout. Adapters are away from
+    where they start.
+    """
+    dropout = {}
+    if name == "tiny-dnabert":
+        dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    sizes = {**WIDE, **dropout, "vocab_size": vocab_size, **sizes}
+    model = TaxonClassifier(scrambled(name, **sizes), (4, 5, 6))
     settings = settings_from_flags(name, strategy)
     assert strategy != "lora" or settings["lora_dropout"] == 0.1
     torch.manual_seed(5)
@@ -54,7 +65,8 @@ def results(model, seed=9, bf16=False):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         logits = model(ids, mask)
     sequence_losses(logits, LABELS).mean().backward()
-    return {rank: z.detach() for rank, z in logits.items()}, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {rank: z.detach() for rank, z in logits.items()}, gradients
 
 
 def assert_equal(found, expected):
@@ -69,13 +81,14 @@ def assert_equal(found, expected):
 @both_families
 @every_strategy
 def test_logits_and_gradients_are_the_same_to_the_last_bit(name, strategy, mode, bf16):
-    """Dropout is on: another mask in the second pass, or in another order, would change every gradient."""
+    """Dropout is on: another mask in the second pass, or another order, would change gradients."""
     expected = results(make(name, strategy), bf16=bf16)
     model = make(name, strategy, mode)
     assert_equal(results(model, bf16=bf16), expected)
     assert_equal(results(model, bf16=bf16), expected)  # and again with the same seed
-    if name == "tiny-dnabert" or strategy == "lora":
-        assert not torch.equal(results(model, seed=10, bf16=bf16)[0]["genus"], expected[0]["genus"])  # or no mask would be drawn at all
+    if name == "tiny-dnabert" or strategy == "lora":  # else no mask would be drawn at all
+        other, _ = results(model, seed=10, bf16=bf16)
+        assert not torch.equal(other["genus"], expected[0]["genus"])
 
 
 @modes
@@ -95,54 +108,71 @@ def test_the_second_pass_leaves_the_random_state_alone(name, mode):
 def test_names_stay_and_without_gradients_nothing_is_kept(name, strategy, mode):
     plain, model = make(name, strategy).eval(), make(name, strategy, mode).eval()
     assert list(model.state_dict()) == list(plain.state_dict())
-    assert [key for key, _ in model.named_parameters()] == [key for key, _ in plain.named_parameters()]
+    names = [key for key, _ in model.named_parameters()]
+    assert names == [key for key, _ in plain.named_parameters()]
     ids, mask = batch()
     with torch.no_grad():
         logits = model(ids, mask)
         for rank, z in plain(ids, mask).items():
             assert torch.equal(z, logits[rank])
-        small = sum(z.numel() for z in logits.values()) * 4 + 64 * len(logits)  # the logits themselves, each rounded up to 64 bytes
+        # the logits themselves, each rounded up to 64 bytes
+        small = sum(z.numel() for z in logits.values()) * 4 + 64 * len(logits)
         assert bytes_kept(torch.device("cpu"), lambda: model(ids, mask)) <= small
 
 
 # ------------------------------------------------------------------ what is kept, counted by hand
 
-B, T, H, RATIO = 4, 100, 64, 2  # RATIO: I / H, and selective keeps products over 64 terms or more
+B, T, H = 4, 100, 64
+RATIO = 2  # I / H; selective keeps products over 64 terms or more
 # In tensors of one (B, T, H), of one layer of nt:
 FULL = 1  # the layer's input
-SELECTIVE = 1 + 3 + 1 + 1 + 2 * RATIO + 1  # input, query key value, attention, output projection, gate and value, second projection
-# Left to autograd: the input of the first LayerNorm and its result, rotated query and key, value, attention, the input of the second
-# LayerNorm and its result, gate and value, silu(gate), the product of the two.
+# Input, query key value, attention, output projection, gate and value, second projection.
+SELECTIVE = 1 + 3 + 1 + 1 + 2 * RATIO + 1
+# Left to autograd: the input of the first LayerNorm and its result, rotated query and key, value,
+# attention, the input of the second LayerNorm and its result, gate and value, silu(gate), the
+# product of the two.
 NONE = 2 + 3 + 1 + 2 + 4 * RATIO
 PLAIN = {
     "full": NONE,
-    # no results of LayerNorm (2) and no product (RATIO), which only weights' gradients need; two masks, and two dropped-out inputs of A
+    # no results of LayerNorm (2) and no product (RATIO), which only weights' gradients need; two
+    # masks, and two dropped-out inputs of A
     "lora": NONE - 2 - RATIO + 4,
-    # no results of LayerNorm; unscaled key and value for the gradient of their l (the product is kept for that of its own)
+    # no results of LayerNorm; unscaled key and value for the gradient of their l (the product is
+    # kept for that of its own)
     "ia3": NONE - 2 + 2,
 }
+
+
+def bytes_of_a_step(model):
+    """Those that the forward and the loss of B sequences of T tokens keep for the backward."""
+    ids = torch.randint(5, 4107, (B, T))
+    mask = torch.ones_like(ids)
+    labels = LABELS[:1].expand(B, 3)
+    return bytes_kept(torch.device("cpu"), lambda: sequence_losses(model(ids, mask), labels).mean())
 
 
 @pytest.mark.parametrize("mode", MODES)
 @every_strategy
 def test_the_bytes_that_a_layer_keeps(strategy, mode):
-    """By torch's allocator: fails when a frozen Linear keeps its input, or when something that is computed again is also kept.
+    """By torch's allocator.
 
-    Networks of 3 and 2 layers, so that what is before, between and after the layers cancels out. In freeze75 the layers that train.
+    It fails when a frozen Linear keeps its input, or when something that is computed again is also
+    kept. Networks of 3 and 2 layers, so that what is before, between and after the layers cancels
+    out. In freeze75 the layers that train.
     """
     kept = []
     for layers in (2, 3):
         model = make("tiny-nt", strategy, vocab_size=4107, layers=layers, num_attention_heads=1)
         if strategy == "freeze75":
-            first = "backbone.encoder.layer.0."
-            train_only(model, [n for n, _ in model.named_parameters() if "embeddings" not in n and not n.startswith(first)])
+            frozen = ("backbone.embeddings.", "backbone.encoder.layer.0.")
+            names = [name for name, _ in model.named_parameters() if not name.startswith(frozen)]
+            train_only(model, names)
         checkpoint_layers(model.backbone, mode)
-        ids = torch.randint(5, 4107, (B, T))
-        mask = torch.ones_like(ids)
-        kept.append(bytes_kept(torch.device("cpu"), lambda: sequence_losses(model(ids, mask), LABELS[:1].expand(B, 3)).mean()))
+        kept.append(bytes_of_a_step(model))
     found = (kept[1] - kept[0]) / (B * T * H * 4)
     expected = {"none": PLAIN.get(strategy, NONE), "selective": SELECTIVE, "full": FULL}[mode]
-    small = 0.11 + 0.13 * (strategy == "lora" and mode != "full")  # sums of LayerNorm and attention, the random state; A x twice
+    # sums of LayerNorm and attention, the random state; A x twice
+    small = 0.11 + 0.13 * (strategy == "lora" and mode != "full")
     assert expected <= found <= expected + small
 
 
@@ -150,10 +180,7 @@ def test_layers_below_all_that_trains_keep_nothing():
     for mode in MODES:
         model = make("tiny-nt", "full", mode, vocab_size=4107)
         train_only(model, ["heads.genus.weight"])
-        ids = torch.randint(5, 4107, (B, T))
-        mask = torch.ones_like(ids)
-        kept = bytes_kept(torch.device("cpu"), lambda: sequence_losses(model(ids, mask), LABELS[:1].expand(B, 3)).mean())
-        assert kept < 0.25 * B * T * H * 4, mode
+        assert bytes_of_a_step(model) < 0.25 * B * T * H * 4, mode
 
 
 @pytest.mark.parametrize("trains", [True, False])
@@ -166,12 +193,51 @@ def test_a_frozen_linear_keeps_no_input(trains):
     assert kept == y + trains * x.nbytes
 
 
-# ------------------------------------------------------------------ the adapters' gradients, against finite differences
+# ------------------------------------------------------------------ compiled
+
+LENGTHS = [(9, 4, 1), (7, 3), (12, 5, 2, 1), (5, 5)]  # of the sequences of each step's batch
 
 
-@pytest.mark.parametrize("adapt", [
-    lambda linear: LoRALinear(linear, 2, 8), IA3Linear, lambda linear: IA3Linear(linear, feedforward=True),
-    lambda linear: IA3Linear(linear, rows=(1, 2))], ids=["lora", "ia3 on output", "ia3 on input", "ia3 on rows"])
+@pytest.fixture
+def dynamo(monkeypatch):
+    """torch's counter of graphs, from 0, with a backend that needs no compiler."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    yield counters["stats"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@both_families
+def test_compiled_layers_share_few_graphs(name, mode, dynamo):
+    """However many layers there are, in every mode: else a deep network meets torch's limit.
+
+    As many as nt250m has, narrow. One graph is compile_in_place()'s own trial; the first shape of a
+    batch has one, and all other shapes share one.
+    """
+    layers = MODELS["nt250m"].sizes["num_hidden_layers"]
+    narrow = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32}
+    backbone = scrambled(name, layers, **narrow).train()
+    checkpoint_layers(backbone, mode)
+    compile_in_place(backbone, backbone.encoder.layer, "layers", torch.device("cpu"))
+    for lengths in LENGTHS:
+        backbone(*batch(lengths=lengths)).sum().backward()
+    assert 2 <= dynamo["unique_graphs"] <= 4
+
+
+# ------------------------------------------------------------------ the adapters' gradients
+
+ADAPTERS = {
+    "lora": lambda linear: LoRALinear(linear, 2, 8),
+    "ia3 on output": IA3Linear,
+    "ia3 on input": lambda linear: IA3Linear(linear, feedforward=True),
+    "ia3 on rows": lambda linear: IA3Linear(linear, rows=(1, 2)),
+}
+
+
+@pytest.mark.parametrize("adapt", ADAPTERS.values(), ids=ADAPTERS)
 def test_gradcheck_of_the_adapters(adapt):
     torch.manual_seed(0)
     adapted = adapt(nn.Linear(4, 3).double())
@@ -184,7 +250,7 @@ def test_gradcheck_of_the_adapters(adapt):
 
 @pytest.mark.parametrize("feedforward", [False, True])
 def test_ia3_at_zero_has_its_true_gradient(feedforward):
-    """As in the PEFT library: the gradient does not depend on l itself, since the result is linear in it."""
+    """As in the PEFT library: the result is linear in l, so the gradient does not depend on l."""
     torch.manual_seed(0)
     linear, x = nn.Linear(4, 4), torch.randn(5, 4)
     at_one = IA3Linear(linear, feedforward=feedforward)

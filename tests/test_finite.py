@@ -1,4 +1,7 @@
-"""Numbers that are not finite: refused by name where they are read, and never a table, a temperature or a JSON document."""
+"""Numbers that are not finite are refused by name where they are read.
+
+They are never a table, a temperature or a JSON document.
+"""
 
 import json
 import re
@@ -16,19 +19,27 @@ import train
 from taxa.backbones import load_backbone
 from taxa.errors import InputError
 from taxa.evaluation.evaluation import split_temperature
+from taxa.model import TaxonClassifier
 from taxa.runtime.distributed import World
 from taxa.runtime.files import check_finite, save_tensors, write_json
 from taxa.training import checkpoint
 
 BAD = [float("nan"), float("inf"), -float("inf")]
+ONE_STEP = ("--max-steps", "1", "--batch-size", "32")
 
 
 def test_the_first_tensor_that_is_not_finite_is_named():
-    good = {"a": torch.zeros(3), "whole numbers": torch.arange(3), "none": torch.zeros(0), "largest": torch.tensor([3.4e38] * 9)}
-    check_finite("here", good)  # whose sum is infinite
+    good = {
+        "a": torch.zeros(3),
+        "whole numbers": torch.arange(3),
+        "none": torch.zeros(0),
+        "largest": torch.tensor([3.4e38] * 9),  # whose sum is infinite
+    }
+    check_finite("here", good)
     for bad in BAD:
+        spoilt = {**good, "b.weight": torch.tensor([1, 2, 3, bad]), "c": torch.tensor([bad])}
         with pytest.raises(InputError, match="^here: b.weight is not finite: 1 of its 4 numbers"):
-            check_finite("here", {**good, "b.weight": torch.tensor([1, 2, 3, bad]), "c": torch.tensor([bad])})
+            check_finite("here", spoilt)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +47,7 @@ def runs(short, weights, tmp_path_factory):
     """{strategy: run folder} of a step each."""
     root = tmp_path_factory.mktemp("runs")
     for strategy in ("lora", "full"):
-        train.main(command("tiny-nt", strategy, short, weights, root / strategy, "--max-steps", "1", "--batch-size", "32"))
+        train.main(command("tiny-nt", strategy, short, weights, root / strategy, *ONE_STEP))
     return {strategy: root / strategy for strategy in ("lora", "full")}
 
 
@@ -48,56 +59,73 @@ def spoilt(run, path, name, value):
 
 
 @pytest.mark.parametrize("value", BAD)
-@pytest.mark.parametrize("name", ["backbone.encoder.layer.1.attention.self.query.lora_B", "heads.phylum.bias"])
+@pytest.mark.parametrize(
+    "name", ["backbone.encoder.layer.1.attention.self.query.lora_B", "heads.phylum.bias"]
+)
 def test_an_adapter_or_a_head_of_a_checkpoint(name, value, runs, tmp_path):
     path = spoilt(runs["lora"], tmp_path / "ckpt.pt", name, value)
     (tmp_path / "reads.fa").write_text(">a\nACGTACGTACGT\n")
     message = f"ckpt.pt: {re.escape(name)} is not finite: 1 of its "
-    for run in (lambda: evaluate.main([path, "--out", str(tmp_path / "out")]), lambda: export.main([path, "--out", str(tmp_path / "out")]),
-                lambda: export.main([path, "--adapters", "--out", str(tmp_path / "out")]),
-                lambda: predict.main([path, str(tmp_path / "reads.fa"), "--out", str(tmp_path / "out")])):
+    scripts = [
+        (evaluate, []),
+        (export, []),
+        (export, ["--adapters"]),
+        (predict, [str(tmp_path / "reads.fa")]),
+    ]
+    for script, words in scripts:
         with pytest.raises(InputError, match=message):
-            run()
+            script.main([path, *words, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
 def test_adapters_and_heads_of_a_folder(runs, short, weights, tmp_path):
-    for file, name in (("adapter_model.safetensors", "layer.0.attention.self.value.lora_A.weight"), ("heads.safetensors", "genus.weight")):
+    of_files = {
+        "adapter_model.safetensors": "layer.0.attention.self.value.lora_A.weight",
+        "heads.safetensors": "genus.weight",
+    }
+    for file, name in of_files.items():
         folder = tmp_path / file
         export.main([str(runs["lora"] / "ckpt.pt"), "--adapters", "--out", str(folder)])
         tensors = load_file(folder / file)
         key, = (key for key in tensors if key.endswith(name))
         tensors[key].view(-1)[0] = float("nan")
         save_tensors(folder / file, tensors)
-        arguments = command("tiny-nt", "lora", short, weights, tmp_path / "run", "--adapters", str(folder))
-        arguments = [a for a in arguments if a not in ("--r", "4", "--lora-dropout", "0")]
-        for run in (lambda: train.main(arguments), lambda: evaluate.main([str(folder)])):
+        starts = ("--adapters", str(folder))
+        arguments = command("tiny-nt", "lora", short, weights, tmp_path / "run", *starts)
+        decided = ("--r", "4", "--lora-dropout", "0")  # by the folder
+        arguments = [word for word in arguments if word not in decided]
+        for script, words in ((train, arguments), (evaluate, [str(folder)])):
             with pytest.raises(InputError, match=f"{file}: {re.escape(key)} is not finite"):
-                run()
+                script.main(words)
     assert not (tmp_path / "run").exists()
 
 
 def test_base_weights(short, weights, tmp_path):
+    spoilt, out = tmp_path / "w", tmp_path / "run"
+    spoilt.mkdir()
     tensors = load_file(weights["tiny-nt"] / "model.safetensors")
     tensors["esm.encoder.layer.1.output.dense.weight"][3, 5] = float("inf")
-    (tmp_path / "w").mkdir()
-    save_file(tensors, tmp_path / "w" / "model.safetensors")
-    (tmp_path / "w" / "config.json").write_text((weights["tiny-nt"] / "config.json").read_text())
+    save_file(tensors, spoilt / "model.safetensors")
+    (spoilt / "config.json").write_text((weights["tiny-nt"] / "config.json").read_text())
     message = "weights from .*w: encoder.layer.1.output.dense.weight is not finite"
-    for run in (lambda: load_backbone("tiny-nt", tmp_path / "w"),
-                lambda: train.main(command("tiny-nt", "ia3", short, {"tiny-nt": tmp_path / "w"}, tmp_path / "run")),
-                lambda: pretrain.main(["--model", "tiny-nt", "--data", str(short), "--weights", str(tmp_path / "w"), "--warmup-steps", "1",
-                                       "--out", str(tmp_path / "run")])):
-        with pytest.raises(InputError, match=message):
-            run()
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match=message):
+        load_backbone("tiny-nt", spoilt)
+    with pytest.raises(InputError, match=message):
+        train.main(command("tiny-nt", "ia3", short, {"tiny-nt": spoilt}, out))
+    words = ["--model", "tiny-nt", "--data", str(short), "--weights", str(spoilt)]
+    with pytest.raises(InputError, match=message):
+        pretrain.main([*words, "--warmup-steps", "1", "--out", str(out)])
+    assert not out.exists()
 
 
 # ------------------------------------------------------------------ finite weights that overflow
 
 
 def overflow(state):
-    """Change the tensors of a classifier in place: the pooled vector is all ones, and each logit their sum times 3e38."""
+    """Change the tensors of a classifier in place.
+
+    The pooled vector becomes all ones, and each logit their sum times 3e38.
+    """
     for name, tensor in state.items():
         if name.startswith("heads.") and name.endswith("weight"):
             tensor.fill_(3e38)
@@ -114,20 +142,27 @@ def overflowing(runs, tmp_path):
     return tmp_path / "ckpt.pt"
 
 
-@pytest.mark.parametrize("flags, what", [([], "loss"), (["--temperature"], "logit"), (["--split", "validation"], "loss")])
+@pytest.mark.parametrize(
+    "flags, what",
+    [([], "loss"), (["--temperature"], "logit"), (["--split", "validation"], "loss")],
+)
 def test_no_table_and_no_temperature_of_them(flags, what, overflowing, capsys):
-    with pytest.raises(InputError, match=rf"\d+ of \d+ sequences of the (test|validation) split have a {what} that is not finite"):
-        evaluate.main([str(overflowing), *flags, "--out", str(overflowing.parent / "out")])
-    assert "balanced accuracy" not in capsys.readouterr().out and not list((overflowing.parent / "out").glob("*"))
+    sequences = r"\d+ of \d+ sequences of the (test|validation) split"
+    out = overflowing.parent / "out"
+    with pytest.raises(InputError, match=f"{sequences} have a {what} that is not finite"):
+        evaluate.main([str(overflowing), *flags, "--out", str(out)])
+    assert "balanced accuracy" not in capsys.readouterr().out
+    assert not list(out.glob("*"))
 
 
 @pytest.mark.parametrize("format", ["tsv", "jsonl", "kraken"])
 def test_no_prediction_of_them(format, overflowing):
-    (overflowing.parent / "reads.fa").write_text(">n\nNNN\n>first read\nACGTACGTACGT\n>b\nACGT\n")
-    with pytest.raises(InputError, match="^2 reads get probabilities that are not finite, the first 'first read'"):
-        predict.main([str(overflowing), str(overflowing.parent / "reads.fa"), "--format", format, "--out",
-                      str(overflowing.parent / "out")])
-    assert not (overflowing.parent / "out").exists()
+    reads, out = overflowing.parent / "reads.fa", overflowing.parent / "out"
+    reads.write_text(">n\nNNN\n>first read\nACGTACGTACGT\n>b\nACGT\n")
+    message = "^2 reads get probabilities that are not finite, the first 'first read'"
+    with pytest.raises(InputError, match=message):
+        predict.main([str(overflowing), str(reads), "--format", format, "--out", str(out)])
+    assert not out.exists()
 
 
 def test_no_folder_to_publish_of_them(overflowing):
@@ -150,8 +185,11 @@ def test_split_temperature_does_not_end_at_its_lower_bound_for_nan(short):
             return 4
 
         def __getitem__(self, rows):
-            return {"input_ids": torch.zeros(len(rows), 2).long(), "attention_mask": torch.ones(len(rows), 2).long(),
-                    "labels": torch.zeros(len(rows), 1).long()}
+            return {
+                "input_ids": torch.zeros(len(rows), 2).long(),
+                "attention_mask": torch.ones(len(rows), 2).long(),
+                "labels": torch.zeros(len(rows), 1).long(),
+            }
 
     class Model(torch.nn.Module):
         heads = {"genus": torch.nn.Linear(2, 3)}
@@ -159,12 +197,15 @@ def test_split_temperature_does_not_end_at_its_lower_bound_for_nan(short):
         def forward(self, ids, mask):
             return {"genus": torch.tensor([[0.0, 1.0, float("nan")]]).expand(len(ids), 3)}
 
-    with pytest.raises(InputError, match="4 of 4 sequences of the validation split have a logit that is not finite"):
+    message = "4 of 4 sequences of the validation split have a logit that is not finite"
+    with pytest.raises(InputError, match=message):
         split_temperature(World(0, 1, torch.device("cpu")), Model(), Split(), 2)
 
 
 @pytest.mark.parametrize("when", ["validation", "test"])
-def test_a_run_whose_loss_is_not_finite_ends_with_2_and_no_metrics(when, short, weights, tmp_path, monkeypatch):
+def test_a_run_whose_loss_is_not_finite_ends_with_2_and_no_metrics(
+    when, short, weights, tmp_path, monkeypatch
+):
     """In the validation no checkpoint is written; in the test no table."""
     run_split = train.run_split
 
@@ -174,10 +215,13 @@ def test_a_run_whose_loss_is_not_finite_ends_with_2_and_no_metrics(when, short, 
         return run_split(w, model, split, *arguments, **more)
 
     monkeypatch.setattr(train, "run_split", spoil)
-    with pytest.raises(InputError, match=f"of the {when} split have a loss that is not finite.*--lr"):
-        train.main(command("tiny-nt", "full", short, weights, tmp_path / "run", "--max-steps", "1", "--batch-size", "32"))
-    assert (tmp_path / "run" / "ckpt.pt").exists() == (when == "test") and not (tmp_path / "run" / "metrics.json").exists()
-    for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
+    out = tmp_path / "run"
+    message = f"of the {when} split have a loss that is not finite.*--lr"
+    with pytest.raises(InputError, match=message):
+        train.main(command("tiny-nt", "full", short, weights, out, *ONE_STEP))
+    assert (out / "ckpt.pt").exists() == (when == "test")
+    assert not (out / "metrics.json").exists()
+    for line in (out / "log.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda text: pytest.fail(f"{text} in {line}"))
 
 
@@ -187,7 +231,8 @@ def test_a_run_whose_loss_is_not_finite_ends_with_2_and_no_metrics(when, short, 
 @pytest.mark.parametrize("value", BAD)
 def test_no_json_document_holds_them(value, tmp_path):
     write_json(tmp_path / "metrics.json", {"loss": 1.0})
-    with pytest.raises(InputError, match="metrics.json is not written: a number in it is NaN or infinite"):
+    message = "metrics.json is not written: a number in it is NaN or infinite"
+    with pytest.raises(InputError, match=message):
         write_json(tmp_path / "metrics.json", {"ranks": [{"loss": value}]})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"loss": 1.0}
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
@@ -195,7 +240,10 @@ def test_no_json_document_holds_them(value, tmp_path):
 
 @pytest.mark.parametrize("precision, low, high", [("fp32", 0, 1e-4), ("bf16", 1e-4, 1)])
 def test_the_card_says_how_far_merging_moves_the_logits(precision, low, high, runs, tmp_path):
-    """Against the exported folder as a user loads it, on the same sequences, in the precision of the run."""
+    """Against the exported folder as a user loads it.
+
+    On the same sequences, in the precision of the run.
+    """
     content = checkpoint.read(runs["lora"] / "ckpt.pt") | {"precision": precision}
     torch.manual_seed(0)
     for name in content["state"]:
@@ -204,22 +252,30 @@ def test_the_card_says_how_far_merging_moves_the_logits(precision, low, high, ru
     checkpoint.save(tmp_path / "ckpt.pt", content)
     export.main([str(tmp_path / "ckpt.pt"), "--out", str(tmp_path / "out")])
     ids = export.random_tokens(content)
-    assert ids.shape == (4, 16) and len(set(ids.flatten().tolist())) > 50  # 90 bases: 15 6-mers and <cls>
-    exported = checkpoint.TaxonClassifier(load_backbone("tiny-nt", tmp_path / "out"), {r: len(t) for r, t in content["classes"].items()})
+    assert ids.shape == (4, 16)  # 90 bases: 15 6-mers and <cls>
+    assert len(set(ids.flatten().tolist())) > 50
+    num_classes = {rank: len(table) for rank, table in content["classes"].items()}
+    exported = TaxonClassifier(load_backbone("tiny-nt", tmp_path / "out"), num_classes)
     exported.heads.load_state_dict(load_file(tmp_path / "out" / "heads.safetensors"))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         pairs = zip(exported.eval()(ids).values(), checkpoint.rebuild(content)(ids).values())
         expected = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
-    found = re.search(rf"on 4 random sequences of 16 tokens, in {precision} on a CPU, .* is ([-0-9.e]+) \(logits up to",
-                      (tmp_path / "out" / "README.md").read_text())
-    assert float(found[1]) == pytest.approx(expected, rel=1e-2) and low < expected < high
+    where = f"on 4 random sequences of 16 tokens, in {precision} on a CPU"
+    card = (tmp_path / "out" / "README.md").read_text()
+    found = re.search(rf"{where}, .* is ([-0-9.e]+) \(logits up to", card)
+    assert float(found[1]) == pytest.approx(expected, rel=1e-2)
+    assert low < expected < high
 
 
 def test_a_file_of_tensors_is_never_written_in_place(tmp_path):
-    """Tensors loaded from a file may be mapped from it; the old bytes stay what they were under another name."""
+    """Tensors loaded from a file may be mapped from it.
+
+    The old bytes stay what they were under another name.
+    """
     path, other = tmp_path / "a.safetensors", tmp_path / "link"
     save_tensors(path, {"a": torch.zeros(1000)})
     other.hardlink_to(path)
     before, loaded = other.read_bytes(), load_file(path)
     save_tensors(path, {"a": torch.ones(1000)})
-    assert other.read_bytes() == before and (loaded["a"] == 0).all() and (load_file(path)["a"] == 1).all()
+    assert other.read_bytes() == before
+    assert (loaded["a"] == 0).all() and (load_file(path)["a"] == 1).all()
