@@ -168,8 +168,8 @@ ROOT, CELLULAR = (1, "root"), (131567, "cellular organisms")
 MERGED = [(31968, 1239), (325213, 1280)]  # (old taxid, the taxid it was merged into)
 # Percent of the sequences, as in the study.
 SHARE = {"Archaea": 10, "Bacteria": 35, "Eukaryota": 50, "Viruses": 5}
-# NCBI's (division, genetic code, mitochondrial genetic code); one triple per superkingdom here, finer
-# in NCBI's dump.
+# NCBI's (division, genetic code, mitochondrial genetic code); one triple per superkingdom here,
+# finer in NCBI's dump.
 CODES = {
     "root": (8, 1, 0),
     "cellular organisms": (8, 1, 0),
@@ -195,7 +195,8 @@ STUDY = {
 }
 STUDY_SEQUENCES = sum(sequences for sequences, _, _ in STUDY.values())
 FIRST_INVENTED, FIRST_UNUSED = 900_000_001, 1_000_000_001  # taxids far above NCBI's
-CHUNK = 4096  # records simulated at a time, some 15 kB of memory each; the output does not depend on it
+# Records simulated at a time, some 15 kB of memory each. The output does not depend on it.
+CHUNK = 4096
 
 
 def species():
@@ -212,9 +213,9 @@ def species():
 
 
 def counts(sequences):
-    """Return how many sequences each species has, in the order of species(); their sum is `sequences`.
+    """Return how many sequences each species has, in the order of species().
 
-    Every species has a hundredth of the sequences, at least 1 and at most 20. The rest goes to the
+    Their sum is `sequences`. Every species has a hundredth of the sequences, at least 1 and at most 20. The rest goes to the
     superkingdoms by SHARE, and within one to its species in proportion to 1/4, 1/5, 1/6, ...
     Raises InputError for fewer sequences than species.
     """
@@ -363,9 +364,9 @@ def study_fragments(words, which, length, rng):
 
 
 def write_taxdump(path, lineages, unused=0):
-    """Write lineages to the zip `path` in NCBI's format: nodes.dmp, names.dmp, merged.dmp and an empty delnodes.dmp.
+    """Write lineages to the zip `path` in NCBI's format.
 
-    unused: so many species more, which no sequence has (NCBI's dump has over 2.5 million nodes).
+    It holds nodes.dmp, names.dmp, merged.dmp and an empty delnodes.dmp. unused: so many species more, which no sequence has (NCBI's dump has over 2.5 million nodes).
     """
     # parent, rank, codes
     nodes = {
@@ -385,12 +386,16 @@ def write_taxdump(path, lineages, unused=0):
     rows = {"nodes.dmp": [], "names.dmp": [], "merged.dmp": MERGED, "delnodes.dmp": []}
     for (taxid, name), (parent, rank, group) in sorted(nodes.items()):
         division, code, mitochondrial = CODES[group]
-        inherited = int(rank not in ("no rank", "superkingdom"))  # 1: the three codes are the parent's
+        # 1: the three codes are the parent's
+        inherited = int(rank not in ("no rank", "superkingdom"))
         codes = (division, inherited, code, inherited, mitochondrial, inherited)
         rows["nodes.dmp"].append((taxid, parent[0], rank, "", *codes, 0, 0, ""))
         rows["names.dmp"].append((taxid, name, "", "scientific name"))
     # stored, because what deflate gives depends on the version of zlib
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with (
+        replacing(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+    ):
         for member, fields in rows.items():
             text = "".join("\t|\t".join(map(str, row)) + "\t|\n" for row in fields)
             info = zipfile.ZipInfo(member, date_time=(2024, 12, 1, 0, 0, 0))
