@@ -215,9 +215,9 @@ def species():
 def counts(sequences):
     """Return how many sequences each species has, in the order of species().
 
-    Their sum is `sequences`. Every species has a hundredth of the sequences, at least 1 and at most 20. The rest goes to the
-    superkingdoms by SHARE, and within one to its species in proportion to 1/4, 1/5, 1/6, ...
-    Raises InputError for fewer sequences than species.
+    Their sum is `sequences`. Every species has a hundredth of the sequences, at least 1 and at most
+    20. The rest goes to the superkingdoms by SHARE, and within one to its species in proportion to
+    1/4, 1/5, 1/6, ... Raises InputError for fewer sequences than species.
     """
     lineages = species()
     if sequences < len(lineages):
@@ -366,7 +366,8 @@ def study_fragments(words, which, length, rng):
 def write_taxdump(path, lineages, unused=0):
     """Write lineages to the zip `path` in NCBI's format.
 
-    It holds nodes.dmp, names.dmp, merged.dmp and an empty delnodes.dmp. unused: so many species more, which no sequence has (NCBI's dump has over 2.5 million nodes).
+    It holds nodes.dmp, names.dmp, merged.dmp and an empty delnodes.dmp. unused: so many species
+    more, which no sequence has (NCBI's dump has over 2.5 million nodes).
     """
     # parent, rank, codes
     nodes = {
