@@ -118,6 +118,36 @@ def new_folder(path, overwrite=False):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def lock(file, path, *, advice, inherited=False):
+    """Lock an open file, or the descriptor of a folder; returns whether it is locked.
+
+    There are two kinds of locks:
+
+        record lock     It is this process's alone (lockf). It needs a file that is open for
+                        writing, and works over NFS. It ends with the process, or when that closes
+                        any of its descriptors of the file.
+        inherited=True  It is the open file's (flock). The processes that inherit the descriptor
+                        share it, and it ends with the last of them. A folder can have it.
+
+    path: what a message calls it. Where the file system has no locks, a warning names the path and
+    gives the advice. Raises BlockingIOError at once when another process holds the lock, and any
+    other error of the system as it is.
+    """
+    call = fcntl.flock if inherited else fcntl.lockf
+    try:
+        call(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"warning: {path} cannot be locked ({error.strerror}): {advice}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def locked(folder):
     """Hold a lock on a folder. The lock ends with the process, however that ends.
@@ -128,18 +158,9 @@ def locked(folder):
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor, folder, advice="let no other process write it", inherited=True)
         except BlockingIOError:
             raise InputError(f"{folder}: another process is writing it") from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            print(
-                f"warning: {folder} cannot be locked ({error.strerror}): "
-                "let no other process write it",
-                file=sys.stderr,
-                flush=True,
-            )
         yield
     finally:
         os.close(descriptor)

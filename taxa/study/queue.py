@@ -5,7 +5,6 @@ Each has GPUs of its own, or is one of several on the CPU.
 
 import collections
 import ctypes
-import fcntl
 import os
 import shlex
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from taxa.errors import InputError, Saved
+from taxa.runtime.files import lock
 
 LOCK = ".queue.lock"
 LEFT_BEHIND = 300  # seconds that the commands of a killed queue get to save and leave
@@ -60,12 +60,15 @@ def hold(folder):
 
     There are two locks on one file, and both end with the process. lockf's belongs to this process
     alone; flock's is shared by the commands that it starts. Raises InputError at once when another
-    queue is at work there. Waits while commands of a queue that was killed save and leave.
+    queue is at work there. Waits while commands of a queue that was killed save and leave. Where
+    the file system has no locks, a warning is printed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / LOCK, "a+", encoding="utf-8")
+    advice = "start no second study.py there"
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock(file, folder, advice=advice):
+            return file
     except OSError:
         file.close()
         raise InputError(
@@ -74,7 +77,7 @@ def hold(folder):
     deadline = time.monotonic() + LEFT_BEHIND
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, folder, advice=advice, inherited=True)
             return file
         except BlockingIOError:
             if time.monotonic() > deadline:
