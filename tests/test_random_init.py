@@ -1,18 +1,18 @@
-"""Random initialisation: its distribution, what it covers, and that it leaves nothing pretrained behind."""
+"""Random initialisation: its distribution, what it covers, and that it leaves nothing pretrained
+behind.
+"""
 
 import json
 import math
 
 import pytest
 import torch
-from helpers import scrambled
+from helpers import TINY, scrambled
 from torch import nn
 
 from taxa.backbones import FAMILIES, get_model, load_backbone
 from taxa.model import TaxonClassifier
 from taxa.random_init import reinitialize
-
-TINY = ["tiny-nt", "tiny-dnabert"]
 
 
 def pretrained_like(name, **sizes):
@@ -28,7 +28,8 @@ def counted(model, initializer_range):
     seen = {"layer_norm": 0, "bias": 0, "normal": 0}
     for key, p in model.named_parameters():
         if is_layer_norm(key):
-            assert torch.equal(p, torch.ones_like(p) if key.endswith("weight") else torch.zeros_like(p)), key
+            expected = torch.ones_like(p) if key.endswith("weight") else torch.zeros_like(p)
+            assert torch.equal(p, expected), key
             seen["layer_norm"] += 1
         elif key.endswith("bias"):
             assert not p.any(), key
@@ -36,14 +37,18 @@ def counted(model, initializer_range):
         else:
             n = p.numel()
             assert abs(p.mean().item()) < 5 * initializer_range / math.sqrt(n), key
-            assert p.std().item() == pytest.approx(initializer_range, rel=5 / math.sqrt(2 * n)), key
+            spread = 5 / math.sqrt(2 * n)
+            assert p.std().item() == pytest.approx(initializer_range, rel=spread), key
             seen["normal"] += 1
     return seen
 
 
-# Two layers, by hand. NT: per layer two LayerNorms, four biases, six matrices; DNABERT: two, three, four; and the rest.
-BACKBONE = {"tiny-nt": {"layer_norm": 2 * 4 + 2, "bias": 2 * 4, "normal": 2 * 6 + 1},
-            "tiny-dnabert": {"layer_norm": 2 * 4 + 2, "bias": 2 * 3, "normal": 2 * 4 + 2}}
+# Two layers, counted by hand. A layer of the NT has two LayerNorms, four biases and six matrices;
+# one of DNABERT two, three and four. The rest is outside the layers.
+BACKBONE = {
+    "tiny-nt": {"layer_norm": 2 * 4 + 2, "bias": 2 * 4, "normal": 2 * 6 + 1},
+    "tiny-dnabert": {"layer_norm": 2 * 4 + 2, "bias": 2 * 3, "normal": 2 * 4 + 2},
+}
 HEADS = {"layer_norm": 0, "bias": 3, "normal": 3}
 
 
@@ -53,14 +58,16 @@ def test_every_parameter(name, initializer_range):
     classifier = pretrained_like(name, vocab_size=600, hidden_size=96)
     torch.manual_seed(0)
     assert reinitialize(classifier, initializer_range) is classifier
-    assert counted(classifier, initializer_range) == {kind: n + HEADS[kind] for kind, n in BACKBONE[name].items()}
+    expected = {kind: n + HEADS[kind] for kind, n in BACKBONE[name].items()}
+    assert counted(classifier, initializer_range) == expected
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_load_backbone_without_weights_uses_the_range_of_the_config(name, tmp_path):
     torch.manual_seed(1)
     assert counted(load_backbone(name, pretrained=False), 0.1) == BACKBONE[name]
-    config = FAMILIES[get_model(name).family].config(**(get_model(name).sizes | {"initializer_range": 0.3}))
+    row = get_model(name)
+    config = FAMILIES[row.family].config(**(row.sizes | {"initializer_range": 0.3}))
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert counted(load_backbone(name, tmp_path, pretrained=False), 0.3) == BACKBONE[name]
 
@@ -69,7 +76,8 @@ def test_distribution_is_normal_and_not_truncated_or_uniform():
     torch.manual_seed(0)
     z = reinitialize(nn.Embedding(4107, 64), 0.02).weight.detach() / 0.02
     for bound, share in ((1, 0.3173), (2, 0.0455), (3, 0.0027)):
-        assert (z.abs() > bound).float().mean().item() == pytest.approx(share, abs=4 * math.sqrt(share / z.numel()))
+        found = (z.abs() > bound).float().mean().item()
+        assert found == pytest.approx(share, abs=4 * math.sqrt(share / z.numel()))
     assert (z > 0).float().mean().item() == pytest.approx(0.5, abs=0.005)
 
 
@@ -115,5 +123,7 @@ def test_module_without_a_rule_is_refused(module):
 
 
 def test_modules_without_parameters_and_linears_without_bias_are_fine():
-    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Dropout(0.1), nn.ReLU(), nn.Embedding(4, 3))
+    model = nn.Sequential(
+        nn.Linear(3, 3, bias=False), nn.Dropout(0.1), nn.ReLU(), nn.Embedding(4, 3),
+    )
     assert reinitialize(model) is model
