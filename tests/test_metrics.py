@@ -1,4 +1,6 @@
-"""The metrics against scikit-learn, on what runs meet: absent classes, classes never predicted, one class alone."""
+"""The metrics against scikit-learn, on what runs meet: absent classes, classes never predicted, one
+class alone.
+"""
 
 import numpy as np
 import pytest
@@ -13,10 +15,21 @@ from taxa.evaluation.metrics import (
 )
 
 sklearn = pytest.importorskip("sklearn.metrics")
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # scikit-learn's, of classes that only the truth lacks
+# The warnings are scikit-learn's, of classes that only the truth lacks.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-CASES = ["plain", "absent from the truth", "never predicted", "absent from both", "one class", "one class, all wrong",
-         "perfect", "all wrong", "skewed", "one sequence"]
+CASES = [
+    "plain",
+    "absent from the truth",
+    "never predicted",
+    "absent from both",
+    "one class",
+    "one class, all wrong",
+    "perfect",
+    "all wrong",
+    "skewed",
+    "one sequence",
+]
 
 
 def case(what, seed):
@@ -51,20 +64,30 @@ def case(what, seed):
 def test_equals_scikit_learn(what, seed):
     truth, predicted, C = case(what, seed)
     confusion = confusion_matrix(truth, predicted, C)
-    np.testing.assert_array_equal(confusion, sklearn.confusion_matrix(truth, predicted, labels=range(C)))
-    expected = {"balanced_accuracy": sklearn.balanced_accuracy_score(truth, predicted),
-                "accuracy": sklearn.accuracy_score(truth, predicted),
-                "macro_f1": sklearn.f1_score(truth, predicted, average="macro", zero_division=0)}
+    theirs = sklearn.confusion_matrix(truth, predicted, labels=range(C))
+    np.testing.assert_array_equal(confusion, theirs)
+    expected = {
+        "balanced_accuracy": sklearn.balanced_accuracy_score(truth, predicted),
+        "accuracy": sklearn.accuracy_score(truth, predicted),
+        "macro_f1": sklearn.f1_score(truth, predicted, average="macro", zero_division=0),
+    }
     found = rank_metrics(confusion)
     assert set(found) == set(expected)
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=0, abs=1e-9), key
         assert type(found[key]) is float
-    by_class = sklearn.precision_recall_fscore_support(truth, predicted, labels=range(C), zero_division=0)
-    precision, recall, f1, support = by_class
+    precision, recall, f1, support = sklearn.precision_recall_fscore_support(
+        truth, predicted, labels=range(C), zero_division=0,
+    )
+    by_class = {
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+        "support": support,
+        "predicted": np.bincount(predicted, minlength=C),
+    }
     table = per_class(confusion)
-    for key, value in {"precision": precision, "recall": recall, "f1": f1, "support": support,
-                       "predicted": np.bincount(predicted, minlength=C)}.items():
+    for key, value in by_class.items():
         np.testing.assert_allclose(table[key], value, rtol=0, atol=1e-9, err_msg=key)
 
 
@@ -75,9 +98,12 @@ def test_many_classes_of_unequal_size():
     truth = rng.choice(1884, 3000, p=weights / weights.sum())
     predicted = np.where(rng.random(3000) < 0.6, truth, rng.integers(0, 1884, 3000))
     confusion = confusion_matrix(truth, predicted, 1884)
-    for found, expected in ((balanced_accuracy, sklearn.balanced_accuracy_score(truth, predicted)),
-                            (macro_f1, sklearn.f1_score(truth, predicted, average="macro", zero_division=0)),
-                            (accuracy, sklearn.accuracy_score(truth, predicted))):
+    expected_f1 = sklearn.f1_score(truth, predicted, average="macro", zero_division=0)
+    for found, expected in (
+        (balanced_accuracy, sklearn.balanced_accuracy_score(truth, predicted)),
+        (macro_f1, expected_f1),
+        (accuracy, sklearn.accuracy_score(truth, predicted)),
+    ):
         assert found(confusion) == pytest.approx(expected, rel=0, abs=1e-9)
 
 
@@ -92,7 +118,9 @@ def test_rows_are_the_truth_and_cells_are_whole_numbers():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
 def test_narrow_class_numbers_do_not_overflow(dtype):
-    """Labels are stored as small integers; 250 * 251 + 250 does not fit in 8 bits, nor 1883 * 1884 in 16."""
+    """Labels are stored as small integers; 250 * 251 + 250 does not fit in 8 bits, nor
+    1883 * 1884 in 16.
+    """
     C = 251 if dtype == np.uint8 else 1884
     truth = np.array([C - 1, C - 1, 0], dtype=dtype)
     predicted = np.array([C - 1, 0, C - 1], dtype=dtype)
