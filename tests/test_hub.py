@@ -1,4 +1,6 @@
-"""Whether the hub is asked: not when it does not answer, not when HF_HUB_OFFLINE says so, and by the library alone behind a proxy."""
+"""Whether the hub is asked: not when it does not answer, not when HF_HUB_OFFLINE says so, and by
+the library alone behind a proxy.
+"""
 
 import socket
 import time
@@ -11,7 +13,10 @@ from taxa.runtime import hub
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
+    proxies = (
+        "http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY",
+    )
+    for name in proxies:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.cache_only.cache_clear()
@@ -21,7 +26,8 @@ def fresh(monkeypatch):
 
 def test_a_hub_that_answers(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        port = server.getsockname()[1]
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
         assert hub.cache_only() is False
 
 
