@@ -60,41 +60,61 @@ def test_labels_are_those_of_the_lineage_and_the_split_is_by_the_last(ranks, pre
 
 def test_the_default_ranks_given_in_full_change_no_byte(simulated, tmp_path):
     prepare.main([*simulated, "--out", str(tmp_path / "a")])
-    prepare.main([*simulated, "--ranks", "superkingdom", "phylum", "genus", "--out", str(tmp_path / "b")])
-    assert (tmp_path / "a" / "manifest.json").read_bytes() == (tmp_path / "b" / "manifest.json").read_bytes()
+    prepare.main([
+        *simulated, "--ranks", "superkingdom", "phylum", "genus", "--out", str(tmp_path / "b"),
+    ])
+    default = (tmp_path / "a" / "manifest.json").read_bytes()
+    assert default == (tmp_path / "b" / "manifest.json").read_bytes()
 
 
 def test_a_sequence_without_one_of_the_ranks_is_dropped_with_its_reason(simulated, tmp_path):
     with pytest.raises(InputError, match="no sequence is left of 400 .*: no family"):
-        prepare.main([*simulated, "--ranks", "phylum", "family", "--out", str(tmp_path / "out")])
+        prepare.main([
+            *simulated, "--ranks", "phylum", "family", "--out", str(tmp_path / "out"),
+        ])
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("ranks", [4, 1])
 def test_train_and_evaluate_follow_the_folder(ranks, prepared, weights, tmp_path, capsys):
-    out, names = tmp_path / "run", FOUR if ranks == 4 else ["phylum"]
-    tested = train.main(["--model", "tiny-nt", "--strategy", "lora", "--data", str(prepared[ranks]), "--weights", str(weights["tiny-nt"]),
-                         "--out", str(out), "--max-steps", "2", "--batch-size", "8"])
-    assert list(tested["ranks"]) == names and list(checkpoint.read(out / "ckpt.pt")["classes"]) == names
-    assert sorted(path.name for path in out.glob("confusion_*.csv")) == sorted(f"confusion_{rank}.csv" for rank in names)
-    rows = list(csv.DictReader((out / "per_class.csv").read_text(encoding="utf-8").splitlines()))
+    out = tmp_path / "run"
+    names = FOUR if ranks == 4 else ["phylum"]
+    tested = train.main([
+        "--model", "tiny-nt", "--strategy", "lora",
+        "--data", str(prepared[ranks]), "--weights", str(weights["tiny-nt"]),
+        "--out", str(out), "--max-steps", "2", "--batch-size", "8",
+    ])
+    assert list(tested["ranks"]) == names
+    assert list(checkpoint.read(out / "ckpt.pt")["classes"]) == names
+    tables = sorted(path.name for path in out.glob("confusion_*.csv"))
+    assert tables == sorted(f"confusion_{rank}.csv" for rank in names)
+    lines = (out / "per_class.csv").read_text(encoding="utf-8").splitlines()
+    rows = list(csv.DictReader(lines))
     assert list(dict.fromkeys(row["rank"] for row in rows)) == names
     assert evaluate.main([str(out / "ckpt.pt")]) == tested
     other = prepared[5 - ranks]
     capsys.readouterr()
-    with pytest.raises(InputError, match=f"has heads for {' '.join(names)}, but .* evaluate on data prepared with --ranks"):
-        evaluate.main([str(out / "ckpt.pt"), "--data", str(other), "--out", str(tmp_path / "other")])
+    message = f"has heads for {' '.join(names)}, but .* evaluate on data prepared with --ranks"
+    with pytest.raises(InputError, match=message):
+        evaluate.main([
+            str(out / "ckpt.pt"), "--data", str(other), "--out", str(tmp_path / "other"),
+        ])
 
 
 def test_loss_is_the_sum_over_all_heads(prepared):
     data = PreparedDataset(prepared[4])
     torch.manual_seed(0)
-    model = TaxonClassifier(load_backbone("tiny-nt", pretrained=False), data.num_classes).eval()
+    backbone = load_backbone("tiny-nt", pretrained=False)
+    model = TaxonClassifier(backbone, data.num_classes).eval()
     batch = data.split("test", "nt")[[0, 1, 2]]
     with torch.no_grad():
         logits = model(batch["input_ids"], batch["attention_mask"])
-    expected = sum(torch.nn.functional.nll_loss(logits[rank].log_softmax(1), batch["labels"][:, i], reduction="none")
-                   for i, rank in enumerate(FOUR))
+    expected = sum(
+        torch.nn.functional.nll_loss(
+            logits[rank].log_softmax(1), batch["labels"][:, i], reduction="none",
+        )
+        for i, rank in enumerate(FOUR)
+    )
     torch.testing.assert_close(sequence_losses(logits, batch["labels"]), expected)
 
 
@@ -106,7 +126,8 @@ def dry(capsys, *arguments):
 
 def test_dry_run_counts_the_heads_of_the_ranks(prepared, capsys):
     counted = dry(capsys, "--num-classes", 4, 18, 54, 54, "--ranks", *FOUR)
-    assert counted["names"][-8:] == [f"heads.{rank}.{kind}" for rank in FOUR for kind in ("weight", "bias")]
+    heads = [f"heads.{rank}.{kind}" for rank in FOUR for kind in ("weight", "bias")]
+    assert counted["names"][-8:] == heads
     assert counted["total"] == 52_484_608 + (4 + 18 + 54 + 54) * 513
     assert dry(capsys, "--data", prepared[4]) == counted
     assert dry(capsys, "--num-classes", 9, "--ranks", "family")["total"] == 52_484_608 + 9 * 513
