@@ -1,8 +1,8 @@
 """Wrong input to every script: exit status 2, one line on stderr, no traceback, nothing written.
 
-{name} in a command stands for a path: files below are made once, and the whole folder is compared before and after.
+{name} in a command stands for a path: files below are made once, and the whole folder is compared
+before and after.
 """
-
 import gzip
 import hashlib
 import json
@@ -24,9 +24,18 @@ import train
 from taxa.runtime import cli
 from taxa.training import checkpoint
 
-SCRIPTS = {"prepare": prepare, "train": train, "evaluate": evaluate, "predict": predict, "export": export, "pretrain": pretrain,
-           "probe_batch": probe_batch}
-TRAIN = "--model tiny-nt --strategy full --data {data} --weights {weights} --out {out} --max-steps 1 "
+SCRIPTS = {
+    "prepare": prepare,
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "export": export,
+    "pretrain": pretrain,
+    "probe_batch": probe_batch,
+}
+TRAIN = (
+    "--model tiny-nt --strategy full --data {data} --weights {weights} --out {out} --max-steps 1 "
+)
 LORA = TRAIN.replace("full", "lora")
 PREPARE = "--taxdump {dump} --any-length --out {out} --fasta "
 PRETRAIN = "--model tiny-nt --data {data} --out {out} --max-steps 1 --warmup-steps 0 "
@@ -134,10 +143,17 @@ def paths(short, weights, tmp_path_factory):
 
     (root / "full").mkdir()
     (root / "full" / "thesis.tex").write_text("years")
-    train.main(command("tiny-nt", "lora", short, weights, root / "run", "--max-steps", "1", "--batch-size", "32"))
-    at |= {"full": root / "full", "data": short, "weights": weights["tiny-nt"], "ckpt": root / "run" / "ckpt.pt",
-           "last": root / "run" / "last.pt", "dump": short / "source" / "taxdmp_simulated.zip",
-           "fasta": short / "source" / "Bacteria_db.fa"}
+    one_step = ["--max-steps", "1", "--batch-size", "32"]
+    train.main(command("tiny-nt", "lora", short, weights, root / "run", *one_step))
+    at |= {
+        "full": root / "full",
+        "data": short,
+        "weights": weights["tiny-nt"],
+        "ckpt": root / "run" / "ckpt.pt",
+        "last": root / "run" / "last.pt",
+        "dump": short / "source" / "taxdmp_simulated.zip",
+        "fasta": short / "source" / "Bacteria_db.fa",
+    }
     file("text", b"Dear reader,\n")
     file("empty", b"")
     file("protein", b">9606 0\nMEFILPQEFILPQMEFILPQ\n")
@@ -145,29 +161,48 @@ def paths(short, weights, tmp_path_factory):
     file("cut_gzip", gzip.compress(at["fasta"].read_bytes())[:-200])
     file("cut_dump", at["dump"].read_bytes()[:-200])
     file("cut_ckpt", at["ckpt"].read_bytes()[:-200])
-    file("flipped_ckpt", flip(at["ckpt"].read_bytes()[:-200]) + at["ckpt"].read_bytes()[-200:])
+    content = at["ckpt"].read_bytes()
+    file("flipped_ckpt", flip(content[:-200]) + content[-200:])
     torch.save({"format": checkpoint.CHECKPOINT, "version": 1}, root / "unsealed_ckpt")
     at["unsealed_ckpt"] = root / "unsealed_ckpt"
+
+    def one_sequence_more(content):
+        return content.replace(b'"sequences": 400', b'"sequences": 401')
+
+    def huge_header(content):
+        return np.uint64(2**62).tobytes() + content[8:]
+
+    def foreign(content):
+        return (weights["tiny-dnabert"] / "model.safetensors").read_bytes()
+
     damaged("cut_manifest", short, "manifest.json", lambda content: content[:-200])
     damaged("list_manifest", short, "manifest.json", lambda content: b"[]")
-    damaged("flipped_manifest", short, "manifest.json", lambda content: content.replace(b'"sequences": 400', b'"sequences": 401'))
+    damaged("flipped_manifest", short, "manifest.json", one_sequence_more)
     damaged("cut_tokens", short, "train/nt.bin", lambda content: content[:-200])
     damaged("flipped_tokens", short, "train/nt.bin", flip)
     damaged("no_labels", short, "test/labels.npy", lambda content: None)
-    damaged("cut_weights", weights["tiny-nt"], "model.safetensors", lambda content: content[:-200])
-    damaged("huge_header", weights["tiny-nt"], "model.safetensors", lambda content: np.uint64(2**62).tobytes() + content[8:])
-    damaged("foreign_weights", weights["tiny-nt"], "model.safetensors",
-            lambda content: (weights["tiny-dnabert"] / "model.safetensors").read_bytes())
+    of, inside = weights["tiny-nt"], "model.safetensors"
+    damaged("cut_weights", of, inside, lambda content: content[:-200])
+    damaged("huge_header", of, inside, huge_header)
+    damaged("foreign_weights", of, inside, foreign)
     return root, at
 
 
 def digests(root):
     """{path: digest} of every file below a folder but locks, and of every folder."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in root.rglob("*")}
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in root.rglob("*")
+    }
 
 
-@pytest.mark.parametrize("script, arguments, words", WRONG, ids=[f"{script} {arguments}"[-60:] for script, arguments, _ in WRONG])
-def test_one_line_status_2_and_nothing_written(script, arguments, words, paths, capsys, monkeypatch):
+IDS = [f"{script} {arguments}"[-60:] for script, arguments, _ in WRONG]
+
+
+@pytest.mark.parametrize("script, arguments, words", WRONG, ids=IDS)
+def test_one_line_status_2_and_nothing_written(
+    script, arguments, words, paths, capsys, monkeypatch,
+):
     root, at = paths
     monkeypatch.chdir(root)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -177,14 +212,17 @@ def test_one_line_status_2_and_nothing_written(script, arguments, words, paths, 
         cli.run(lambda: SCRIPTS[script].main(shlex.split(arguments.format(**at))))
     out, err = capsys.readouterr()
     line, = err.splitlines()
-    assert left.value.code == 2 and line.startswith(f"{script}.py: error: ") and words in line
-    assert out == "" or script == "prepare" and out.startswith("needs about ")  # which it says before it starts
+    assert left.value.code == 2
+    assert line.startswith(f"{script}.py: error: ") and words in line
+    # What a preparation needs it says before it starts.
+    assert out == "" or script == "prepare" and out.startswith("needs about ")
     assert "Traceback" not in err
     assert digests(root) == before
 
 
 def test_there_are_forty_and_the_input_is_otherwise_right(paths):
-    assert len(WRONG) >= 40 and len({(script, arguments) for script, arguments, _ in WRONG}) == len(WRONG)
+    assert len(WRONG) >= 40
+    assert len({(script, arguments) for script, arguments, _ in WRONG}) == len(WRONG)
     root, at = paths
     train.main(shlex.split(TRAIN.format(**at)))
     assert json.loads((root / "out" / "metrics.json").read_text())["sequences"] == 54
