@@ -148,7 +148,7 @@ def write_backbone(folder, backbone, family):
     # auto_map may name files of a folder, not REPOSITORY--FILE: they are not here.
     if not all("--" in str(value) for value in config.get("auto_map", {}).values()):
         del config["auto_map"]
-    config = family.module.FIXED | config | {"model_type": family.config.model_type}
+    config = family.module.REQUIRED_VALUES | config | {"model_type": family.config.model_type}
     write_json(folder / "config.json", config)
     prefix = backbone.base_model_prefix
     state = {

@@ -1,11 +1,13 @@
-"""(IA)3: a frozen network whose activations are rescaled by trained vectors (Liu et al. 2022, section 3.3).
+"""(IA)3: a frozen network whose activations trained vectors rescale (Liu et al. 2022, section 3.3).
 
     on an output:   y = l * (W x + b)        l (out,)
     on an input:    y = W (l * x) + b        l (in,)
 
-Every l starts at one, so training starts from exactly the pretrained network. The authors scale keys, values, and the hidden layer of the
-feed-forward (the input of its second projection). Of a fused projection of queries, keys and values, Wqkv (3H, H), l covers two thirds of
-the output: the target is written "Wqkv[key,value]". Example, nt50m: 512 + 512 + 2048 numbers in each of 12 layers, 36,864 in all.
+Every l starts at one, so training starts from exactly the pretrained network. The authors scale
+the keys, the values, and the hidden layer of the feed-forward (the input of its second projection).
+A fused projection of queries, keys and values, Wqkv (3H, H), is scaled in two thirds of its output:
+the target is written "Wqkv[key,value]". Example, nt50m: 512 + 512 + 2048 numbers in each of the
+12 layers, 36,864 in all.
 """
 
 import re
@@ -18,55 +20,84 @@ from taxa.errors import InputError
 from taxa.inject import plain_linear, replace_linears, share_linear
 
 THIRDS = ("query", "key", "value")  # of the rows of a fused Wqkv
+NEIGHBOURS = {THIRDS[i:j] for i in range(3) for j in range(i + 1, 4)}  # what brackets may name
 
 
 class IA3Linear(nn.Linear):
-    """An nn.Linear that keeps its weight and bias (the same tensors, under the same names) and adds ia3_l, on its input
-    (feedforward=True) or on the features `rows` = (start, stop) of its output, by default all."""
+    """An nn.Linear with one more parameter, the vector ia3_l.
+
+    The vector scales the input (feedforward=True), or the features `rows` = (start, stop) of the
+    output, by default all. The weight and the bias stay the same tensors, under the same names.
+    """
 
     adapter_parameters = ("ia3_l",)
 
     def __init__(self, linear, feedforward=False, rows=None):
         share_linear(self, linear)
-        self.feedforward, self.rows = feedforward, rows or (0, linear.out_features)
-        self.ia3_l = nn.Parameter(linear.weight.new_ones(linear.in_features if feedforward else self.rows[1] - self.rows[0]))
+        self.feedforward = feedforward
+        self.rows = rows or (0, linear.out_features)
+        start, stop = self.rows
+        scaled = linear.in_features if feedforward else stop - start
+        self.ia3_l = nn.Parameter(linear.weight.new_ones(scaled))
 
     def output_scale(self):
         """(out,): ia3_l at the scaled rows, one elsewhere."""
-        return F.pad(self.ia3_l, (self.rows[0], self.out_features - self.rows[1]), value=1.0)
+        start, stop = self.rows
+        return F.pad(self.ia3_l, (start, self.out_features - stop), value=1.0)
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         if self.feedforward:
             return F.linear(self.ia3_l * x, self.weight, self.bias)
         y = F.linear(x, self.weight, self.bias)
-        return (self.output_scale() * y).to(y.dtype)  # under bf16 autocast l stays float32: the product is rounded, not the vector
+        # Under bf16 autocast l stays float32: the product is rounded, not the vector.
+        return (self.output_scale() * y).to(y.dtype)
 
     @torch.no_grad()
     def merge(self):
-        """Fold ia3_l into the weight (and, on an output, the bias), in place, and return it as a plain nn.Linear. One way: do it once."""
-        self.weight *= self.ia3_l if self.feedforward else self.output_scale()[:, None]  # scales columns, or rows
-        if self.bias is not None and not self.feedforward:
-            self.bias *= self.output_scale()
+        """Fold ia3_l into the weight, in place, and return the layer as a plain nn.Linear.
+
+        A vector on the output also goes into the bias. There is no way back: call it once.
+        """
+        if self.feedforward:
+            self.weight *= self.ia3_l  # scales the columns
+        else:
+            self.weight *= self.output_scale()[:, None]  # scales the rows
+            if self.bias is not None:
+                self.bias *= self.output_scale()
         return plain_linear(self)
 
 
 def split_target(target):
-    """Return (module, parts): "layer.Wqkv[key,value]" -> ("layer.Wqkv", ("key", "value")); without brackets -> (target, None)."""
+    """Return (module, parts): "layer.Wqkv[key,value]" -> ("layer.Wqkv", ("key", "value")).
+
+    A target without brackets gives (target, None). Raises InputError for brackets that name
+    anything but neighbouring thirds.
+    """
     found = re.fullmatch(r"(.+)\[([a-z,]+)\]", target)
-    module, parts = (found[1], tuple(found[2].split(","))) if found else (target, None)
-    if parts and parts not in {THIRDS[i:j] for i in range(3) for j in range(i + 1, 4)}:
-        raise InputError(f"target '{target}': the brackets take neighbouring parts of {','.join(THIRDS)}, in that order")
+    if not found:
+        return target, None
+    module, parts = found[1], tuple(found[2].split(","))
+    if parts not in NEIGHBOURS:
+        raise InputError(
+            f"target '{target}': the brackets take neighbouring parts of {','.join(THIRDS)}, "
+            "in that order"
+        )
     return module, parts
 
 
 def rows_of(parts, out_features):
-    """(start, stop): the rows of a fused Wqkv with out_features = 3H that ("key", "value"), say, are."""
-    return THIRDS.index(parts[0]) * out_features // 3, (THIRDS.index(parts[-1]) + 1) * out_features // 3
+    """(start, stop): the rows of a fused Wqkv (out_features = 3H) that `parts` name."""
+    first, last = THIRDS.index(parts[0]), THIRDS.index(parts[-1])
+    return first * out_features // 3, (last + 1) * out_features // 3
 
 
 def inject_ia3(model, targets, feedforward_targets):
-    """Put (IA)3 on the outputs of `targets` and the inputs of `feedforward_targets`. Raises InputError for a target without a match."""
+    """Put (IA)3 on the outputs of `targets` and on the inputs of `feedforward_targets`.
+
+    Raises InputError for a target that matches nothing, and for brackets on a Linear that is not
+    fused.
+    """
     for target in targets:
         name, parts = split_target(target)
 

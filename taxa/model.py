@@ -1,4 +1,6 @@
-"""The classifier: backbone, masked mean pool, one linear head per rank, and the loss (Berman et al. 2025, methods).
+"""The classifier: backbone, masked mean pool, one linear head per rank, and the loss.
+
+Source: Berman et al. 2025, methods.
 
 Shapes: B sequences, T tokens, H hidden_size, C classes of a rank, R ranks.
 """
@@ -11,7 +13,10 @@ from taxa import RANKS
 
 
 def masked_mean(hidden, attention_mask):
-    """Mean of hidden (B, T, H) over the tokens with attention_mask (B, T) = 1 (None: all), special tokens included -> (B, H), float32."""
+    """Mean of hidden (B, T, H) over the tokens with attention_mask (B, T) = 1 -> (B, H), float32.
+
+    Special tokens count too. Without a mask (None) the mean is over all tokens.
+    """
     if attention_mask is None:
         return hidden.float().mean(dim=1)
     mask = attention_mask.unsqueeze(-1).float()  # (B, T, 1)
@@ -21,15 +26,17 @@ def masked_mean(hidden, attention_mask):
 class TaxonClassifier(nn.Module):
     """Three independent linear heads on the mean of the backbone's last hidden state.
 
-    num_classes: {rank: number of classes}, or the numbers alone in the order superkingdom, phylum, genus.
+    num_classes: {rank: number of classes}, or the numbers alone in the order superkingdom, phylum,
+    genus.
     """
 
     def __init__(self, backbone, num_classes):
         super().__init__()
         if not isinstance(num_classes, dict):
             num_classes = dict(zip(RANKS, num_classes, strict=True))
+        H = backbone.config.hidden_size
         self.backbone = backbone
-        self.heads = nn.ModuleDict({rank: nn.Linear(backbone.config.hidden_size, C) for rank, C in num_classes.items()})
+        self.heads = nn.ModuleDict({rank: nn.Linear(H, C) for rank, C in num_classes.items()})
 
     def forward(self, input_ids, attention_mask=None):
         """input_ids (B, T), attention_mask (B, T) -> {rank: logits (B, C)}."""
@@ -45,5 +52,12 @@ class TaxonClassifier(nn.Module):
 
 
 def sequence_losses(logits, labels):
-    """Sum over the ranks of the cross-entropy, no class weights: {rank: (B, C)}, labels (B, R) -> (B,), float32."""
-    return torch.stack([F.cross_entropy(z.float(), labels[:, i], reduction="none") for i, z in enumerate(logits.values())]).sum(dim=0)
+    """Sum over the ranks of the cross-entropy, without class weights -> (B,), float32.
+
+    logits: {rank: (B, C)}; labels: (B, R), in the order of the ranks.
+    """
+    losses = [
+        F.cross_entropy(z.float(), labels[:, i], reduction="none")  # (B,)
+        for i, z in enumerate(logits.values())
+    ]
+    return torch.stack(losses).sum(dim=0)

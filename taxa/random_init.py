@@ -1,18 +1,19 @@
-"""Random initialisation: the same network with nothing learned, the control that says what pretraining is worth.
+"""Random initialisation: the same network with nothing learned.
 
-Every Linear and Embedding weight ~ N(0, initializer_range), every Linear bias 0, every LayerNorm weight 1 and bias 0. That is the
-distribution the backbones were themselves started from before pretraining (BERT's), and what the published code applies, the
-heads included.
+It is the control that says what pretraining is worth. Every Linear and Embedding weight is drawn
+from N(0, initializer_range); every Linear bias is 0, every LayerNorm weight 1 and bias 0. The
+backbones themselves started from this distribution (BERT's) before pretraining, and the published
+code applies it, the heads included.
 """
 
 from torch import nn
 
 
 def reinitialize(model, initializer_range=0.02):
-    """Overwrite every parameter of `model` in place from torch's random state and return the model.
+    """Overwrite every parameter of `model` in place from torch's random state; return the model.
 
-    Raises TypeError for a module with parameters of its own that is none of Linear, Embedding, LayerNorm: a weight that silently
-    kept its pretrained value would spoil the control.
+    Raises TypeError for a module that has parameters of its own and is none of Linear, Embedding
+    and LayerNorm: a weight that silently kept its pretrained value would spoil the control.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):

@@ -1,10 +1,12 @@
-"""DNABERT-2 and DNABERT-S: the MosaicBERT encoder with ALiBi, a fused Wqkv, a GELU-gated MLP and post-LayerNorm.
+"""DNABERT-2 and DNABERT-S: MosaicBERT with ALiBi, fused Wqkv, GELU-gated MLP and post-LayerNorm.
 
-Source: Zhou et al. 2023, "DNABERT-2" and Zhou et al. 2024, "DNABERT-S"; hub files `bert_layers.py` and `config.json` of
-zhihan1996/DNABERT-2-117M. ALiBi: Press et al. 2022, here symmetric as MosaicBERT has it. Module names and registration order
-are the hub checkpoints' own.
+Source: Zhou et al. 2023, "DNABERT-2" and Zhou et al. 2024, "DNABERT-S"; hub files `bert_layers.py`
+and `config.json` of zhihan1996/DNABERT-2-117M. ALiBi: Press et al. 2022, here symmetric as
+MosaicBERT has it. The names and the registration order of the modules are those of the hub's
+checkpoints.
 
-Shapes: B sequences, T tokens, H hidden_size, nh attention heads, hs = H / nh head size, I intermediate_size, V vocab_size.
+Shapes: B sequences, T tokens, H hidden_size, nh attention heads, hs = H / nh head size,
+I intermediate_size, V vocab_size.
 """
 
 import math
@@ -20,11 +22,15 @@ LICENSE = "apache-2.0"  # of the published weights
 TOKENS_OF_1500_BP = 312  # about: measured on bacterial DNA
 LORA_TARGETS = ("attention.self.Wqkv",)
 IA3_TARGETS = {  # protocol: (Linears whose output is scaled, Linears whose input is scaled)
-    "corrected": (("attention.self.Wqkv[key,value]",), ("mlp.wo",)),  # Liu et al. 2022, section 3.3
+    # Liu et al. 2022, section 3.3
+    "corrected": (("attention.self.Wqkv[key,value]",), ("mlp.wo",)),
     "published": (("attention.self.Wqkv",), ("attention.output.dense",)),
 }
-LAYER_ORDER = ("attention.self.Wqkv", "attention.self", "attention.output.dense", "attention.output.LayerNorm", "mlp.gated_layers",
-               "mlp.wo", "mlp.layernorm")
+LAYER_ORDER = (
+    "attention.self.Wqkv", "attention.self",
+    "attention.output.dense", "attention.output.LayerNorm",
+    "mlp.gated_layers", "mlp.wo", "mlp.layernorm",
+)
 
 
 class DNABert2Config(PretrainedConfig):
@@ -32,35 +38,51 @@ class DNABert2Config(PretrainedConfig):
 
     model_type = "bert"
 
-    def __init__(self, vocab_size=4096, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
-                 type_vocab_size=2, layer_norm_eps=1e-12, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.0,
-                 initializer_range=0.02, pad_token_id=3, **kwargs):
-        self.vocab_size, self.type_vocab_size = vocab_size, type_vocab_size
-        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
-        self.num_attention_heads, self.intermediate_size = num_attention_heads, intermediate_size
-        self.hidden_dropout_prob, self.attention_probs_dropout_prob = hidden_dropout_prob, attention_probs_dropout_prob
-        self.layer_norm_eps, self.initializer_range = layer_norm_eps, initializer_range
+    def __init__(
+        self, *, vocab_size=4096, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+        intermediate_size=3072, type_vocab_size=2, layer_norm_eps=1e-12, hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.0, initializer_range=0.02, pad_token_id=3, **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.type_vocab_size = type_vocab_size
+        self.layer_norm_eps = layer_norm_eps
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.initializer_range = initializer_range
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 
-# What a config.json of this architecture has and other BERTs' do not.
-SIGN, SIGN_MEANS = "alibi_starting_size", "only DNABERT-2's has that: its positions are ALiBi, BERT's are learned"
-# What a config.json may ask for that is not this architecture (another activation): name -> the only value we compute.
-FIXED = {"hidden_act": "gelu"}
+# A key of this architecture's config.json that other BERTs' do not have.
+MARKER_KEY = "alibi_starting_size"
+MARKER_REASON = "only DNABERT-2's has that: its positions are ALiBi, BERT's are learned"
+# A config.json may ask for another activation: key -> the only value we compute.
+REQUIRED_VALUES = {"hidden_act": "gelu"}
 
 
 def alibi_slopes(nh, device="cpu"):
-    """One slope per head, (nh,): 2^(-8i/nh) for a power of two; else those of the power below, then every second one of the power above."""
+    """One slope per head, (nh,): 2^(-8i/nh), i = 1 .. nh, where nh is a power of two.
+
+    Else the slopes of the power of two below, then every second one of the power above.
+    """
     below = 2 ** math.floor(math.log2(nh))
     i = torch.arange(1, below + 1, device=device, dtype=torch.float32)
-    return torch.exp2(-torch.cat((8 / below * i, 4 / below * (2 * i - 1)))[:nh])
+    exponents = torch.cat((8 / below * i, 4 / below * (2 * i - 1)))
+    return torch.exp2(-exponents[:nh])
 
 
 def alibi_bias(T, nh, device):
-    """-slope * |i - j| for query i and key j: (1, nh, T, T), float32. Made on the device: nothing is copied to it."""
+    """-slope * |i - j| for query i and key j: (1, nh, T, T), float32.
+
+    It is made on the device: nothing is copied to it.
+    """
     position = torch.arange(T, device=device, dtype=torch.float32)
     distance = (position[None, :] - position[:, None]).abs()  # (T, T)
-    return -(alibi_slopes(nh, device)[:, None, None] * distance)[None]
+    slopes = alibi_slopes(nh, device)[:, None, None]  # (nh, 1, 1)
+    return -(slopes * distance)[None]
 
 
 class SelfAttention(nn.Module):
@@ -105,7 +127,8 @@ class GatedMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         H, I = config.hidden_size, config.intermediate_size
-        self.gated_layers = nn.Linear(H, 2 * I, bias=False)  # the gate and the value in one multiplication
+        # The gate and the value in one multiplication.
+        self.gated_layers = nn.Linear(H, 2 * I, bias=False)
         self.wo = nn.Linear(I, H)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layernorm = nn.LayerNorm(H, eps=config.layer_norm_eps)
@@ -129,7 +152,8 @@ class Embeddings(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)  # only row 0 is ever used
+        # Only row 0 is ever used.
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -161,10 +185,14 @@ class DNABert2(PreTrainedModel):
         return self.embeddings.word_embeddings
 
     def forward(self, input_ids, attention_mask=None):
-        """input_ids (B, T), attention_mask (B, T) with 1 at real tokens, or None: all are real -> last_hidden_state (B, T, H)."""
+        """input_ids (B, T), attention_mask (B, T) -> last_hidden_state (B, T, H).
+
+        The mask is 1 at real tokens. Without one (None) all are real.
+        """
         bias = alibi_bias(input_ids.shape[1], self.config.num_attention_heads, input_ids.device)
-        if attention_mask is not None:
-            bias = bias.masked_fill(~attention_mask.bool()[:, None, None, :], float("-inf"))  # (B, nh, T, T): no query looks at padding
+        if attention_mask is not None:  # bias becomes (B, nh, T, T): no query looks at padding
+            padding = ~attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+            bias = bias.masked_fill(padding, float("-inf"))
         x = self.embeddings(input_ids)
         bias = bias.to(product_dtype(x))
         for layer in self.encoder.layer:
@@ -173,7 +201,11 @@ class DNABert2(PreTrainedModel):
 
 
 def dropped_keys(config):
-    """Keys of a hub checkpoint that we do not load, without the `bert.` prefix: what the forward never uses."""
-    head = ("bias", "decoder.weight", "decoder.bias", "transform.dense.weight", "transform.dense.bias",
-            "transform.LayerNorm.weight", "transform.LayerNorm.bias")
-    return {"pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"} | {f"cls.predictions.{name}" for name in head}
+    """Keys of a hub checkpoint, less `bert.`, that we do not load: the forward never uses them."""
+    head = (
+        "bias", "decoder.weight", "decoder.bias",
+        "transform.dense.weight", "transform.dense.bias",
+        "transform.LayerNorm.weight", "transform.LayerNorm.bias",
+    )
+    encoder = {"pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"}
+    return encoder | {f"cls.predictions.{name}" for name in head}

@@ -1,9 +1,11 @@
-"""Nucleotide Transformer v2: the ESM encoder with rotary attention, pre-LayerNorm and a SwiGLU feed-forward without biases.
+"""Nucleotide Transformer v2: ESM's encoder with rotary attention, pre-LayerNorm, bias-free SwiGLU.
 
-Source: Dalla-Torre et al. 2024, "The Nucleotide Transformer" (v2 models); hub files `modeling_esm.py` and `config.json` of
-InstaDeepAI/nucleotide-transformer-v2-*. Module names and registration order are the hub checkpoints' own.
+Source: Dalla-Torre et al. 2024, "The Nucleotide Transformer" (v2 models); hub files
+`modeling_esm.py` and `config.json` of InstaDeepAI/nucleotide-transformer-v2-*. The names and the
+registration order of the modules are those of the hub's checkpoints.
 
-Shapes: B sequences, T tokens, H hidden_size, nh attention heads, hs = H / nh head size, I intermediate_size, V vocab_size.
+Shapes: B sequences, T tokens, H hidden_size, nh attention heads, hs = H / nh head size,
+I intermediate_size, V vocab_size.
 """
 
 import torch
@@ -17,11 +19,16 @@ LICENSE = "cc-by-nc-sa-4.0"  # of the published weights
 TOKENS_OF_1500_BP = 251  # <cls> and 250 6-mers; a few more where there is an N
 LORA_TARGETS = ("attention.self.query", "attention.self.value")
 IA3_TARGETS = {  # protocol: (Linears whose output is scaled, Linears whose input is scaled)
-    "corrected": (("attention.self.key", "attention.self.value"), ("layer.*.output.dense",)),  # Liu et al. 2022, section 3.3
+    # Liu et al. 2022, section 3.3
+    "corrected": (("attention.self.key", "attention.self.value"), ("layer.*.output.dense",)),
     "published": (("attention.self.query", "attention.self.value"), ("attention.output.dense",)),
 }
-LAYER_ORDER = ("attention.LayerNorm", "attention.self.query", "attention.self.key", "attention.self.value", "attention.self",
-               "attention.output.dense", "LayerNorm", "intermediate.dense", "output.dense")
+LAYER_ORDER = (
+    "attention.LayerNorm",
+    "attention.self.query", "attention.self.key", "attention.self.value",
+    "attention.self", "attention.output.dense",
+    "LayerNorm", "intermediate.dense", "output.dense",
+)
 
 
 class NucleotideTransformerConfig(PretrainedConfig):
@@ -29,28 +36,49 @@ class NucleotideTransformerConfig(PretrainedConfig):
 
     model_type = "esm"
 
-    def __init__(self, vocab_size=4107, hidden_size=512, num_hidden_layers=12, num_attention_heads=16, intermediate_size=2048,
-                 max_position_embeddings=2050, layer_norm_eps=1e-12, initializer_range=0.02, pad_token_id=1, **kwargs):
-        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
-        self.num_attention_heads, self.intermediate_size = num_attention_heads, intermediate_size
-        self.max_position_embeddings = max_position_embeddings  # only sizes the unused position table of the checkpoints
-        self.layer_norm_eps, self.initializer_range = layer_norm_eps, initializer_range
+    def __init__(
+        self, *, vocab_size=4107, hidden_size=512, num_hidden_layers=12, num_attention_heads=16,
+        intermediate_size=2048, max_position_embeddings=2050, layer_norm_eps=1e-12,
+        initializer_range=0.02, pad_token_id=1, **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        # Only sizes the position table of the checkpoints, which is not used.
+        self.max_position_embeddings = max_position_embeddings
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 
-# What a config.json of this architecture has and other ESM models' do not.
-SIGN, SIGN_MEANS = "add_bias_fnn", "only Nucleotide Transformer v2's has that: its feed-forward is a SwiGLU, ESM's and v1's is not"
-# What a config.json may ask for that is not this architecture (ESM-2, NT v1): name -> the only value we compute.
-FIXED = {
-    "position_embedding_type": "rotary", "add_bias_fnn": False, "emb_layer_norm_before": False, "token_dropout": False,
-    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+# A key of this architecture's config.json that other ESM models' do not have.
+MARKER_KEY = "add_bias_fnn"
+MARKER_REASON = (
+    "only Nucleotide Transformer v2's has that: its feed-forward is a SwiGLU, "
+    "ESM's and v1's is not"
+)
+# A config.json may ask for another architecture (ESM-2, NT v1): key -> the only value we compute.
+REQUIRED_VALUES = {
+    "position_embedding_type": "rotary",
+    "add_bias_fnn": False,
+    "emb_layer_norm_before": False,
+    "token_dropout": False,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
 }
 
 
 def rotary_table(T, hs, device):
-    """cos and sin, each (T, hs), of the angles t * 10000^(-2i/hs); the two halves of the head size share their angles."""
-    inv_freq = 10000.0 ** (-torch.arange(0, hs, 2, device=device, dtype=torch.float32) / hs)  # (hs/2,)
-    angles = torch.outer(torch.arange(T, device=device, dtype=torch.float32), inv_freq)  # (T, hs/2)
+    """cos and sin, each (T, hs), of the angles t * 10000^(-2i/hs).
+
+    The two halves of the head size share their angles.
+    """
+    two_i = torch.arange(0, hs, 2, device=device, dtype=torch.float32)  # (hs/2,)
+    inv_freq = 10000.0 ** (-two_i / hs)  # (hs/2,)
+    t = torch.arange(T, device=device, dtype=torch.float32)  # (T,)
+    angles = torch.outer(t, inv_freq)  # (T, hs/2)
     angles = torch.cat((angles, angles), dim=-1)  # (T, hs)
     return angles.cos(), angles.sin()
 
@@ -66,12 +94,18 @@ class SelfAttention(nn.Module):
         super().__init__()
         H = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.query, self.key, self.value = nn.Linear(H, H), nn.Linear(H, H), nn.Linear(H, H)
+        self.query = nn.Linear(H, H)
+        self.key = nn.Linear(H, H)
+        self.value = nn.Linear(H, H)
 
     def forward(self, x, mask, cos, sin):
         B, T, H = x.shape
-        q, k, v = (proj(x).view(B, T, self.num_heads, -1).transpose(1, 2) for proj in (self.query, self.key, self.value))
-        y = F.scaled_dot_product_attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, attn_mask=mask)  # (B, nh, T, hs)
+        # (B, T, H) -> (B, T, nh, hs) -> (B, nh, T, hs)
+        q = self.query(x).view(B, T, self.num_heads, -1).transpose(1, 2)
+        k = self.key(x).view(B, T, self.num_heads, -1).transpose(1, 2)
+        v = self.value(x).view(B, T, self.num_heads, -1).transpose(1, 2)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, nh, T, hs)
         return y.transpose(1, 2).reshape(B, T, H)
 
 
@@ -93,7 +127,8 @@ class Attention(nn.Module):
 
     def forward(self, x, mask, cos, sin):
         y = self.LayerNorm(x)
-        y = y.to(product_dtype(y))  # one cast under autocast, where query, key and value would each make their own
+        # One cast under autocast, where query, key and value would each make their own.
+        y = y.to(product_dtype(y))
         return x + self.output.dense(self.self(y, mask, cos, sin))
 
 
@@ -102,7 +137,8 @@ class Layer(nn.Module):
         super().__init__()
         H, I = config.hidden_size, config.intermediate_size
         self.attention = Attention(config)
-        self.intermediate = Dense(H, 2 * I, bias=False)  # the gate and the value of SwiGLU in one multiplication
+        # The gate and the value of SwiGLU in one multiplication.
+        self.intermediate = Dense(H, 2 * I, bias=False)
         self.output = Dense(I, H, bias=False)
         self.LayerNorm = nn.LayerNorm(H, eps=config.layer_norm_eps)
 
@@ -126,7 +162,7 @@ class Encoder(nn.Module):
 
 
 class NucleotideTransformer(PreTrainedModel):
-    """The encoder alone: no masked-LM head, no contact head, no position table (rotary attention never reads it)."""
+    """The encoder alone: no LM head, no contact head, no position table (rotary never reads it)."""
 
     config_class = NucleotideTransformerConfig
     base_model_prefix = "esm"
@@ -142,11 +178,16 @@ class NucleotideTransformer(PreTrainedModel):
         return self.embeddings.word_embeddings
 
     def forward(self, input_ids, attention_mask=None):
-        """input_ids (B, T), attention_mask (B, T) with 1 at real tokens, or None: all are real -> last_hidden_state (B, T, H)."""
-        T, config = input_ids.shape[1], self.config
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T): no query looks at padding
+        """input_ids (B, T), attention_mask (B, T) -> last_hidden_state (B, T, H).
+
+        The mask is 1 at real tokens. Without one (None) all are real.
+        """
+        mask = None
+        if attention_mask is not None:  # (B, 1, 1, T): no query looks at padding
+            mask = attention_mask.bool()[:, None, None, :]
         x = self.embeddings.word_embeddings(input_ids)
-        table = rotary_table(T, config.hidden_size // config.num_attention_heads, input_ids.device)
+        hs = self.config.hidden_size // self.config.num_attention_heads
+        table = rotary_table(input_ids.shape[1], hs, input_ids.device)
         cos, sin = (angles.to(product_dtype(x)) for angles in table)
         for layer in self.encoder.layer:
             x = layer(x, mask, cos, sin)
@@ -154,10 +195,12 @@ class NucleotideTransformer(PreTrainedModel):
 
 
 def dropped_keys(config):
-    """Keys of a hub checkpoint that we do not load, without the `esm.` prefix: what the forward never uses, and buffers."""
+    """Keys of a hub checkpoint, less `esm.`, that we do not load: buffers, and unused tensors."""
+    inv_freq = "attention.self.rotary_embeddings.inv_freq"
     return {
         "embeddings.position_embeddings.weight", "embeddings.position_ids",
         "contact_head.regression.weight", "contact_head.regression.bias",
-        "lm_head.bias", "lm_head.dense.weight", "lm_head.dense.bias", "lm_head.layer_norm.weight", "lm_head.layer_norm.bias",
+        "lm_head.bias", "lm_head.dense.weight", "lm_head.dense.bias",
+        "lm_head.layer_norm.weight", "lm_head.layer_norm.bias",
         "lm_head.decoder.weight", "lm_head.decoder.bias",
-    } | {f"encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq" for i in range(config.num_hidden_layers)}
+    } | {f"encoder.layer.{i}.{inv_freq}" for i in range(config.num_hidden_layers)}

@@ -1,6 +1,7 @@
-"""What the published models hold besides ours: tensors that the loss never uses, but that the published code counts when it freezes.
+"""What the published models hold besides ours: tensors that the loss never uses.
 
-Audit code, for --protocol published: the sizes are those of the hub's checkpoints, which the supplement's trainable fractions confirm.
+The published code counts them when it freezes. This is audit code, for --protocol published. The
+sizes are those of the hub's checkpoints, which the supplement's trainable fractions confirm.
 """
 
 from taxa.errors import InputError
@@ -8,7 +9,10 @@ from taxa.inject import adapter_names
 
 
 def _nucleotide_transformer(config, held):
-    """The masked-LM class: also a position table, a contact head, and an LM head whose decoder is not tied to the embeddings."""
+    """The masked-LM class: also a position table, a contact head, and an LM head.
+
+    The decoder of the LM head is not tied to the embeddings.
+    """
     H, V = config.hidden_size, config.vocab_size
     for name, size in held:
         yield name, size
@@ -35,12 +39,23 @@ PUBLISHED = {"esm": _nucleotide_transformer, "bert": _dnabert2}  # by the config
 
 
 def published_sizes(classifier):
-    """{name: elements} of the published model in its registration order, under our names: unused tensors counted, adapters not."""
+    """{name: elements} of the published model in its registration order, under our names.
+
+    Tensors that are not used are counted, adapters are not.
+    """
     adapters = set(adapter_names(classifier))
     sizes = {name: p.numel() for name, p in classifier.named_parameters() if name not in adapters}
-    held = [(name.removeprefix("backbone."), size) for name, size in sizes.items() if name.startswith("backbone.")]
+    heads = {name: size for name, size in sizes.items() if name.startswith("heads.")}
+    held = [
+        (name.removeprefix("backbone."), size)
+        for name, size in sizes.items()
+        if name.startswith("backbone.")
+    ]
     config = classifier.backbone.config
     if config.model_type not in PUBLISHED:
-        raise InputError(f"--protocol published counts the tensors of a published checkpoint, and none is known of '{config.model_type}'")
-    whole = {f"backbone.{name}": size for name, size in PUBLISHED[config.model_type](config, held)}
-    return whole | {name: size for name, size in sizes.items() if name.startswith("heads.")}
+        raise InputError(
+            "--protocol published counts the tensors of a published checkpoint, "
+            f"and none is known of '{config.model_type}'"
+        )
+    whole = PUBLISHED[config.model_type](config, held)
+    return {f"backbone.{name}": size for name, size in whole} | heads
