@@ -21,7 +21,6 @@ follows from (seed, epoch). Dropout is seeded anew at every step from (seed, ste
 weights, optimizer and a few numbers are all that a run needs to go on bit for bit.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -42,7 +41,7 @@ from taxa.data.batches import micro_batches, step_records
 from taxa.errors import InputError, Saved
 from taxa.runtime.cli import interval_of
 from taxa.runtime.distributed import any_process, barrier, exit_together, from_main, same_on_all
-from taxa.runtime.files import NO_LOCKS, read_json, to_disk, write_json
+from taxa.runtime.files import lock, read_json, to_disk, write_json
 from taxa.runtime.progress import print_line
 from taxa.runtime.signals import Signals
 from taxa.training import checkpoint, sealed_file
@@ -437,15 +436,13 @@ def restarted(w):
 def lock_run(out):
     """Hold a run folder until this process ends, however it ends; returns the open file.
 
-    The lock is a record lock of the operating system (fcntl): it goes with the process, is not
-    inherited by loader workers, and works over NFS. Where the file system has no locks, a warning
-    says so. Raises InputError when another process holds it. Also removes what a killed process
-    left half written.
+    The lock is this process's alone: loader workers do not inherit it. Raises InputError when
+    another process holds it. Also removes what a killed process left half written.
     """
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / LOCK, "a+", encoding="utf-8")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file, out, advice="start no second run there")
     except BlockingIOError:
         with file:
             file.seek(0)
@@ -453,15 +450,9 @@ def lock_run(out):
         raise InputError(
             f"{out} is in use by {holder}: wait for it, or give another --out"
         ) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            file.close()
-            raise
-        print(
-            f"warning: {out} cannot be locked ({error.strerror}): start no second run there",
-            file=sys.stderr,
-            flush=True,
-        )
+    except OSError:
+        file.close()
+        raise
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
