@@ -1,18 +1,17 @@
-"""The pool, the heads and the loss against plain loops; and what the published wrapping does to the heads."""
+"""The pool, the heads and the loss against plain loops; and what the published wrapping does to the
+heads.
+"""
 
 import math
 
 import pytest
 import torch
-from helpers import batch, scrambled
+from helpers import TINY, H, batch, scrambled
 from torch import nn
 
 from taxa import RANKS
 from taxa.data.batches import on_device
 from taxa.model import TaxonClassifier, masked_mean, sequence_losses
-
-TINY = ["tiny-nt", "tiny-dnabert"]
-H = 24
 
 
 def make_classifier(name, num_classes=(4, 5, 6)):
@@ -25,13 +24,19 @@ def make_classifier(name, num_classes=(4, 5, 6)):
 def test_masked_mean_equals_a_loop(dtype, mask_dtype):
     torch.manual_seed(0)
     hidden = torch.randn(4, 6, 5).to(dtype)
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 1, 0]]).to(mask_dtype)
+    mask = torch.tensor([
+        [1, 1, 1, 1, 1, 1],
+        [1, 1, 0, 0, 0, 0],
+        [1, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 1, 0],
+    ]).to(mask_dtype)
     found = masked_mean(hidden, mask)
     assert found.dtype == torch.float32 and found.shape == (4, 5)
     for b in range(4):
         tokens = [hidden[b, t].double().tolist() for t in range(6) if mask[b, t]]
         for h in range(5):
-            assert found[b, h].item() == pytest.approx(sum(token[h] for token in tokens) / len(tokens), abs=1e-6)
+            expected = sum(token[h] for token in tokens) / len(tokens)
+            assert found[b, h].item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_masked_mean_ignores_what_is_masked():
@@ -41,7 +46,11 @@ def test_masked_mean_ignores_what_is_masked():
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("num_classes", [(4, 5, 6), [4, 5, 6], {"superkingdom": 4, "phylum": 5, "genus": 6}])
+@pytest.mark.parametrize("num_classes", [
+    (4, 5, 6),
+    [4, 5, 6],
+    {"superkingdom": 4, "phylum": 5, "genus": 6},
+])
 def test_logits_are_three_linear_maps_of_the_mean(name, num_classes):
     classifier = make_classifier(name, num_classes)
     ids, mask = batch()
@@ -58,9 +67,12 @@ def test_logits_are_three_linear_maps_of_the_mean(name, num_classes):
 
 
 def test_names_of_the_heads():
-    names = [key for key, _ in make_classifier("tiny-nt").named_parameters() if not key.startswith("backbone.")]
-    assert names == ["heads.superkingdom.weight", "heads.superkingdom.bias", "heads.phylum.weight", "heads.phylum.bias",
-                     "heads.genus.weight", "heads.genus.bias"]
+    every = [key for key, _ in make_classifier("tiny-nt").named_parameters()]
+    assert [key for key in every if not key.startswith("backbone.")] == [
+        "heads.superkingdom.weight", "heads.superkingdom.bias",
+        "heads.phylum.weight", "heads.phylum.bias",
+        "heads.genus.weight", "heads.genus.bias",
+    ]
 
 
 @pytest.mark.parametrize("num_classes", [(4, 5), (4, 5, 6, 7), ()])
@@ -112,14 +124,15 @@ def test_every_head_gets_the_gradient_of_its_own_rank(name):
     for i, (rank, z) in enumerate(logits.items()):
         expected = torch.softmax(z.detach(), dim=1)
         expected[torch.arange(3), labels[:, i]] -= 1.0  # of cross-entropy by its logits
-        torch.testing.assert_close(classifier.heads[rank].bias.grad, expected.sum(dim=0), rtol=0, atol=1e-5)
+        found = classifier.heads[rank].bias.grad
+        torch.testing.assert_close(found, expected.sum(dim=0), rtol=0, atol=1e-5)
 
 
 # ------------------------------------------------------------------ the published wrapping
 
 
 class Published(nn.Module):
-    """The published classifier in its bare bones: a backbone, and the heads beside it under a name."""
+    """The published classifier reduced to a backbone, and beside it the heads under a name."""
 
     def __init__(self, backbone, name, heads):
         super().__init__()
@@ -130,18 +143,36 @@ class Published(nn.Module):
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("adapter", ["lora", "ia3"])
-@pytest.mark.parametrize("heads, trains", [("classifiers", False), ("classifier", True), ("score", True)])
+@pytest.mark.parametrize("heads, trains", [
+    ("classifiers", False),
+    ("classifier", True),
+    ("score", True),
+])
 def test_published_wrapping_leaves_the_heads_without_gradient(name, adapter, heads, trains):
-    """PEFT's SEQ_CLS trains modules named `classifier` or `score`; the published heads are named `classifiers`."""
+    """PEFT's SEQ_CLS trains the modules named `classifier` or `score`; the published heads are
+    named `classifiers`.
+    """
     peft = pytest.importorskip("peft")
     targets = {"tiny-nt": ["query", "value"], "tiny-dnabert": ["Wqkv"]}[name]
     if adapter == "lora":
-        config = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=32, lora_dropout=0.1, target_modules=targets)
+        config = peft.LoraConfig(
+            task_type="SEQ_CLS",
+            r=4,
+            lora_alpha=32,
+            lora_dropout=0.1,
+            target_modules=targets,
+        )
     else:
         inputs = ["attention.output.dense"]
-        config = peft.IA3Config(task_type="SEQ_CLS", target_modules=targets + inputs, feedforward_modules=inputs)
+        config = peft.IA3Config(
+            task_type="SEQ_CLS",
+            target_modules=targets + inputs,
+            feedforward_modules=inputs,
+        )
+    backbone = scrambled(name)
+    one = nn.Linear(H, 15)
     three = nn.ModuleList(nn.Linear(H, C) for C in (4, 5, 6))
-    model = peft.get_peft_model(Published(scrambled(name), heads, nn.Linear(H, 15) if trains else three), config)
+    model = peft.get_peft_model(Published(backbone, heads, one if trains else three), config)
     require = [key for key, p in model.named_parameters() if p.requires_grad]
     adapters = [key for key in require if "lora_" in key or "ia3_" in key]
     of_heads = [key for key in require if f".{heads}." in key]
@@ -150,13 +181,17 @@ def test_published_wrapping_leaves_the_heads_without_gradient(name, adapter, hea
     assert len(require) == len(adapters) + len(of_heads)
 
 
-@pytest.mark.parametrize("name", ["tiny-nt", "tiny-dnabert"])
+@pytest.mark.parametrize("name", TINY)
 def test_no_mask_is_a_mask_of_ones(name):
-    """attention_mask=None says that no token is padding; a batch without padding goes to the device with it."""
+    """attention_mask=None says that no token is padding; a batch without padding goes to the device
+    with it.
+    """
     model = TaxonClassifier(scrambled(name), (4, 5, 6))
     ids, ones = batch(lengths=(9, 9, 9))
     for rank, z in model(ids).items():
         torch.testing.assert_close(z, model(ids, ones)[rank], rtol=1e-5, atol=1e-5)
-    assert on_device({"input_ids": ids, "attention_mask": ones}, "cpu")["attention_mask"] is None
+    moved = on_device({"input_ids": ids, "attention_mask": ones}, "cpu")
+    assert moved["attention_mask"] is None
     ids, mask = batch(lengths=(9, 4, 9))
-    assert torch.equal(on_device({"input_ids": ids, "attention_mask": mask}, "cpu")["attention_mask"], mask)
+    moved = on_device({"input_ids": ids, "attention_mask": mask}, "cpu")
+    assert torch.equal(moved["attention_mask"], mask)
