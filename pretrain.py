@@ -50,7 +50,7 @@ from taxa.runtime.progress import progress
 from taxa.training import checkpoint
 from taxa.training.activation_checkpointing import checkpoint_layers
 from taxa.training.flags import add_data, add_machine, add_optimisation, add_output, check_run
-from taxa.training.optim import adamw, cosine_lr, load_adamw, set_lr
+from taxa.training.optim import adamw, cosine_lr, set_lr
 from taxa.training.run import Run, dropout_seed
 
 WINDOW = 1500  # of --fasta: bases
@@ -206,7 +206,7 @@ def pretrain(w, run, args, model_row):
     metrics = None
     if run.last:
         model.load_state_dict(run.last["state"])
-        load_adamw(optimizer, run.last["optimizer"])
+        optimizer.load_state_dict(run.last["optimizer"])
         metrics = run.last["metrics"]
     ddp = model
     if w.size > 1:

@@ -58,7 +58,7 @@ from taxa.training.flags import (
     check_strategy,
     classes_of,
 )
-from taxa.training.optim import adamw, cosine_lr, load_adamw, set_lr
+from taxa.training.optim import adamw, cosine_lr, set_lr
 from taxa.training.run import Run, dropout_seed
 from taxa.training.settings import run_settings
 
@@ -208,7 +208,7 @@ def train(w, run, args, model_row, settings, adapter_state=None):
     )
     if run.last:
         checkpoint.load_state(model, run.last["state"], names)
-        load_adamw(optimizer, run.last["optimizer"])
+        optimizer.load_state_dict(run.last["optimizer"])
     ddp = model
     if w.size > 1:
         ddp = DistributedDataParallel(model, w.device_ids, gradient_as_bucket_view=True)

@@ -201,7 +201,7 @@ LENGTHS = [(9, 4, 1), (7, 3), (12, 5, 2, 1), (5, 5)]  # of the sequences of each
 @pytest.fixture
 def dynamo(monkeypatch):
     """torch's counter of graphs, from 0. The backend, which gets each graph, only runs it."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()

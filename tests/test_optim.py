@@ -21,7 +21,6 @@ from taxa.training.optim import (
     adamw,
     cosine_lr,
     decayed_names,
-    load_adamw,
     set_lr,
     warmup_steps_of,
 )
@@ -212,7 +211,7 @@ def test_a_saved_state_comes_back(strategy, weight_decay):
     steps(half, saved, 0, 2)
     resumed.load_state_dict(half.state_dict())
     optimizer = adamw(resumed, 1e-2, weight_decay)
-    load_adamw(optimizer, saved.state_dict())
+    optimizer.load_state_dict(saved.state_dict())
     steps(resumed, optimizer, 2, 4)
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name

@@ -43,11 +43,6 @@ def decayed_names(model):
     }
 
 
-def load_adamw(optimizer, saved):
-    """Load the state_dict of an adamw() optimizer of the same model into `optimizer`."""
-    optimizer.load_state_dict(saved)
-
-
 def warmup_steps_of(ratio, total_steps):
     """Optimizer steps of warm-up that are `ratio` of all, rounded up as the HF Trainer does."""
     return math.ceil(total_steps * ratio)
