@@ -1,8 +1,10 @@
-"""The published weights: the tokens and the pooled vectors of the official code, from tests/probes.json, for each of the five backbones.
+"""The published weights: the tokens and the pooled vectors of the official code, from
+tests/probes.json, for each of the five backbones.
 
   pytest -m hub tests/test_real_weights.py     # downloads 2.5 GB at the pinned revisions
 
-What runs without a network is the same check, on a folder in the hub's layout with the golden weights: that it passes, and that it fails.
+What runs without a network is the same check, on a folder in the hub's layout with the golden
+weights: that it passes, and that it fails.
 """
 
 import hashlib
@@ -22,44 +24,61 @@ from taxa.data.tokens import get_tokenizer
 from taxa.model import masked_mean
 from taxa.training import checkpoint
 
-PROBES = json.loads((Path(__file__).parent / "probes.json").read_text())  # made by the hub's own code, float32, CPU
-WEIGHT_FILES = {"dnabert2": "pytorch_model.bin", "dnaberts": "pytorch_model.bin", "nt250m": "pytorch_model.bin"}  # else model.safetensors
+# The probes were made by the hub's own code, in float32 on a CPU.
+PROBES = json.loads((Path(__file__).parent / "probes.json").read_text())
+WEIGHT_FILES = {  # else model.safetensors
+    "dnabert2": "pytorch_model.bin",
+    "dnaberts": "pytorch_model.bin",
+    "nt250m": "pytorch_model.bin",
+}
 
 
 def check_folder(name, folder, probes):
-    """AssertionError unless the folder's tokenizer gives exactly the ids and its weights the first eight pooled values, to 1e-4."""
+    """AssertionError unless the folder's tokenizer gives exactly the ids and its weights the first
+    eight pooled values, to 1e-4.
+    """
     folder = Path(folder)
-    tokenizer = get_tokenizer(MODELS[name].tokenizer, folder / "tokenizer.json" if MODELS[name].tokenizer == "dnabert" else None)
-    if MODELS[name].tokenizer == "nt":
-        assert hashlib.sha256((folder / "vocab.txt").read_bytes()).hexdigest() == tokenizer.digest, "another vocab.txt"
+    kind = MODELS[name].tokenizer
+    tokenizer = get_tokenizer(kind, folder / "tokenizer.json" if kind == "dnabert" else None)
+    if kind == "nt":
+        digest = hashlib.sha256((folder / "vocab.txt").read_bytes()).hexdigest()
+        assert digest == tokenizer.digest, "another vocab.txt"
     backbone = load_backbone(name, folder).eval()
     for probe in probes:
         ids, _ = tokenizer.encode(probe["sequence"].encode(), [len(probe["sequence"])])
-        assert ids.tolist() == probe["input_ids"], f"{name}: other tokens of {probe['sequence']}"
+        same = ids.tolist() == probe["input_ids"]
+        assert same, f"{name}: other tokens of {probe['sequence']}"
         input_ids = torch.tensor(probe["input_ids"])[None]
         mask = torch.ones_like(input_ids)
         with torch.no_grad():
             hidden = backbone(input_ids, mask)  # (1, T, H)
         pooled = masked_mean(hidden, mask)[0] if probe["pooling"] == "mean" else hidden[0, 0]
         difference = (pooled[:8] - torch.tensor(probe["first_8"])).abs().max().item()
-        assert difference <= 1e-4, f"{name}: pooled values of {probe['sequence']} differ by up to {difference:.2g}"
+        assert difference <= 1e-4, (
+            f"{name}: pooled values of {probe['sequence']} differ by up to {difference:.2g}"
+        )
 
 
 @pytest.mark.hub
 @pytest.mark.parametrize("name", PROBES)
 def test_published_weights(name):
     row = MODELS[name]
-    files = ["config.json", "vocab.txt", "tokenizer.json", WEIGHT_FILES.get(name, "model.safetensors")]
+    weight_file = WEIGHT_FILES.get(name, "model.safetensors")
+    files = ["config.json", "vocab.txt", "tokenizer.json", weight_file]
     problem = None
     try:
         folder = snapshot_download(row.hub, revision=row.revision, allow_patterns=files)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         problem = type(error).__name__
     if problem:
-        pytest.fail(f"{row.hub} at {row.revision} was not downloaded, so nothing was checked ({problem}): is there a network?",
-                    pytrace=False)
+        pytest.fail(
+            f"{row.hub} at {row.revision} was not downloaded, "
+            f"so nothing was checked ({problem}): is there a network?",
+            pytrace=False,
+        )
     check_folder(name, folder, PROBES[name])
-    assert checkpoint.weights_digest(load_backbone(name)) == checkpoint.weights_digest(load_backbone(name, folder)), "by its name alone"
+    by_name = checkpoint.weights_digest(load_backbone(name))
+    assert by_name == checkpoint.weights_digest(load_backbone(name, folder)), "by its name alone"
 
 
 # ------------------------------------------------------------------ the check itself
@@ -70,8 +89,11 @@ STAND_IN = {"nt50m": "tiny-nt", "dnabert2": "tiny-dnabert", "dnaberts": "tiny-dn
 
 @pytest.fixture(params=STAND_IN)
 def local(request, tmp_path):
-    """(name, folder, probes): golden weights and the real tokenizer as the hub lays them out, and what plain loops compute from them."""
-    name, golden = request.param, SHARED / "golden" / GOLDEN[STAND_IN[request.param]]
+    """(name, folder, probes): golden weights and the real tokenizer as the hub lays them out, and
+    what plain loops compute from them.
+    """
+    name = request.param
+    golden = SHARED / "golden" / GOLDEN[STAND_IN[name]]
     if not golden.is_dir():
         pytest.skip("the golden tensors are not part of the repository")
     folder = tmp_path / "hub"
@@ -83,14 +105,20 @@ def local(request, tmp_path):
         (folder / "vocab.txt").write_text("\n".join(get_tokenizer("nt").vocabulary))
         save_file(tensors, folder / "model.safetensors")
     else:
-        shutil.copyfile(SHARED / "hub" / "dnaberts" / "tokenizer.json", folder / "tokenizer.json")  # DNABERT-2's vocabulary is the same
-        renamed = {key.removeprefix("bert.") if name == "dnaberts" else key: tensor for key, tensor in tensors.items()}
+        # DNABERT-2's vocabulary is the same.
+        shutil.copyfile(SHARED / "hub" / "dnaberts" / "tokenizer.json", folder / "tokenizer.json")
+        prefix = "bert." if name == "dnaberts" else ""
+        renamed = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
         torch.save(renamed, folder / "pytorch_model.bin")
     naive = naive_nt if name == "nt50m" else naive_dnabert
-    weights = {key.split(".", 1)[1]: tensor.double().numpy() for key, tensor in tensors.items() if key.split(".")[0] in ("esm", "bert")}
+    weights = {
+        key.split(".", 1)[1]: tensor.double().numpy()
+        for key, tensor in tensors.items() if key.split(".")[0] in ("esm", "bert")
+    }
+    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     probes = []
     for probe in PROBES[name]:
-        hidden = naive(weights, probe["input_ids"], config["num_attention_heads"], config["num_hidden_layers"])  # (T, H)
+        hidden = naive(weights, probe["input_ids"], heads, layers)  # (T, H)
         pooled = hidden.mean(axis=0) if probe["pooling"] == "mean" else hidden[0]
         probes.append(probe | {"first_8": pooled[:8].tolist()})
     return name, folder, probes
@@ -110,25 +138,33 @@ def test_the_check_fails_on_another_id(local):
 def test_the_check_fails_on_another_value(local):
     name, folder, probes = local
     for i in range(8):
-        changed = [probe | {"first_8": [v + 2e-4 * (i == j) for j, v in enumerate(probe["first_8"])]} for probe in probes]
+        changed = [
+            probe | {"first_8": [v + 2e-4 * (i == j) for j, v in enumerate(probe["first_8"])]}
+            for probe in probes
+        ]
         with pytest.raises(AssertionError, match="pooled values"):
             check_folder(name, folder, changed)
 
 
 def test_the_check_fails_on_another_pooling(local):
     name, folder, probes = local
+    changed = [
+        probe | {"pooling": "cls" if probe["pooling"] == "mean" else "mean"} for probe in probes
+    ]
     with pytest.raises(AssertionError, match="pooled values"):
-        check_folder(name, folder, [probe | {"pooling": "cls" if probe["pooling"] == "mean" else "mean"} for probe in probes])
+        check_folder(name, folder, changed)
 
 
 def test_the_check_fails_on_another_weight(local):
     """One matrix of the first layer, two percent larger."""
     name, folder, probes = local
     path = next(folder.glob("*model.*"))
-    tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    key = next(key for key in tensors if key.endswith(("encoder.layer.0.output.dense.weight", "encoder.layer.0.mlp.wo.weight")))
+    safe = path.suffix == ".safetensors"
+    tensors = load_file(path) if safe else torch.load(path, weights_only=True)
+    ends = ("encoder.layer.0.output.dense.weight", "encoder.layer.0.mlp.wo.weight")
+    key = next(key for key in tensors if key.endswith(ends))
     tensors[key] *= 1.02
-    save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
+    save_file(tensors, path) if safe else torch.save(tensors, path)
     with pytest.raises(AssertionError, match="pooled values"):
         check_folder(name, folder, probes)
 
@@ -140,8 +176,9 @@ def test_the_check_fails_on_another_vocabulary(local):
         (folder / "vocab.txt").write_text(text.replace("AAAAAA\nAAAAAT", "AAAAAT\nAAAAAA"))
     else:
         text = json.loads((folder / "tokenizer.json").read_text())
-        a, b = (entry for entry, number in text["model"]["vocab"].items() if number in (134, 194))
-        text["model"]["vocab"] |= {a: text["model"]["vocab"][b], b: text["model"]["vocab"][a]}
+        vocabulary = text["model"]["vocab"]
+        a, b = (entry for entry, number in vocabulary.items() if number in (134, 194))
+        vocabulary |= {a: vocabulary[b], b: vocabulary[a]}
         (folder / "tokenizer.json").write_text(json.dumps(text))
     with pytest.raises(AssertionError, match="other"):
         check_folder(name, folder, probes)
