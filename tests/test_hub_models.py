@@ -3,14 +3,11 @@ machine without a network has it.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import ROOT, SHARED
+from helpers import GOLDEN, ROOT, SHARED, TINY, python
 from safetensors.torch import load_file
 
 import evaluate
@@ -31,7 +28,7 @@ NAMES = {"tiny-nt": "Some-Lab/nt-v2.x", "tiny-dnabert": "Some-Lab/dna_bert"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-@pytest.fixture(params=["tiny-nt", "tiny-dnabert"])
+@pytest.fixture(params=TINY)
 def like(request):
     return request.param
 
@@ -117,14 +114,8 @@ def test_dnaberts_own_vocabulary_shares_the_tokens_of_the_table():
     assert get_tokenizer("dnabert", file).digest == DNABERT_DIGEST
 
 
-@pytest.mark.parametrize("golden, like", [
-    ("nt_tiny", "tiny-nt"),
-    ("dnabert_tiny", "tiny-dnabert"),
-])
-def test_golden_checkpoints_load_by_their_config_alone(golden, like):
-    folder = SHARED / "golden" / golden
-    if not folder.is_dir():
-        pytest.skip(f"no ../shared/golden/{golden}: the golden tensors are not here")
+def test_golden_checkpoints_load_by_their_config_alone(like):
+    folder = GOLDEN[like]
     assert find_model("Some-Lab/golden", folder).family == MODELS[like].family
     backbone = load_backbone("Some-Lab/golden", folder).eval()
     expected = load_file(folder / "expected.safetensors")
@@ -136,13 +127,8 @@ def test_golden_checkpoints_load_by_their_config_alone(golden, like):
     )
 
 
-@pytest.mark.parametrize("golden", ["dnabert_tiny"])
-def test_a_dnabert_without_its_tokenizer_is_refused_before_anything_is_written(
-    golden, demo, tmp_path,
-):
-    folder = SHARED / "golden" / golden
-    if not folder.is_dir():
-        pytest.skip(f"no ../shared/golden/{golden}: the golden tensors are not here")
+def test_a_dnabert_without_its_tokenizer_is_refused_before_anything_is_written(demo, tmp_path):
+    folder = GOLDEN["tiny-dnabert"]
     with pytest.raises(InputError, match="no tokenizer.json in"):
         train.main(flags("tiny-dnabert", demo, tmp_path / "run", "--weights", folder))
     assert not (tmp_path / "run").exists()
@@ -227,15 +213,10 @@ def test_the_hub_by_its_cache_without_a_network(weights, data, tmp_path):
     shutil.copytree(foreign(tmp_path / "foreign", weights, "tiny-dnabert"), snapshot)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text(COMMIT)
-    environment = os.environ | {
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
     runs = [["train", *flags("tiny-dnabert", data, "run")], ["evaluate", "run/ckpt.pt"]]
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "runs.py", json.dumps(runs)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=150, env=environment,
+    done = python(
+        ROOT / "tests" / "runs.py", json.dumps(runs), cwd=tmp_path,
+        HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1",
     )
     assert done.returncode == 0, done.stderr
     base = checkpoint.read(tmp_path / "run" / "ckpt.pt")["base"]
