@@ -1,19 +1,21 @@
-"""docs/PROTOCOL.md against the code: its lines exist, its commands run, its settings are the defaults, its numbers are recomputed."""
+"""docs/PROTOCOL.md against the code: its lines exist, its commands run, its settings are the
+defaults, its numbers are recomputed.
+"""
 
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 import train
 from taxa import STUDY_TRAINING_SEQUENCES
 from taxa.backbones import MODELS
-from taxa.strategies import STRATEGIES, settings_from_flags
+from taxa.strategies import STRATEGIES
 from taxa.study.published_fractions import published_fraction
+from taxa.training.settings import settings_from_flags
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "PROTOCOL.md").read_text(encoding="utf-8")
 LINES = sorted(set(re.findall(r"`([\w/]+\.py): ([^`]+)`", PAGE)))  # `file: a line in it`
 COMMANDS = re.findall(r"^python train\.py (.+)$", PAGE, re.MULTILINE)
@@ -26,11 +28,16 @@ def test_every_line_named_is_there(file, text):
 
 def test_the_page_names_every_mechanism():
     assert len(LINES) >= 35 and len(COMMANDS) == 17
-    for file in ("lora", "freeze", "random_init", "model", "training/optim", "runtime/precision", "strategies", "data/splits",
-                 "data/taxonomy"):
-        assert f"taxa/{file}.py" in {name for name, _ in LINES}
+    named = {name for name, _ in LINES}
+    for file in (
+        "lora", "freeze", "random_init", "model", "strategies",
+        "training/optim", "training/settings", "runtime/precision",
+        "data/splits", "data/taxonomy",
+    ):
+        assert f"taxa/{file}.py" in named
+    titles = re.findall(r"^## (.+)$", PAGE, re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
     for link in re.findall(r"\]\(#([^)]+)\)", PAGE):
-        anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^## (.+)$", PAGE, re.MULTILINE)}
         assert link in anchors, link
 
 
@@ -44,74 +51,127 @@ def test_every_command_runs(command, capsys):
 
 
 def test_the_protocol_is_asked_for_in_three_lines():
-    """Where it decides anything, the lines that read it are those of the page's differences 1 to 3."""
-    code = (ROOT / "taxa" / "strategies.py").read_text(encoding="utf-8")
+    """Where it decides anything, the lines that read it are those of the page's differences 1 to
+    3.
+    """
+    files = ["taxa/strategies.py", "taxa/training/settings.py"]
+    code = "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
     reads = re.compile(r'\bpublished and row.inject else|\[protocol\]|settings\["protocol"\]')
     asks = [line.strip() for line in code.splitlines() if reads.search(line)]
-    numbered = PAGE[PAGE.index("## Differences"):PAGE.index("Differences that stay in both protocols")]
-    quoted = [text for file, text in LINES if file == "taxa/strategies.py" and text in numbered]
+    start = PAGE.index("## Differences")
+    numbered = PAGE[start:PAGE.index("Differences that stay in both protocols")]
+    quoted = [text for file, text in LINES if file in files and text in numbered]
     assert asks and all(any(text in line for text in quoted) for line in asks)
     assert len(asks) == len(re.findall(r"^\d\. ", numbered, re.MULTILINE)) == 3
-    for file in ("lora", "ia3", "inject", "freeze", "random_init", "model", "training/optim", "training/checkpoint", "data/splits",
-                 "data/dataset", "data/batches", "evaluation/evaluation"):
-        assert not re.search(r'"protocol"|protocol ==|"published"', (ROOT / "taxa" / f"{file}.py").read_text(encoding="utf-8")), file
+    for file in (
+        "lora", "ia3", "inject", "freeze", "random_init", "model",
+        "training/optim", "training/checkpoint",
+        "data/splits", "data/dataset", "data/batches", "evaluation/evaluation",
+    ):
+        text = (ROOT / "taxa" / f"{file}.py").read_text(encoding="utf-8")
+        assert not re.search(r'"protocol"|protocol ==|"published"', text), file
+
+
+# the published learning rate and batch size
+RATES = {
+    "nt50m": (2e-4, 128),
+    "nt100m": (1e-4, 64),
+    "nt250m": (1e-4, 64),
+    "dnabert2": (2.5e-5, 16),
+    "dnaberts": (2.5e-5, 16),
+}
 
 
 @pytest.mark.parametrize("model", [name for name, row in MODELS.items() if row.hub])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("protocol", ["published", "corrected"])
 def test_published_settings_of_every_run(model, strategy, protocol):
-    """Rates, batches, schedule, clipping, patience: the published ones under either protocol. Heads, alpha, dropout, targets, boundary."""
-    args = train.parse_args(["--model", model, "--strategy", strategy, "--protocol", protocol, "--data", "x"])
-    rate, batch = {"nt50m": (2e-4, 128), "nt100m": (1e-4, 64), "nt250m": (1e-4, 64)}.get(model, (2.5e-5, 16))
-    assert (args.lr, args.batch_size, args.accumulate) == (rate, batch, 1)
-    assert (args.epochs, args.patience, args.max_grad_norm, args.weight_decay, args.warmup_steps, args.warmup_ratio, args.seed,
-            args.precision, args.max_steps) == (5, 3, 1.0, 0.0, 0, 0.0, 42, "fp32", None)
-    nt, published = model.startswith("nt"), protocol == "published"
-    settings = settings_from_flags(model, strategy, protocol)
-    expected = {"strategy": strategy, "protocol": protocol, "heads": "frozen" if published and strategy in ("lora", "ia3") else "train"}
+    """Learning rate, batch size, schedule, clipping, patience: the published ones under either
+    protocol. Heads, alpha, dropout, targets, boundary: those of the protocol.
+    """
+    args = train.parse_args(["--model", model, "--strategy", strategy, "--protocol", protocol,
+                             "--data", "x"])
+    assert (args.lr, args.batch_size) == RATES[model]
+    expected = {
+        "accumulate": 1, "epochs": 5, "max_steps": None, "patience": 3,
+        "max_grad_norm": 1.0, "weight_decay": 0.0, "warmup_steps": 0, "warmup_ratio": 0.0,
+        "seed": 42, "precision": "fp32",
+    }
+    assert {name: getattr(args, name) for name in expected} == expected
+
+    nt = model.startswith("nt")
+    published = protocol == "published"
+    adapters = strategy in ("lora", "ia3")
+    query_value = ["attention.self.query", "attention.self.value"]
+    expected = {
+        "strategy": strategy,
+        "protocol": protocol,
+        "heads": "frozen" if published and adapters else "train",
+    }
     if strategy == "lora":
-        expected |= {"r": 4, "lora_alpha": 32.0, "lora_dropout": 0.1, "rslora": False,
-                     "targets": ["attention.self.query", "attention.self.value"] if nt else ["attention.self.Wqkv"]}
+        expected |= {
+            "r": 4, "lora_alpha": 32.0, "lora_dropout": 0.1, "rslora": False,
+            "targets": query_value if nt else ["attention.self.Wqkv"],
+        }
     if strategy == "ia3" and published:
-        expected |= {"targets": ["attention.self.query", "attention.self.value"] if nt else ["attention.self.Wqkv"],
-                     "feedforward_targets": ["attention.output.dense"]}
+        expected |= {
+            "targets": query_value if nt else ["attention.self.Wqkv"],
+            "feedforward_targets": ["attention.output.dense"],
+        }
     if strategy == "ia3" and not published:
-        expected |= {"targets": ["attention.self.key", "attention.self.value"] if nt else ["attention.self.Wqkv[key,value]"],
-                     "feedforward_targets": ["layer.*.output.dense"] if nt else ["mlp.wo"]}
+        key_value = ["attention.self.key", "attention.self.value"]
+        expected |= {
+            "targets": key_value if nt else ["attention.self.Wqkv[key,value]"],
+            "feedforward_targets": ["layer.*.output.dense" if nt else "mlp.wo"],
+        }
     if strategy == "freeze75":
         expected |= {"freeze_fraction": 0.75}
+    settings = settings_from_flags(model, strategy, protocol)
     assert settings == expected
 
 
 def test_numbers_of_the_slips():
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if re.match(r"\| (19|20|21|22|25) ", line)]
-    runs = {"19": ("dnabert2", 1), "20": ("dnaberts", 1), "21": ("nt100m", 1), "22": ("nt250m", 1), "25": ("nt50m", 20)}
+    lines = [line for line in PAGE.splitlines() if re.match(r"\| (19|20|21|22|25) ", line)]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    runs = {
+        "19": ("dnabert2", 1), "20": ("dnaberts", 1), "21": ("nt100m", 1), "22": ("nt250m", 1),
+        "25": ("nt50m", 20),
+    }
     assert [row[0] for row in table] == list(runs)
     for number, run, printed, ours, _ in table:
         model, r = runs[number]
         assert run == f"{model} LoRA r={r}"
-        assert f"{published_fraction(model, 'lora', (4, 57, 1884), r):.{len(ours) - 2}f}" == ours != printed
+        fraction = published_fraction(model, "lora", (4, 57, 1884), r)
+        assert f"{fraction:.{len(ours) - 2}f}" == ours != printed
 
 
 def test_numbers_of_the_data():
-    """The page's sequences, as scikit-learn splits them; the speeds and the size of the "3%" rows that follow from them."""
+    """The page's sequences, as scikit-learn splits them; the speeds and the size of the "3%" rows
+    that follow from them.
+    """
     from sklearn.model_selection import train_test_split
 
     everything = 5_181_880
     rest, test = train_test_split(range(everything), test_size=0.02, random_state=42)
     train_rows, validation = train_test_split(rest, test_size=0.1, random_state=42)
-    assert (len(test), len(validation), len(train_rows)) == (103_638, 507_825, STUDY_TRAINING_SEQUENCES)
+    assert (len(test), len(validation)) == (103_638, 507_825)
+    assert len(train_rows) == STUDY_TRAINING_SEQUENCES
     for number in (everything, len(test), len(validation), len(train_rows)):
         assert f"{number:,}" in PAGE
-    for model, batch, seconds in (("nt50m", 128, 7527.8), ("nt100m", 64, 13292.0), ("nt250m", 64, 20258.2)):
+    for model, batch, seconds in (
+        ("nt50m", 128, 7527.8), ("nt100m", 64, 13292.0), ("nt250m", 64, 20258.2),
+    ):
         assert f"| {model}, batch {batch} | {len(train_rows) / seconds:.0f} |" in PAGE
-    part = re.findall(r"([\d.]+) s × (\d+)/s = ([\d,]+) \((?:row )?(\d+)\)", " ".join(PAGE.split()))
-    seconds = {"5": 7527.8, "11": 5084.4, "18": 6800.0, "23": 6991.4, "32": 7528.8}  # of the run on all data with the same strategy
+
+    # row -> seconds of the run on all data with the same strategy
+    seconds = {"5": 7527.8, "11": 5084.4, "18": 6800.0, "23": 6991.4, "32": 7528.8}
+    text = " ".join(PAGE.split())
+    part = re.findall(r"([\d.]+) s × (\d+)/s = ([\d,]+) \((?:row )?(\d+)\)", text)
     assert sorted(row for *_, row in part) == sorted(seconds)
     for own, speed, product, row in part:
-        assert f"{len(train_rows) / seconds[row]:.0f}" == speed
-        assert f"{float(own) * len(train_rows) / seconds[row]:,.0f}".replace(",", "") == product.replace(",", "")
+        per_second = len(train_rows) / seconds[row]
+        assert f"{per_second:.0f}" == speed
+        assert f"{float(own) * per_second:.0f}" == product.replace(",", "")
 
 
 def test_the_differences_are_numbered_in_order():
@@ -119,4 +179,5 @@ def test_the_differences_are_numbered_in_order():
     listed = PAGE[PAGE.index("## Differences"):PAGE.index("## The 33 rows")]
     numbers = [int(number) for number in re.findall(r"^(\d+)\. \*\*", listed, re.MULTILINE)]
     assert numbers == list(range(1, 14))
-    assert {int(number) for number in re.findall(r"\[(\d+)\]\(#differences\)", PAGE)} <= set(numbers)
+    references = re.findall(r"\[(\d+)\]\(#differences\)", PAGE)
+    assert {int(number) for number in references} <= set(numbers)
