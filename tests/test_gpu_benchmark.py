@@ -2,12 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu
 
 from taxa.errors import InputError
