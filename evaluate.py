@@ -271,9 +271,10 @@ def check_classes(path, content, data):
         now = [class_id(row) for row in data.classes[rank]]
         if then == now:
             continue
+        there, here = set(then), set(now)
         sides = {
-            "the checkpoint": [i for i in then if i not in now],
-            "the data": [i for i in now if i not in then],
+            "the checkpoint": [i for i in then if i not in here],
+            "the data": [i for i in now if i not in there],
         }
         differ = "; ".join(
             f"{len(ids)} in {side} only ({some(ids)})" for side, ids in sides.items() if ids

@@ -237,8 +237,8 @@ def pretrain(w, run, args, model_row):
         # epoch: the order of its sequences, without the steps that were taken before a resume
         model.train()
         plan = run.steps_left(epoch)
-        split = epoch_split(data, args, model_row, epoch) if data else splits["train"]
-        batches = load(split, plan, args.workers, w.device)
+        views = epoch_split(splits["train"], data, args, model_row, epoch)
+        batches = load(views, plan, args.workers, w.device)
         title = f"epoch {epoch + 1}/{args.epochs}"
         for micros, count in progress(plan, title, unit="seq", unit_scale=schedule.per_step):
             # ------------------------------------------------------ a single training step

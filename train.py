@@ -237,7 +237,12 @@ def train(w, run, args, model_row, settings, adapter_state=None):
         # epoch: the order of its sequences, without the steps that were taken before a resume
         model.train()
         plan = run.steps_left(epoch)
-        batches = load(epoch_split(data, args, model_row, epoch), plan, args.workers, w.device)
+        batches = load(
+            epoch_split(splits["train"], data, args, model_row, epoch),
+            plan,
+            args.workers,
+            w.device,
+        )
         for micros, count in progress(
             plan, f"epoch {epoch + 1}/{args.epochs}", unit="seq", unit_scale=schedule.per_step
         ):

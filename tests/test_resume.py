@@ -18,7 +18,7 @@ from runs import Killed, assert_same_end, dies, in_step, log_of
 import train
 from taxa.runtime import cli
 from taxa.training import checkpoint
-from taxa.training.run import lock, read_last, save_last
+from taxa.training.run import lock_run, read_last, save_last
 
 # 292 sequences: 10 steps an epoch, 5 by two processes.
 MORE = ("--epochs", "2", "--batch-size", "32", "--log-every", "3", "--save-every", "4")
@@ -333,7 +333,7 @@ def test_two_runs_in_one_folder_are_refused(stopped):
     ours, theirs = multiprocessing.Pipe()
 
     def hold():
-        held = lock(folder)
+        held = lock_run(folder)
         theirs.send(os.getpid())
         time.sleep(600)
         held.close()
@@ -350,7 +350,7 @@ def test_two_runs_in_one_folder_are_refused(stopped):
         other.kill()
         other.join()
     (folder / ".last.pt.1.tmp").write_text("left by a process that was killed")
-    lock(folder).close()  # the dead process holds nothing
+    lock_run(folder).close()  # the dead process holds nothing
     assert not (folder / ".last.pt.1.tmp").exists()
 
 
@@ -362,10 +362,10 @@ def test_a_file_system_without_locks_gives_a_warning(number, tmp_path, monkeypat
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    lock(tmp_path / "run").close()
+    lock_run(tmp_path / "run").close()
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: ")
     assert "cannot be locked" in line and os.strerror(number) in line
     number = errno.EIO
     with pytest.raises(OSError):
-        lock(tmp_path / "run")
+        lock_run(tmp_path / "run")

@@ -70,8 +70,8 @@ def check_vocabulary(tokenizer, ids, entries):
             f"the tokenizer {tokenizer} has {ids} ids, but the backbone only {entries}")
 
 
-def epoch_split(data, args, model_row, epoch):
+def epoch_split(split, data, args, model_row, epoch):
     """The training split as an epoch reads it: as it is, or with --augment in random views."""
     if not args.augment:
-        return data.split("train", model_row.tokenizer)
+        return split
     return augmented(data.split("train", "nt"), row_tokenizer(model_row), args.seed, epoch)
