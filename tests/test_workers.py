@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT
 
 from taxa.data import fasta
 from taxa.data.fasta import batches, index_fasta, read_sequences
 from taxa.data.grammar import normalize
 from taxa.errors import InputError
 from taxa.runtime.workers import in_order
+
+# Not from helpers.py: every worker imports this file, and helpers.py imports torch.
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def square(number):
