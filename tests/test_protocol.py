@@ -2,6 +2,7 @@
 defaults, its numbers are recomputed.
 """
 
+import ast
 import json
 import re
 import shlex
@@ -50,19 +51,56 @@ def test_every_command_runs(command, capsys):
     assert any(name.startswith("heads.") for name in printed["names"]) is not adapters
 
 
+def lines_that_read_the_protocol(path):
+    """The lines of a file whose code reads the protocol, or a name that was made from it."""
+    source = path.read_text(encoding="utf-8")
+    numbers = set()
+    for node in ast.walk(ast.parse(source)):
+        is_read = isinstance(getattr(node, "ctx", None), ast.Load)
+        name = getattr(node, "id", None) or getattr(node, "attr", None)
+        of_a_name = is_read and name in ("protocol", "published", "corrected")
+        of_a_key = isinstance(node, ast.Constant) and node.value == "protocol"
+        if of_a_name or of_a_key:
+            numbers.add(node.lineno)
+    lines = source.splitlines()
+    return [lines[number - 1].strip() for number in sorted(numbers)]
+
+
 def test_the_protocol_is_asked_for_in_three_lines():
-    """Where it decides anything, the lines that read it are those of the page's differences 1 to
-    3.
-    """
-    files = ["taxa/strategies.py", "taxa/training/settings.py"]
-    code = "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
-    reads = re.compile(r'\bpublished and row.inject else|\[protocol\]|settings\["protocol"\]')
-    asks = [line.strip() for line in code.splitlines() if reads.search(line)]
+    """Differences 1 to 3 of the page are the only lines that decide by the protocol."""
     start = PAGE.index("## Differences")
     numbered = PAGE[start:PAGE.index("Differences that stay in both protocols")]
-    quoted = [text for file, text in LINES if file in files and text in numbered]
-    assert asks and all(any(text in line for text in quoted) for line in asks)
-    assert len(asks) == len(re.findall(r"^\d\. ", numbered, re.MULTILINE)) == 3
+    quoted = re.findall(r"^\d\. .*?`([\w/]+\.py): ([^`]+)`", numbered, re.MULTILINE)
+    assert len(quoted) == len(re.findall(r"^\d\. ", numbered, re.MULTILINE)) == 3
+
+    # Every other line that reads it passes it on, names it for one of the three, or refuses flags.
+    others = {
+        "taxa/strategies.py": ["counted = sizes if corrected else published_sizes(classifier)"],
+        "taxa/training/settings.py": [
+            (
+                "settings = settings_from_flags("
+                "model_row, args.strategy, args.protocol, args.heads, **typed)"
+            ),
+            'settings = {"strategy": strategy, "protocol": protocol, **row.flags, **given}',
+            'published = protocol == "published"',
+            'if heads == "train" and published and row.inject:',
+        ],
+    }
+    for file, lines in others.items():
+        expected = lines + [text for of_file, text in quoted if of_file == file]
+        assert sorted(lines_that_read_the_protocol(ROOT / file)) == sorted(expected), file
+    assert [file for file, _ in quoted].count("taxa/training/settings.py") == 2
+    assert [file for file, _ in quoted].count("taxa/strategies.py") == 1
+
+    # In all other files it is compared only in order to print something.
+    prints = ["taxa/measure/tree.py", "taxa/runtime/precision.py", "train.py"]
+    compares = re.compile(r'protocol("\])? (==|!=) |\[protocol\]')
+    found = []
+    for path in [*ROOT.glob("*.py"), *(ROOT / "taxa").rglob("*.py")]:
+        file = path.relative_to(ROOT).as_posix()
+        if file not in others:
+            found += [file] * len(compares.findall(path.read_text(encoding="utf-8")))
+    assert sorted(found) == prints
     for file in (
         "lora", "ia3", "inject", "freeze", "random_init", "model",
         "training/optim", "training/checkpoint",
