@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import Touch, batch, hub_folder, logits, random_state
+from helpers import TINY, Touch, batch, hub_folder, logits, random_state
 from torch import nn
 
 from taxa import RANKS
@@ -33,7 +33,6 @@ from taxa.training.checkpoint import (
 from taxa.training.optim import adamw
 from taxa.training.settings import settings_from_flags
 
-TINY = ["tiny-nt", "tiny-dnabert"]
 UNPUBLISHED = {"tiny-nt": {"source": "package"}, "tiny-dnabert": {"source": "seed", "seed": 0}}
 NUM_CLASSES = {"superkingdom": 4, "phylum": 5, "genus": 6}
 CLASSES = {

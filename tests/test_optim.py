@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from helpers import TINY
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 from transformers.trainer_pt_utils import get_parameter_names
@@ -25,8 +26,6 @@ from taxa.training.optim import (
     warmup_steps_of,
 )
 from taxa.training.settings import settings_from_flags
-
-TINY = ("tiny-nt", "tiny-dnabert")
 
 
 class One(nn.Module):
