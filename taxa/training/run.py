@@ -279,7 +279,7 @@ class Run:
                 "records": records,
             }
             self._append("bad_steps.jsonl", entry)
-        if self.bad_steps == self.args.max_bad_steps:
+        if self.bad_steps >= self.args.max_bad_steps:  # a resumed run may have a lower limit
             stop = InputError(
                 f"{self.bad_steps} step(s) had a loss or gradient that is not finite, the last "
                 f"one step {self.step}; their records stand in {self.out / 'bad_steps.jsonl'}: "
