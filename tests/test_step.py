@@ -14,12 +14,15 @@ from helpers import TINY, parser_of
 import train
 from taxa.backbones import MODELS, get_model, load_backbone
 from taxa.data.dataset import PreparedDataset
+from taxa.errors import InputError
 from taxa.measure.step import batch_loss, training_step
 from taxa.model import TaxonClassifier
+from taxa.runtime.distributed import World
 from taxa.strategies import inject_adapters, train_only, trainable_names
 from taxa.training import checkpoint
 from taxa.training.flag_effects import EFFECTS
 from taxa.training.optim import adamw
+from taxa.training.run import Run
 from taxa.training.settings import settings_from_flags
 
 SEED, LR, BATCH = 42, 3e-3, 8
@@ -145,3 +148,16 @@ def test_published_batches_are_those_of_the_models():
     of_the_hub = {name: row.batch_size for name, row in MODELS.items() if row.hub}
     assert of_the_hub == {name: size for name, (size, _) in STUDY_BATCH.items()}
     assert get_model("dnabert2").batch_size == 16
+
+
+def test_a_resumed_run_with_a_lower_limit_of_bad_steps_ends_at_the_next_one(tmp_path, short):
+    arguments = ["--model", "tiny-nt", "--strategy", "full", "--max-bad-steps", "2"]
+    args = train.parse_args(arguments)
+    data = PreparedDataset(short)
+    run = Run(World(0, 1, torch.device("cpu")), args, tmp_path / "run")
+    run.out.mkdir()
+    run.plan(data.split("train", "nt"), data.manifest["sources"])
+    run.bad_steps = 2  # of a run that allowed three
+    run._since = 0.0
+    with pytest.raises(InputError, match="3 step.s. had a loss or gradient that is not finite"):
+        run.end_step(0, lr=1e-3, loss=math.nan, grad_norm=1.0, count=8, state=dict)
